@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""The control plane, compiled from csrc/scheduler: decides what runs next, owns slots and pages."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+FINISH_NONE: int  # 0: still running
+FINISH_STOP: int  # 1: a stop token id
+FINISH_LENGTH: int  # 2: max_tokens or the context
+FINISH_ERROR: int  # 3: the row failed (NaN) or was retracted too often to ever fit
+
+class Scheduler:
+    """Single-threaded. Raises `ValueError` for impossible options."""
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        max_num_partial_prefills: int = 4,
+        overlap_depth: int = 0,
+        enable_prefix_caching: bool = True,
+        hash_key: bytes = ...,  # 16 secret bytes that key the prefix hashes
+        record_events: bool = False,
+    ) -> None: ...
+    def submit(
+        self,
+        request_id: int,  # 64-bit, unique among live requests
+        prompt: NDArray[np.int32],  # [num_prompt_tokens]
+        *,
+        max_tokens: int,
+        min_tokens: int = 0,
+        stop_ids: NDArray[np.int32] = ...,
+        salt: bytes = b"",
+        read_cache: bool = True,
+        prompt_logprobs: bool = False,
+    ) -> None:
+        """Queues a request. `ValueError`: empty, too long, duplicate id, can never fit."""
+    def abort(self, request_id: int) -> bool:
+        """Ends a request in any state; False if it is unknown or over. No update follows it."""
+    def next_plan(self) -> NDArray[np.int32] | None:
+        """The next step's Plan (csrc/scheduler/plan.h), or None when nothing can run now."""
+    def commit(self, result: NDArray[np.int32]) -> Updates:
+        """Takes the StepResult of the oldest plan in flight. `ValueError`: malformed or late."""
+    def has_work(self) -> bool:
+        """Whether any request is waiting, running, or draining."""
+    def stats(self) -> Stats: ...
+    def flush_cache(self) -> int:
+        """Drops every cached page that no request uses; returns how many."""
+    def check_invariants(self) -> None:
+        """Raises `RuntimeError` naming the first broken invariant. O(everything); for tests."""
+    def events(self) -> bytes:
+        """The event log since construction (record_events=True)."""
+
+class Updates:
+    """What one commit produced: one entry per request that got tokens or ended, flat arrays."""
+
+    request_ids: NDArray[np.uint64]  # [n]
+    finish: NDArray[np.int32]  # [n] FINISH_*
+    num_ids: NDArray[np.int32]  # [n] new ids of each request
+    num_cached: NDArray[np.int32]  # [n] prompt tokens served from the prefix cache
+    ids: NDArray[np.int32]  # [sum(num_ids)]
+
+class Stats:
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    num_free_pages: int
+    num_cached_pages: int  # in the prefix index, used by no request
+    num_preemptions: int
+    prefix_queries: int  # prompt tokens looked up, cumulative
+    prefix_hits: int  # prompt tokens found, cumulative
+    prompt_tokens: int  # admitted prompt tokens, cumulative
+    generated_tokens: int
+    num_steps: int
+
+def replay(events: bytes) -> list[NDArray[np.int32]]:
+    """Re-runs an event log on a fresh scheduler; returns every plan it made, in order."""

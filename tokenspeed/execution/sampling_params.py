@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: MIT
+"""`SamplingParams`: how one request's tokens are chosen. Knows nothing of text or batches.
+
+Names and meanings are vLLM's. `stop` strings are cut by the text layer and therefore travel here
+only so that one object describes a request; the sampler never reads them.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from tokenspeed.errors import RequestError
+
+MAX_SEED = 2**63 - 1
+MAX_N = 128
+MAX_LIST = 4096  # entries of logit_bias, allowed_token_ids, bad_words_token_ids, stop_token_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """Sampling of one request. Raises `RequestError` naming the field that is out of range."""
+
+    n: int = 1
+    max_tokens: int | None = 16  # None: as many as the context has room for
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words_token_ids: list[list[int]] | None = None  # sequences that must not be completed
+    stop: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    seed: int | None = None
+    logprobs: int | None = None  # None: none; k: chosen token and the k likeliest
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        _integer(self, "n", 1, MAX_N)
+        _integer(self, "max_tokens", 1, 2**31 - 1, optional=True)
+        _integer(self, "min_tokens", 0, 2**31 - 1)
+        _integer(self, "top_k", -1, 2**31 - 1)
+        _integer(self, "seed", -(2**63), MAX_SEED, optional=True)
+        _integer(self, "logprobs", 0, 2**31 - 1, optional=True)
+        _integer(self, "prompt_logprobs", 0, 2**31 - 1, optional=True)
+        _number(self, "temperature", 0.0, 100.0)
+        _number(self, "top_p", 0.0, 1.0, above=True)
+        _number(self, "min_p", 0.0, 1.0)
+        _number(self, "repetition_penalty", 0.0, 100.0, above=True)
+        _number(self, "presence_penalty", -2.0, 2.0)
+        _number(self, "frequency_penalty", -2.0, 2.0)
+        for token, bias in (self.logit_bias or {}).items():
+            if not math.isfinite(bias) or not -100.0 <= bias <= 100.0:
+                _refuse("logit_bias", f"values must be in [-100, 100], got {bias!r} for {token}")
+        for name in ("logit_bias", "allowed_token_ids", "bad_words_token_ids", "stop_token_ids"):
+            if len(getattr(self, name) or ()) > MAX_LIST:
+                _refuse(name, f"at most {MAX_LIST} entries")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            _refuse("allowed_token_ids", "must not be empty")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            _refuse("min_tokens", f"must be at most max_tokens ({self.max_tokens})")
+
+    def token_ids(self) -> dict[str, list[int]]:
+        """Every token id named by a field, for a range check against the vocabulary."""
+        return {
+            "logit_bias": list(self.logit_bias or ()),
+            "allowed_token_ids": self.allowed_token_ids or [],
+            "bad_words_token_ids": [t for word in self.bad_words_token_ids or () for t in word],
+            "stop_token_ids": self.stop_token_ids or [],
+        }
+
+    def replace(self, **changes: Any) -> "SamplingParams":
+        """A copy with some fields changed, checked again."""
+        return dataclasses.replace(self, **changes)
+
+
+def _refuse(field: str, why: str) -> None:
+    raise RequestError(f"{field}: {why}", field=field)
+
+
+def _integer(
+    params: SamplingParams, name: str, low: int, high: int, *, optional: bool = False
+) -> None:
+    value = getattr(params, name)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        _refuse(name, f"must be an integer in [{low}, {high}], got {value!r}")
+
+
+def _number(
+    params: SamplingParams, name: str, low: float, high: float, *, above: bool = False
+) -> None:
+    value = getattr(params, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # Written so that NaN, which compares false with everything, is refused.
+    if not number or not low <= value <= high or (above and value == low):
+        _refuse(name, f"must be a number in {'(' if above else '['}{low}, {high}], got {value!r}")
