@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""All options of an engine: frozen, composed, resolved once. Reads no file and no device.
+"""All options: frozen, composed, resolved once. Reads no file, no device and no environment.
 
-Groups say what an option can change: `ModelOptions` and `CacheOptions.dtype` change answers, the
-others change only speed, memory and reachability. The CLI reads its defaults from here.
+Groups say what an option can change: `ModelOptions` and `kv_cache_dtype` change answers, the others
+change only speed, memory and reachability. The CLI and `docs/parameters.md` are made from here.
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -13,57 +14,62 @@ DType = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
+def option(default: Any, text: str, *aliases: str, low: float | None = None) -> Any:
+    """A field with its help text, further flag names, and the least value it may take."""
+    return field(default=default, metadata={"help": text, "aliases": aliases, "low": low})
+
+
 @dataclass(frozen=True)
 class ModelOptions:
-    """Which model, and how its numbers are held. These options change behaviour."""
+    """Which model, and how its numbers are held. These options change answers."""
 
-    model: str = "demo"
-    tokenizer: str | None = None
-    revision: str | None = None
-    served_model_name: tuple[str, ...] = ()
-    dtype: DType = "auto"
-    device: Device = "auto"
-    max_model_len: int | None = None
-    skip_tokenizer_init: bool = False
-    chat_template: str | None = None
-    seed: int = 0
-    max_logprobs: int = 20
+    model: str = option("demo", "a folder, a hub id, or `demo`, the model in the package")
+    tokenizer: str | None = option(None, "a folder or hub id of another tokenizer")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    served_model_name: tuple[str, ...] = option((), "names that clients may ask for")
+    dtype: DType = option("auto", "of weights and activations; auto: the checkpoint's")
+    device: Device = option("auto", "auto: the first device with kernels for every op")
+    max_model_len: int | None = option(None, "tokens of prompt and answer together", low=1)
+    skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
+    chat_template: str | None = option(None, "a Jinja file in place of the model's own")
+    seed: int = option(0, "of requests that bring none", low=0)
+    max_logprobs: int = option(20, "most logprobs a request may ask for", low=0)
 
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """The paged KV cache. `dtype` changes behaviour, the rest performance."""
+    """The paged KV cache. `kv_cache_dtype` changes answers, the rest performance."""
 
-    kv_cache_dtype: DType = "auto"
-    page_size: int = 64
-    num_pages: int | None = None
-    kv_cache_memory_bytes: int | None = None
-    enable_prefix_caching: bool = True
+    kv_cache_dtype: DType = option("auto", "of keys and values; auto: the model's")
+    page_size: int = option(64, "tokens in a page", "--block-size", low=1)
+    num_pages: int | None = option(None, "pages of KV", "--num-gpu-blocks-override", low=1)
+    kv_cache_memory_bytes: int | None = option(None, "bytes of KV, if num_pages is unset", low=1)
+    enable_prefix_caching: bool = option(True, "reuse the KV of prompts seen before")
 
 
 @dataclass(frozen=True)
 class SchedulerOptions:
     """How steps are filled. These options change performance, never tokens."""
 
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 1024
-    max_num_partial_prefills: int = 4
-    overlap_depth: int = 0
-    max_queue_len: int = 1024
+    max_num_seqs: int = option(64, "requests that run at once", low=1)
+    max_num_batched_tokens: int = option(1024, "tokens in one step", low=1)
+    max_num_partial_prefills: int = option(4, "prompts prefilled in turns at once", low=1)
+    overlap_depth: int = option(0, "steps planned before the last result is known: 0 or 1", low=0)
+    max_queue_len: int = option(1024, "requests that may wait; more are answered 503", low=1)
 
 
 @dataclass(frozen=True)
 class ParallelOptions:
     """How many devices share the model."""
 
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
-    data_parallel_size: int = 1
+    tensor_parallel_size: int = option(1, "devices that share each layer", "-tp", low=1)
+    pipeline_parallel_size: int = option(1, "devices that share the layers", "-pp", low=1)
+    data_parallel_size: int = option(1, "engines behind one gateway", "-dp", low=1)
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Everything the engine needs, in groups. Build it with `EngineConfig.of(**flat_options)`."""
+    """Everything an engine needs, in groups. Build it with `EngineConfig.of(**flat_options)`."""
 
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
@@ -74,38 +80,63 @@ class EngineConfig:
     def of(cls, **options: Any) -> "EngineConfig":
         """Builds a config from flat option names; unknown names raise `ValueError`."""
         groups: dict[str, Any] = {}
-        for group in dataclasses.fields(cls):
-            kind = group.default_factory
-            assert isinstance(kind, type)
+        for name, kind in cls.groups().items():
             names = {f.name for f in dataclasses.fields(kind)}
-            groups[group.name] = kind(**{n: options.pop(n) for n in names & options.keys()})
+            groups[name] = kind(**{n: options.pop(n) for n in names & options.keys()})
         if options:
             raise ValueError(f"unknown option {', '.join(sorted(options))}")
         return cls(**groups)
 
+    @classmethod
+    def groups(cls) -> dict[str, Any]:
+        """The group classes by field name."""
+        return {f.name: f.default_factory for f in dataclasses.fields(cls)}
+
     def __post_init__(self) -> None:
-        _check(self)
+        for name in self.groups():
+            check_options(getattr(self, name))
+        scheduler, parallel = self.scheduler, self.parallel
+        if scheduler.overlap_depth > 1:
+            raise ValueError(f"overlap_depth must be 0 or 1: {scheduler.overlap_depth}")
+        if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+            raise ValueError(
+                "max_num_batched_tokens must be at least max_num_seqs, so that each running request"
+                f" can decode in every step: {scheduler.max_num_batched_tokens}"
+                f" < {scheduler.max_num_seqs}"
+            )
+        for f in dataclasses.fields(parallel):
+            if getattr(parallel, f.name) != 1:
+                raise ValueError(f"{f.name} must be 1 in this release: {getattr(parallel, f.name)}")
 
 
-def _check(config: EngineConfig) -> None:
-    """Refuses impossible values and combinations before anything is allocated."""
-    for group in dataclasses.fields(config):
-        for option in dataclasses.fields(getattr(config, group.name)):
-            value = getattr(getattr(config, group.name), option.name)
-            if option.type in (DType, Device) and value not in get_args(option.type):
-                raise ValueError(f"{option.name} must be one of {get_args(option.type)}: {value!r}")
-            if option.name.startswith(("max_", "num_", "page_", "kv_cache_memory")) and (
-                isinstance(value, bool) or (isinstance(value, int) and value < 1)
-            ):
-                raise ValueError(f"{option.name} must be at least 1: {value!r}")
-    scheduler, parallel = config.scheduler, config.parallel
-    if scheduler.overlap_depth not in (0, 1):
-        raise ValueError(f"overlap_depth must be 0 or 1: {scheduler.overlap_depth!r}")
-    if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
-        raise ValueError(
-            "max_num_batched_tokens must be at least max_num_seqs, so that every running request "
-            f"can decode in each step: {scheduler.max_num_batched_tokens} < {scheduler.max_num_seqs}"
-        )
-    for name in ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"):
-        if getattr(parallel, name) != 1:
-            raise ValueError(f"{name} must be 1 in this release: {getattr(parallel, name)!r}")
+@dataclass(frozen=True)
+class ServerOptions:
+    """How the gateway is reached and how long it waits. These options never change answers."""
+
+    host: str = option("127.0.0.1", "address to listen on")
+    port: int = option(8000, "port to listen on; 0 picks a free one", low=0)
+    uds: str | None = option(None, "a Unix socket to listen on in place of host and port")
+    api_key: tuple[str, ...] = option((), "keys of which a request must bring one")
+    admin_port: int | None = option(None, "moves /metrics and admin routes to a port of their own")
+    max_body_bytes: int = option(32 * 2**20, "larger bodies are answered 413", low=1024)
+    keepalive_s: float = option(5.0, "seconds between SSE comments while nothing comes", low=0.01)
+    drain_timeout_s: float = option(30.0, "seconds that open requests get after SIGTERM", low=0)
+    watchdog_timeout_s: float = option(
+        60.0, "seconds without a step before readiness ends", low=0.1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def check_options(group: Any) -> None:
+    """Refuses values out of range: `ValueError` naming the option, before anything is allocated."""
+    for f in dataclasses.fields(group):
+        value, low = getattr(group, f.name), f.metadata.get("low")
+        if f.type in (DType, Device) and value not in get_args(f.type):
+            raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
+        if low is None or value is None:
+            continue
+        number = isinstance(value, float if f.type is float else int) or isinstance(value, int)
+        if isinstance(value, bool) or not number or not low <= value < math.inf:
+            raise ValueError(f"{f.name} must be a number of at least {low}: {value!r}")
