@@ -1,28 +1,72 @@
+# `make serve` and `make test` do all the set-up they need.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
 PORT ?= 8000
 MODEL ?=
+ARGS ?=
+BIN := .venv/bin
+CMAKE := $(BIN)/cmake
+CXX_FILES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export PYTHONDONTWRITEBYTECODE := 1
 
-.PHONY: setup build serve test test-full check format bench clean
+.PHONY: help setup build serve test test-cpp test-full check format bench clean
 
-setup: $(VENV)/.ready
+help: ## show this
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-$(VENV)/.ready: pyproject.toml
-	@echo "Setting up $(VENV) (a few minutes the first time)"
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -U pip
-	$(BIN)/python -m pip install -q "torch==2.13.0" --extra-index-url https://download.pytorch.org/whl/cpu
+setup: .venv/.ready ## make .venv with everything in it
+
+.venv/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	@echo "setup: making .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	@# torch first and by itself, so that a CPU machine takes no GPU packages
+	$(BIN)/python -m pip install -q "torch==2.13.0" || \
+	    $(BIN)/python -m pip install -q "torch==2.13.0" --index-url $(TORCH_INDEX)
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.25" ninja
+	@echo "setup: compiling and installing tokenspeed"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 
-build: setup
-	@$(BIN)/cmake -S . -B build -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja > build.log 2>&1 || (cat build.log; exit 1)
-	@$(BIN)/cmake --build build
-	@rm -f build.log
+build: setup ## compile what changed
+	@$(CMAKE) -S . -B build/release -G Ninja -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+	    -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -Wno-dev --log-level=WARNING
+	@$(CMAKE) --build build/release -- --quiet
 
-serve: build
-	$(BIN)/python -m tokenspeed serve $(MODEL) --port $(PORT)
+serve: build ## serve MODEL (default: the demo) on PORT
+	$(BIN)/python -m tokenspeed serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: build test-cpp ## the quick suites (minutes)
+	$(BIN)/python -m pytest -m "not full" $(ARGS)
+
+test-cpp: setup ## the scheduler's C++ tests under ASan and UBSan
+	@$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -Wno-dev \
+	    -DTOKENSPEED_PYTHON=OFF -DTOKENSPEED_TESTS=ON -DTOKENSPEED_SANITIZE=ON --log-level=WARNING
+	@$(CMAKE) --build build/asan -- --quiet
+	$(BIN)/ctest --test-dir build/asan --output-on-failure -LE full
+
+test-full: build ## everything, the slow suites too
+	@$(MAKE) --no-print-directory test-cpp
+	$(BIN)/ctest --test-dir build/asan --output-on-failure -L full
+	$(BIN)/python -m pytest --timeout 3600 $(ARGS)
+
+check: build ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: setup ## rewrite the sources as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+bench: build ## every benchmark that fits a laptop
+	$(BIN)/python benchmarks/scheduler.py
+	$(BIN)/python benchmarks/gateway.py
+	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/demo.py
+
+clean: ## remove what was built, keep .venv
+	rm -rf build tokenspeed/*.so

@@ -137,6 +137,6 @@ def check_options(group: Any) -> None:
             raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
         if low is None or value is None:
             continue
-        number = isinstance(value, float if f.type is float else int) or isinstance(value, int)
+        number = isinstance(value, (int, float) if f.type is float else int)
         if isinstance(value, bool) or not number or not low <= value < math.inf:
             raise ValueError(f"{f.name} must be a number of at least {low}: {value!r}")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""The command line: flags made from the config, and wrong ones answered with the right name."""
+
+import dataclasses
+
+import pytest
+
+from tokenspeed.cli.main import build_parser, main
+from tokenspeed.cli.options import engine_options, flag_of, options_of
+from tokenspeed.config import EngineConfig, ServerOptions
+
+
+def test_every_option_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for group in [*EngineConfig.groups().values(), ServerOptions]:
+        for field in dataclasses.fields(group):
+            if field.name != "model":
+                assert flag_of(field.name) in text, field.name
+
+
+def test_flags_become_options() -> None:
+    args = build_parser().parse_args(
+        "serve some/model --max-model-len 4096 --block-size 16 --no-enable-prefix-caching"
+        " --api-key a b --api-key c --port 0".split()
+    )
+    assert engine_options(args) == {
+        "model": "some/model",
+        "max_model_len": 4096,
+        "page_size": 16,
+        "enable_prefix_caching": False,
+    }
+    assert options_of(args, ServerOptions) == {"api_key": ("a", "b", "c"), "port": 0}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("--max-modle-len", "--max-model-len"), ("--tensor-paralel-size", "--tensor-parallel-size")],
+)
+def test_a_wrong_flag_names_the_right_one(
+    wrong: str, right: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["serve", wrong, "1"])
+    assert stop.value.code == 2
+    assert f"did you mean {right}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--tensor-parallel-size 2", "--page-size 0", "--max-num-seqs 9 --max-num-batched-tokens 8"],
+)
+def test_impossible_options_are_refused_before_loading(
+    flags: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "/nonexistent", *flags.split()]) == 2
+    assert flags.split()[-2].strip("-").replace("-", "_") in capsys.readouterr().err

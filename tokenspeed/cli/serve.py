@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: MIT
+"""`tokenspeed serve`: the gateway and its engine. Knows flags, nothing of HTTP."""
+
+import argparse
+from typing import Any
+
+from tokenspeed.cli.options import add_engine_options, add_options, engine_options, options_of
+from tokenspeed.config import EngineConfig, ServerOptions
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("serve", help="serve a model over the OpenAI API")
+    add_engine_options(parser)
+    add_options(parser, ServerOptions)
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    config = EngineConfig.of(**engine_options(args))
+    options = ServerOptions(**options_of(args, ServerOptions))
+    from tokenspeed.gateway.server import serve
+
+    return serve(config, options)
