@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The messages between a front end and the engine. Knows ids and parameters, no text, no sockets.
 
-Plain frozen dataclasses: the in-process `LLM` passes them as they are, the server's wire encodes
-them with a schema (never pickle).
+Plain frozen dataclasses: the in-process `LLM` passes requests and outputs as they are; the server's
+wire encodes every message with a schema (never pickle). `Down` goes to the engine, `Up` comes back.
 """
 
 from dataclasses import dataclass, field
@@ -62,3 +62,79 @@ class EngineStats:
     prefix_queries: int = 0
     prefix_hits: int = 0
     num_steps: int = 0
+
+
+@dataclass(frozen=True)
+class FlushCache:
+    """Down: forget every cached page that no request uses."""
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Down: leave now. Draining is the gateway's business."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Up: how far start-up is."""
+
+    fraction: float  # 0 to 1
+    what: str
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Up: requests are accepted from now on."""
+
+    max_model_len: int
+    vocab_size: int
+    num_pages: int
+    page_size: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Up: everything that one step produced, in one message."""
+
+    outputs: list[TokenOutput]
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Up: the answer to a request that cannot be served as asked (see `RequestError`)."""
+
+    request_id: int
+    message: str
+    field: str | None
+    code: str
+
+
+@dataclass(frozen=True)
+class StatsMessage:
+    """Up: at most a few times a second, and once when the engine falls idle."""
+
+    stats: EngineStats
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """Up, from a thread of its own from the process's first moment on.
+
+    A watchdog reads: no heartbeat, the process is stopped or dead; `has_work` with `num_steps`
+    standing still, a step hangs.
+    """
+
+    num_steps: int
+    has_work: bool
+    monotonic_s: float
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """Up: the engine leaves because of this."""
+
+    message: str
+
+
+Down = GenerateRequest | AbortRequest | FlushCache | Shutdown
+Up = Loading | Ready | Outputs | Rejected | StatsMessage | Heartbeat | Fatal

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: MIT
+"""The engine process: inbox -> engine -> outbox. Knows sockets and the engine, no text, no HTTP.
+
+    gateway  PUSH --> [inbox:  PULL bound here]     Down: requests, aborts, flush, shutdown
+    gateway  PULL <-- [outbox: PUSH connected]      Up: loading, ready, outputs, stats, heartbeats
+
+When nothing is to do it blocks on the inbox. It ignores SIGTERM and SIGINT: the gateway drains and
+then sends `Shutdown`; if the gateway dies, the heartbeat thread ends this process.
+"""
+
+import argparse
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import zmq
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import messages as m
+from tokenspeed.engine.build import build_engine
+from tokenspeed.engine.engine import Engine
+from tokenspeed.engine.wire import Decoder, decode_config, encode
+from tokenspeed.errors import RequestError
+
+HEARTBEAT_S = 0.25
+STATS_S = 0.25
+MAX_MESSAGE_BYTES = 64 << 20
+MAX_MESSAGES_PER_STEP = 256  # so that a flood of requests cannot starve the running ones
+LINGER_MS = 1000
+
+
+class Outbox:
+    """The way up. One per thread: a ZeroMQ socket belongs to the thread that uses it."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.linger = LINGER_MS
+        self._socket.connect(address)
+
+    def send(self, message: m.Up) -> None:
+        self._socket.send(encode(message))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Inbox:
+    """The way down. Malformed messages are dropped and counted (`decoder.num_dropped`)."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+        self._socket = context.socket(zmq.PULL)
+        self._socket.maxmsgsize = MAX_MESSAGE_BYTES
+        self._socket.bind(address)
+        self.decoder = Decoder(m.Down)
+
+    def receive(self, *, block: bool) -> Iterator[m.Down]:
+        """What has arrived; with `block`, waits until something has."""
+        if block:
+            self._socket.poll()
+        for _ in range(MAX_MESSAGES_PER_STEP):
+            try:
+                message = self.decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if message is not None:
+                yield message
+
+
+class Heart(threading.Thread):
+    """Tells the gateway that this process lives and how far the engine is; dies with its parent."""
+
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self.engine: Engine | None = None
+        self._context, self._address = context, address
+        self._parent = os.getppid()
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        outbox = Outbox(self._context, self._address)
+        while not self._stop_event.wait(HEARTBEAT_S):
+            if os.getppid() != self._parent:
+                os._exit(1)
+            steps = self.engine.num_steps if self.engine else 0
+            work = self.engine.has_work() if self.engine else False
+            outbox.send(m.Heartbeat(steps, work, time.monotonic()))
+        outbox.close()
+
+    def stop(self) -> None:
+        self._stop_event.set()
+        self.join()
+
+
+class Loop:
+    """Carries messages between the boxes and the engine until `Shutdown`."""
+
+    def __init__(self, engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+        self._engine, self._inbox, self._outbox = engine, inbox, outbox
+        self._stats_sent_s = 0.0
+        self._sent = m.EngineStats()
+
+    def run(self) -> None:
+        while True:
+            idle = not self._engine.has_work()
+            self._send_stats(now=idle)
+            for message in self._inbox.receive(block=idle):
+                if isinstance(message, m.Shutdown):
+                    return
+                self._take(message)
+            if outputs := self._engine.step():
+                self._outbox.send(m.Outputs(outputs))
+
+    def _take(self, message: m.Down) -> None:
+        match message:
+            case m.GenerateRequest():
+                try:
+                    self._engine.add_request(message)
+                except RequestError as error:
+                    self._outbox.send(
+                        m.Rejected(message.request_id, str(error), error.field, error.code)
+                    )
+            case m.AbortRequest():
+                self._engine.abort(message.request_id)
+            case m.FlushCache():
+                self._engine.flush_cache()
+
+    def _send_stats(self, *, now: bool) -> None:
+        if not now and time.monotonic() < self._stats_sent_s + STATS_S:
+            return
+        self._stats_sent_s = time.monotonic()
+        stats = self._engine.stats()
+        if stats != self._sent:
+            self._outbox.send(m.StatsMessage(stats))
+            self._sent = stats
+
+
+def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
+    """Runs the engine process; returns its exit status. Every failure is also sent as `Fatal`."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    context = zmq.Context()
+    outbox, inbox = Outbox(context, outbox_addr), Inbox(context, inbox_addr)
+    heart = Heart(context, outbox_addr)
+    heart.start()
+    try:
+        engine = _load(decode_config(config_json), outbox)
+        heart.engine = engine
+        Loop(engine, inbox, outbox).run()
+        return 0
+    except Exception as error:
+        outbox.send(m.Fatal(f"{type(error).__name__}: {error}"))
+        raise
+    finally:
+        heart.stop()
+        outbox.close()
+        context.destroy(linger=LINGER_MS)
+
+
+def _load(config: EngineConfig, outbox: Outbox) -> Engine:
+    engine = build_engine(
+        config, progress=lambda fraction, what: outbox.send(m.Loading(fraction, what))
+    )
+    outbox.send(engine.ready())
+    return engine
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="tokenspeed.engine.server")
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--inbox", required=True)
+    parser.add_argument("--outbox", required=True)
+    arguments = parser.parse_args()
+    raise SystemExit(main(arguments.config, arguments.inbox, arguments.outbox))
