@@ -6,7 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 CMAKE := $(BIN)/cmake
 CXX_FILES := $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/*.h' 'tests/*.cpp' 2>/dev/null)
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
 export PYTHONDONTWRITEBYTECODE := 1
 
 .PHONY: help setup build serve test test-cpp test-full check format bench clean
@@ -21,9 +21,8 @@ setup: .venv/.ready ## make .venv with everything in it
 	@echo "setup: making .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
-	@# torch first and by itself, so that a CPU machine takes no GPU packages
-	$(BIN)/python -m pip install -q "torch==2.13.0" || \
-	    $(BIN)/python -m pip install -q "torch==2.13.0" --index-url $(TORCH_INDEX)
+	@# torch first and by itself: TORCH="torch==... --index-url ..." takes another build
+	$(BIN)/python -m pip install -q $(TORCH)
 	$(BIN)/python -m pip install -q "scikit-build-core>=0.10" "nanobind>=2.4" "cmake>=3.25" ninja
 	@echo "setup: compiling and installing tokenspeed"
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
