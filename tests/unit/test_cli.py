@@ -2,9 +2,11 @@
 """The command line: flags made from the config, and wrong ones answered with the right name."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
+from tokenspeed.cli import parameters
 from tokenspeed.cli.main import build_parser, main
 from tokenspeed.cli.options import engine_options, flag_of, options_of
 from tokenspeed.config import EngineConfig, ServerOptions
@@ -56,3 +58,10 @@ def test_impossible_options_are_refused_before_loading(
 ) -> None:
     assert main(["serve", "/nonexistent", *flags.split()]) == 2
     assert flags.split()[-2].strip("-").replace("-", "_") in capsys.readouterr().err
+
+
+def test_the_parameters_page_is_up_to_date(repository: Path) -> None:
+    page = (repository / "docs" / "parameters.md").read_text()
+    assert page == "\n".join(parameters.lines()) + "\n", (
+        "run: python -m tokenspeed.cli.parameters > docs/parameters.md"
+    )
