@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""Rotary embedding fused with the append to the paged cache: signatures and torch references.
+
+`cos_sin` is float32 [P, rot]: row p holds cos of the rot/2 angles of position p, then sin. The
+first `rot` elements of a head are rotated: pair i is (i, i + rot/2), or (2i, 2i + 1) if
+`interleaved`; results stay where their inputs stood. `cache_index[t]` is page * page_size + offset.
+"""
+
+import torch
+from torch import Tensor
+
+from tokenspeed.kernels.registry import define
+
+
+def rotate(x: Tensor, cos_sin: Tensor, positions: Tensor, interleaved: bool) -> Tensor:
+    """x[T, H, D] -> [T, H, D], its first cos_sin.shape[1] elements rotated."""
+    rot = cos_sin.shape[1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    cos, sin = cos_sin[positions.long()].to(wide.dtype)[:, None, :].chunk(2, dim=-1)
+    head, tail = wide[..., :rot], wide[..., rot:]
+    if interleaved:
+        a, b = head[..., 0::2], head[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = head.chunk(2, dim=-1)
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned, tail], dim=-1).to(x.dtype)
+
+
+def rope_append_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache_index: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Rotates q[T,Hq,D] and k[T,Hk,D]; writes k and v[T,Hk,Dv] into the caches; returns q'.
+
+    positions[T] int32, cache_index[T] int64, key_cache [num_pages, page_size, Hk, D], value_cache
+    [num_pages, page_size, Hk, Dv], of any dtype. q, k, v may be strided over tokens.
+    """
+    turned = rotate(k, cos_sin, positions, interleaved)
+    key_cache.view(-1, *key_cache.shape[2:])[cache_index] = turned.to(key_cache.dtype)
+    value_cache.view(-1, *value_cache.shape[2:])[cache_index] = v.to(value_cache.dtype)
+    return rotate(q, cos_sin, positions, interleaved)
+
+
+def rope_append_mla(
+    q_pe: Tensor,
+    k_pe: Tensor,
+    latent: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache_index: Tensor,
+    cache: Tensor,
+    interleaved: bool,
+) -> Tensor:
+    """Rotates q_pe[T,H,R] and k_pe[T,R]; writes (latent[T,L], k_pe') into the cache; returns q_pe'.
+
+    cache [num_pages, page_size, L + R]. Inputs may be strided over tokens, q_pe over heads too.
+    """
+    turned = rotate(k_pe[:, None, :], cos_sin, positions, interleaved)[:, 0]
+    row = torch.cat([latent, turned], dim=-1)
+    cache.view(-1, cache.shape[2])[cache_index] = row.to(cache.dtype)
+    return rotate(q_pe, cos_sin, positions, interleaved)
+
+
+define(
+    "rope_append_gqa",
+    "(q[T,Hq,D], k[T,Hk,D], v[T,Hk,Dv], cos_sin[P,rot], positions[T], cache_index[T], "
+    "key_cache, value_cache, interleaved) -> q'[T,Hq,D]",
+    rope_append_gqa,
+)
+define(
+    "rope_append_mla",
+    "(q_pe[T,H,R], k_pe[T,R], latent[T,L], cos_sin[P,R], positions[T], cache_index[T], "
+    "cache, interleaved) -> q_pe'[T,H,R]",
+    rope_append_mla,
+)
