@@ -7,12 +7,12 @@ wire encodes every message with a schema (never pickle). `Down` goes to the engi
 
 from dataclasses import dataclass, field
 
-from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Prompt in, tokens out. `request_id` is the front end's own 64-bit number, never a client's."""
+    """Prompt in, tokens out. `request_id` is the front end's own 64-bit number, no client's."""
 
     request_id: int
     prompt_ids: list[int]
@@ -24,15 +24,6 @@ class GenerateRequest:
 @dataclass(frozen=True)
 class AbortRequest:
     request_id: int
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """One position: the chosen token first, then the likeliest in falling order."""
-
-    token_ids: list[int]
-    logprobs: list[float]
-    ranks: list[int]  # 1 is the likeliest
 
 
 @dataclass(frozen=True)

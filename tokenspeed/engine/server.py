@@ -22,7 +22,7 @@ from tokenspeed.engine import messages as m
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.wire import Decoder, decode_config, encode
-from tokenspeed.errors import RequestError
+from tokenspeed.errors import ModelLoadError, RequestError
 
 HEARTBEAT_S = 0.25
 STATS_S = 0.25
@@ -149,6 +149,9 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
         heart.engine = engine
         Loop(engine, inbox, outbox).run()
         return 0
+    except (ModelLoadError, ValueError) as error:  # the operator's mistake: no traceback
+        outbox.send(m.Fatal(str(error)))
+        return 1
     except Exception as error:
         outbox.send(m.Fatal(f"{type(error).__name__}: {error}"))
         raise
@@ -162,7 +165,7 @@ def _load(config: EngineConfig, outbox: Outbox) -> Engine:
     engine = build_engine(
         config, progress=lambda fraction, what: outbox.send(m.Loading(fraction, what))
     )
-    outbox.send(engine.ready())
+    outbox.send(engine.ready)
     return engine
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""`SamplingParams`: how one request's tokens are chosen. Knows nothing of text or batches.
+"""`SamplingParams`: how one request's tokens are chosen; `TokenLogprobs`: what it may ask to see.
 
-Names and meanings are vLLM's. `stop` strings are cut by the text layer and therefore travel here
-only so that one object describes a request; the sampler never reads them.
+Knows nothing of text, batches and tensors. Names and meanings are vLLM's. `stop` strings are cut by
+the text layer and travel here only so that one object describes a request; the sampler never reads
+them.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,9 +79,34 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids or [],
         }
 
+    def all_stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
+        """The ids that end the request: the model's unless `ignore_eos`, and `stop_token_ids`."""
+        return sorted({*([] if self.ignore_eos else eos_ids), *(self.stop_token_ids or [])})
+
+    def choices(self) -> list["SamplingParams"]:
+        """`n` requests of one answer each; a seed becomes n seeds in a row."""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else _wrap64(self.seed + i) for i in range(self.n)]
+        return [self.replace(n=1, seed=seed) for seed in seeds]
+
     def replace(self, **changes: Any) -> "SamplingParams":
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """One position: the chosen token first, then the likeliest in falling order."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int]  # 1 is the likeliest
+
+
+def _wrap64(value: int) -> int:
+    """Two's complement, so that a seed at the end of the range has a successor."""
+    return (value + 2**63) % 2**64 - 2**63
 
 
 def _refuse(field: str, why: str) -> None:

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""The checks that a request passes before the scheduler sees it. Knows limits, no state."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenspeed.engine.messages import GenerateRequest
+from tokenspeed.errors import RequestError
+
+TOO_LONG = "context_length_exceeded"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this engine can serve."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+
+
+def check(request: GenerateRequest, limits: Limits) -> NDArray[np.int32]:
+    """The prompt as an array. `RequestError` names the first field that cannot be served."""
+    params = request.params
+    if params.n != 1:
+        raise RequestError("n: the engine takes one answer a request", field="n")
+    prompt = _ids("prompt", request.prompt_ids, limits)
+    if not len(prompt):
+        raise RequestError("prompt: must not be empty", field="prompt", code="empty_prompt")
+    _check_length(len(prompt), params.max_tokens, limits.max_model_len)
+    for name, ids in params.token_ids().items():
+        _ids(name, ids, limits)
+    _ids("stop_token_ids", request.stop_ids, limits)
+    for name in ("logprobs", "prompt_logprobs"):
+        asked = getattr(params, name)
+        if asked is not None and asked > limits.max_logprobs:
+            raise RequestError(
+                f"{name}: at most {limits.max_logprobs} are served, got {asked}", field=name
+            )
+    return prompt
+
+
+def _ids(name: str, ids: list[int], limits: Limits) -> NDArray[np.int32]:
+    wrong = RequestError(
+        f"{name}: token ids must be integers in [0, {limits.vocab_size})", field=name
+    )
+    if not len(ids):
+        return np.empty(0, np.int32)
+    try:
+        array = np.asarray(ids)
+    except (ValueError, OverflowError):
+        raise wrong from None
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise wrong
+    if array.min() < 0 or array.max() >= limits.vocab_size:
+        raise wrong
+    return array.astype(np.int32)
+
+
+def _check_length(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:
+    asked = num_prompt + (max_tokens or 1)
+    if asked > max_model_len:
+        raise RequestError(
+            f"This model's maximum context length is {max_model_len} tokens. However, you "
+            f"requested {asked} tokens ({num_prompt} in the prompt, {max_tokens or 1} in the "
+            "completion). Please reduce the length of the prompt or the completion.",
+            field="prompt" if num_prompt >= max_model_len else "max_tokens",
+            code=TOO_LONG,
+        )

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: MIT
+"""`Engine`: plan -> launch -> commit, and what each request gets back. Knows ids, no text.
+
+Nothing that a request contains raises out of `step`: what cannot be served is refused by
+`add_request` with a `RequestError`, what fails on the way ends that request with "error".
+"""
+
+import random
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from tokenspeed._scheduler import (
+    FINISH_ERROR,
+    FINISH_LENGTH,
+    FINISH_NONE,
+    FINISH_STOP,
+    Scheduler,
+    Updates,
+)
+from tokenspeed.engine.admission import Limits, check
+from tokenspeed.engine.messages import EngineStats, GenerateRequest, Ready, TokenOutput
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.plan_view import Words
+from tokenspeed.execution.runner import InFlight, PromptLogprobs, StepOutput
+from tokenspeed.execution.sequence import Sequence
+
+REASONS = {FINISH_NONE: None, FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
+FAILED = "the model's numbers for this request are not finite, or no token was allowed"
+
+
+class Runner(Protocol):
+    """What the engine asks of execution (see `execution/runner.py`)."""
+
+    def add(self, request_id: int, sequence: Sequence) -> None: ...
+    def remove(self, request_id: int) -> None: ...
+    def launch(self, words: Words) -> InFlight: ...
+    def close(self) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Live:
+    """A request between `add_request` and its last output."""
+
+    sequence: Sequence
+    first_token_s: float | None = None
+    prompt_logprobs: PromptLogprobs = field(default_factory=dict)
+
+
+class Engine:
+    """One model, many requests. Single-threaded; only `num_steps` and `has_work` may be read
+    from another thread."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        ready: Ready,
+        *,
+        max_logprobs: int,
+        overlap_depth: int,
+        seed: int = 0,
+    ) -> None:
+        self.ready = ready
+        self.num_steps = 0
+        self._scheduler, self._runner = scheduler, runner
+        self._limits = Limits(ready.max_model_len, ready.vocab_size, max_logprobs)
+        self._overlap_depth = overlap_depth
+        self._seeds = random.Random(seed)
+        self._in_flight: deque[InFlight] = deque()
+        self._live: dict[int, _Live] = {}
+
+    def add_request(self, request: GenerateRequest) -> None:
+        """Queues a request. `RequestError`: it cannot be served as asked; nothing has changed."""
+        params = request.params
+        prompt = check(request, self._limits)
+        try:
+            self._scheduler.submit(
+                request.request_id,
+                prompt,
+                max_tokens=params.max_tokens or self._limits.max_model_len - len(prompt),
+                min_tokens=params.min_tokens,
+                stop_ids=np.array(request.stop_ids, np.int32),
+                salt=request.salt,
+                read_cache=params.prompt_logprobs is None,
+                prompt_logprobs=params.prompt_logprobs is not None,
+            )
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
+        sequence = Sequence(prompt, params, request.stop_ids, seed)
+        self._live[request.request_id] = _Live(sequence)
+        self._runner.add(request.request_id, sequence)
+
+    def abort(self, request_id: int) -> None:
+        """Ends a request in any state; no output follows. Unknown ids are ignored."""
+        if self._live.pop(request_id, None) is not None:
+            self._scheduler.abort(request_id)
+            self._runner.remove(request_id)
+
+    def step(self) -> list[TokenOutput]:
+        """Plans and launches a step if there is one, then commits what is due."""
+        plan = self._scheduler.next_plan()
+        if plan is not None:
+            self._in_flight.append(self._runner.launch(plan))
+        outputs: list[TokenOutput] = []
+        while len(self._in_flight) > (self._overlap_depth if plan is not None else 0):
+            outputs += self._commit(self._in_flight.popleft().result())
+        return outputs
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._live or self._in_flight)
+
+    def stats(self) -> EngineStats:
+        """The scheduler's counts, as the gateway's metrics show them."""
+        s = self._scheduler.stats()
+        used = s.num_pages - s.num_free_pages - s.num_cached_pages
+        return EngineStats(
+            num_running=s.num_running,
+            num_waiting=s.num_waiting,
+            kv_cache_usage=used / s.num_pages,
+            num_preemptions=s.num_preemptions,
+            prefix_queries=s.prefix_queries,
+            prefix_hits=s.prefix_hits,
+            num_steps=self.num_steps,
+        )
+
+    def flush_cache(self) -> int:
+        """Forgets every cached page that no request uses; returns how many."""
+        return self._scheduler.flush_cache()
+
+    def close(self) -> None:
+        """Waits for the steps in flight. The engine is of no use afterwards."""
+        self._runner.close()
+
+    def _commit(self, step: StepOutput) -> list[TokenOutput]:
+        updates = self._scheduler.commit(step.words)
+        self.num_steps += 1
+        for request_id, entries in step.prompt_logprobs.items():
+            if request_id in self._live:
+                self._live[request_id].prompt_logprobs.update(entries)
+        return self._outputs(updates, step)
+
+    def _outputs(self, updates: Updates, step: StepOutput) -> list[TokenOutput]:
+        outputs = []
+        all_ids, at = updates.ids.tolist(), 0
+        for request_id, finish, num_ids, num_cached in zip(
+            updates.request_ids.tolist(),
+            updates.finish.tolist(),
+            updates.num_ids.tolist(),
+            updates.num_cached.tolist(),
+            strict=True,
+        ):
+            ids, at = all_ids[at : at + num_ids], at + num_ids
+            live = self._live[request_id]
+            logprobs = step.logprobs.get(request_id) if ids else None
+            outputs.append(
+                TokenOutput(
+                    request_id,
+                    ids,
+                    finish_reason=REASONS[finish],
+                    stop_token_id=ids[-1] if finish == FINISH_STOP else None,
+                    num_cached_tokens=num_cached,
+                    logprobs=None if logprobs is None else [logprobs],
+                    error=FAILED if finish == FINISH_ERROR else None,
+                    **self._advance(live, request_id, ids, over=finish != FINISH_NONE),
+                )
+            )
+        return outputs
+
+    def _advance(
+        self, live: _Live, request_id: int, ids: list[int], *, over: bool
+    ) -> dict[str, Any]:
+        """Moves the request on; what only its first and its last output carry."""
+        sequence = live.sequence
+        extra: dict[str, Any] = {}
+        if ids and live.first_token_s is None:
+            live.first_token_s = time.monotonic()
+            if sequence.params.prompt_logprobs is not None:
+                extra["prompt_logprobs"] = [
+                    live.prompt_logprobs.get(i) for i in range(sequence.prompt_len)
+                ]
+        sequence.output_ids += ids
+        if over:
+            del self._live[request_id]
+            self._runner.remove(request_id)
+            started = sequence.started_s or sequence.arrived_s
+            extra["queue_s"] = started - sequence.arrived_s
+            extra["prefill_s"] = (live.first_token_s or started) - started
+        return extra

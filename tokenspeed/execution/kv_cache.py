@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: MIT
+"""The paged KV cache: how many pages there are, and their tensors. Knows shapes, no owners."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from tokenspeed.config import CacheOptions
+from tokenspeed.layers.cache_spec import CacheSpec
+
+FREE_MEMORY_SHARE = 0.3  # of what the machine can still give, when no option says how much
+
+
+class KVCache:
+    """One tuple of tensors per layer, each [num_pages, page_size, *shape]; contents undefined."""
+
+    def __init__(
+        self,
+        specs: Sequence[CacheSpec],
+        *,
+        num_pages: int,
+        page_size: int,
+        device: torch.device,
+    ) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.layers = [
+            tuple(
+                torch.empty((num_pages, page_size, *shape), dtype=spec.dtype, device=device)
+                for shape in spec.shapes
+            )
+            for spec in specs
+        ]
+
+    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies whole pages of every layer; both [n] int64."""
+        for tensors in self.layers:
+            for tensor in tensors:
+                tensor[targets] = tensor[sources]
+
+
+def page_bytes(specs: Sequence[CacheSpec], page_size: int) -> int:
+    """Bytes of one page over all layers."""
+    return page_size * sum(spec.bytes_per_token() for spec in specs)
+
+
+def choose_num_pages(
+    options: CacheOptions,
+    specs: Sequence[CacheSpec],
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    device: torch.device,
+) -> int:
+    """`num_pages`, or as many as `kv_cache_memory_bytes` or a share of the free memory holds.
+
+    Left to itself it never takes more than every slot at its full length could use twice over:
+    once running, once remembered.
+    """
+    if options.num_pages is not None:
+        return options.num_pages
+    one_page = page_bytes(specs, options.page_size)
+    if options.kv_cache_memory_bytes is not None:
+        return options.kv_cache_memory_bytes // one_page
+    most = 2 * max_num_seqs * pages_of(max_model_len, options.page_size)
+    return min(most, int(free_memory(device) * FREE_MEMORY_SHARE) // one_page)
+
+
+def fit_max_model_len(asked: int | None, longest: int, num_pages: int, page_size: int) -> int:
+    """The context length to serve: what was asked, or what model and cache allow.
+
+    `ValueError` if one request of the length that was asked for does not fit into the cache.
+    """
+    room = num_pages * page_size
+    if asked is None and room > 0:
+        return min(longest, room)
+    if room < (asked or 1):
+        raise ValueError(
+            f"the KV cache holds {room} tokens ({num_pages} pages of {page_size}), too few for one "
+            f"request of max_model_len {asked or longest}: lower max_model_len, or raise num_pages "
+            "or kv_cache_memory_bytes"
+        )
+    return asked or longest
+
+
+def pages_of(num_tokens: int, page_size: int) -> int:
+    """Pages that `num_tokens` tokens occupy."""
+    return -(-num_tokens // page_size)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could still be allocated on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = next(line.split()[1] for line in file if line.startswith("MemAvailable"))
+        return int(kilobytes) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: MIT
+"""`LogitEdits`: what one request's parameters do to its own row of logits before sampling.
+
+In vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias. Knows one row, no batch.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from tokenspeed.execution.sequence import Sequence
+
+NEVER = float("-inf")
+
+
+@dataclass(slots=True)
+class LogitEdits:
+    """Built anew whenever a request is bound to a slot."""
+
+    allowed: torch.Tensor | None  # [n] int64
+    bias_ids: torch.Tensor | None  # [n] int64
+    bias: torch.Tensor  # [n] float32
+    stop_ids: torch.Tensor | None  # [n] int64
+    min_position: int  # a stop id may stand at this position of the sequence or later
+    bad_words: list[list[int]]
+    outputs: list[int] = field(default_factory=list)  # kept only if a bad word is a sequence
+
+    @classmethod
+    def of(
+        cls, sequence: Sequence, output_ids: list[int], device: torch.device
+    ) -> "LogitEdits | None":
+        """The request's edits, or None if it asks for none."""
+        params = sequence.params
+        min_position = sequence.prompt_len + params.min_tokens
+        bias = params.logit_bias or {}
+        edits = cls(
+            allowed=_ids(params.allowed_token_ids or [], device),
+            bias_ids=_ids(list(bias), device),
+            bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
+            stop_ids=_ids(sequence.stop_ids if params.min_tokens else [], device),
+            min_position=min_position,
+            bad_words=params.bad_words_token_ids or [],
+        )
+        if any(len(word) > 1 for word in edits.bad_words):
+            edits.outputs = list(output_ids)
+        asked = (edits.allowed, edits.bias_ids, edits.stop_ids)
+        return edits if edits.bad_words or any(ids is not None for ids in asked) else None
+
+    def apply(self, row: torch.Tensor, position: int) -> None:
+        """In place on `row` [vocab_size], the logits of the token at `position`."""
+        if self.allowed is not None:
+            kept = row[self.allowed]
+            row.fill_(NEVER)
+            row[self.allowed] = kept
+        for word in self.bad_words:
+            before = word[:-1]
+            if not before or self.outputs[-len(before) :] == before:
+                row[word[-1]] = NEVER
+        if self.stop_ids is not None and position < self.min_position:
+            row[self.stop_ids] = NEVER
+        if self.bias_ids is not None:
+            row[self.bias_ids] += self.bias
+
+    def record(self, token_id: int) -> None:
+        """Takes note of the id that was sampled."""
+        if any(len(word) > 1 for word in self.bad_words):
+            self.outputs.append(token_id)
+
+
+def _ids(ids: list[int], device: torch.device) -> torch.Tensor | None:
+    return torch.tensor(ids, dtype=torch.int64, device=device) if ids else None

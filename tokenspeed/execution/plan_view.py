@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""NumPy views on the words of a Plan, and the words of a StepResult.
+
+The layouts are described in csrc/scheduler/plan.h; the constants below repeat its enumerators and
+nothing else here knows a word's position. Knows int32 words, no tensors and no requests.
+"""
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.int32]
+
+PLAN_MAGIC: Final = 0x4C505354
+RESULT_MAGIC: Final = 0x53525354
+LAYOUT_VERSION: Final = 1
+
+HEADER_WORDS: Final = 16
+SECTIONS: Final = (6, 1, 4, 4, 4)  # words of a row, token, delta, copy, bind
+RESULT_HEADER_WORDS: Final = 8
+
+ROW_SAMPLE: Final = 1
+ROW_PROMPT_LOGPROBS: Final = 2
+ROW_PREFILL: Final = 4
+TOKEN_FROM_DEVICE: Final = -1
+ROW_OK: Final = 0
+ROW_FAILED: Final = 1
+
+
+class PlanView:
+    """The sections of one plan, without a copy. `ValueError` if the words are not a plan.
+
+    Shapes: slots, flags, starts, num_tokens [num_rows]; tokens [num_tokens]; deltas [num_deltas, 4]
+    (group, slot, index, page); copies [num_copies, 4]; binds [num_binds, 4].
+    """
+
+    def __init__(self, words: Words) -> None:
+        if words.size < HEADER_WORDS or words[0] != PLAN_MAGIC or words[1] != LAYOUT_VERSION:
+            raise ValueError("not a plan of this layout's version")
+        counts = words[5:10].tolist()
+        if int(words[2]) != words.size or words.size != HEADER_WORDS + sum(
+            count * width for count, width in zip(counts, SECTIONS, strict=True)
+        ):
+            raise ValueError(f"a plan of {words.size} words does not hold what its header counts")
+        self.step_words = words[3:5]
+        sections, at = [], HEADER_WORDS
+        for count, width in zip(counts, SECTIONS, strict=True):
+            sections.append(words[at : at + count * width].reshape(count, width))
+            at += count * width
+        rows, tokens, self.deltas, self.copies, self.binds = sections
+        self.slots, self.flags, self.starts, self.num_tokens = rows.T[:4]
+        self.tokens = tokens[:, 0]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+    def bound_request_ids(self) -> list[int]:
+        """[num_binds] the 64-bit request ids, put together from their halves."""
+        halves = np.ascontiguousarray(self.binds[:, 1:3]).view(np.uint32).astype(np.uint64)
+        ids: list[int] = (halves[:, 0] | halves[:, 1] << np.uint64(32)).tolist()
+        return ids
+
+    def result(self, ids: NDArray[np.int64], failed: NDArray[np.bool_]) -> Words:
+        """The StepResult of this plan: `ids` [num_rows], -1 where a row accepts no id."""
+        accepted = (ids >= 0) & ~failed
+        header = np.zeros(RESULT_HEADER_WORDS, np.int32)
+        rows = np.stack([self.slots, np.where(failed, ROW_FAILED, ROW_OK), accepted], axis=1)
+        body = np.concatenate([rows.astype(np.int32).ravel(), ids[accepted].astype(np.int32)])
+        header[:3] = RESULT_MAGIC, LAYOUT_VERSION, RESULT_HEADER_WORDS + body.size
+        header[3:5] = self.step_words
+        header[5:7] = self.num_rows, np.count_nonzero(accepted)
+        return np.concatenate([header, body])

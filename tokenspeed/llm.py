@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: MIT
+"""`LLM`: prompts in, texts out, the engine in this very process. Knows no HTTP and no sockets.
+
+What comes back is shaped like vLLM's `RequestOutput`.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.build import build_engine, resolve_folders
+from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.models.hf_config import eos_token_ids
+from tokenspeed.text.chat_template import ChatTemplate
+from tokenspeed.text.detokenizer import Detokenizer
+from tokenspeed.text.tokenizer import Tokenizer
+
+Prompt = (
+    str | Sequence[int] | dict[str, Any]
+)  # text, ids, {"prompt": ...}, {"prompt_token_ids": ...}
+Messages = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability at one position; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+Position = dict[int, Logprob]  # by token id, the chosen token first
+
+
+@dataclass
+class CompletionOutput:
+    """One answer. It grows while the engine runs and is complete once `finish_reason` is set."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[Position] | None = None
+    finish_reason: str | None = None  # "stop" | "length" | "error"
+    stop_reason: int | str | None = None  # the stop token id or string; None for end of sequence
+
+
+@dataclass
+class RequestOutput:
+    """One prompt and its `n` answers."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[Position | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return all(output.finish_reason is not None for output in self.outputs)
+
+
+@dataclass
+class _Choice:
+    """One engine request: where its tokens go and what turns them into text."""
+
+    request: RequestOutput
+    output: CompletionOutput
+    params: SamplingParams
+    detokenizer: Detokenizer | None
+
+
+class LLM:
+    """A model ready to generate. `LLM(model=..., **options)` takes every option of `EngineConfig`.
+
+    Raises `ModelLoadError` or `ValueError` if it cannot be built. Not thread-safe.
+    """
+
+    def __init__(
+        self, model: str | None = None, *, config: EngineConfig | None = None, **options: Any
+    ) -> None:
+        if config is None:
+            config = EngineConfig.of(**options, **({} if model is None else {"model": model}))
+        elif options or model is not None:
+            raise ValueError("give either config or options, not both")
+        self.config = config
+        folder, tokenizer_folder = resolve_folders(config)
+        self._tokenizer: Tokenizer | None = None
+        self._template: ChatTemplate | None = None
+        if not config.model.skip_tokenizer_init:
+            self._tokenizer = Tokenizer.from_folder(tokenizer_folder)
+            self._template = ChatTemplate.from_folder(
+                tokenizer_folder, self._tokenizer.special_tokens, config.model.chat_template
+            )
+        self._eos_ids = self._tokenizer.eos_ids if self._tokenizer else eos_token_ids(folder)
+        self._engine = build_engine(config, folder=folder)
+        self._ids = itertools.count()
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The tokenizer. `ValueError` if the LLM was built with `skip_tokenizer_init`."""
+        if self._tokenizer is None:
+            raise ValueError("there is no tokenizer: skip_tokenizer_init is set")
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: str | dict[str, Any] | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes every prompt; results come in the prompts' order.
+
+        `sampling_params` is one for all or one each. `RequestError` if any prompt cannot be
+        served; then none is.
+        """
+        listed: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        tokenized = [self._tokenize(prompt) for prompt in listed]
+        return self._complete(tokenized, _one_each(sampling_params, len(listed)), use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, by the model's chat template."""
+        single = bool(messages) and isinstance(messages[0], dict)
+        conversations: list[Any] = [messages] if single else list(messages)
+        extra = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        tokenized = [
+            self._render(conversation, **extra, **(chat_template_kwargs or {}))
+            for conversation in conversations
+        ]
+        return self._complete(tokenized, _one_each(sampling_params, len(tokenized)), use_tqdm)
+
+    def stream_chat(
+        self, messages: Messages, sampling_params: SamplingParams | None = None
+    ) -> Iterator[str]:
+        """The answer to one conversation, piece by piece. Stops the engine's work when closed."""
+        params = (sampling_params or SamplingParams()).replace(n=1)
+        text, ids = self._render(messages)
+        _, choices = self._submit([(text, ids)], [params])
+        for _, piece in self._drive(choices):
+            if piece:
+                yield piece
+
+    def _render(self, messages: Messages, **options: Any) -> Tokenized:
+        tokenizer = self.get_tokenizer()
+        if self._template is None:
+            raise ValueError("there is no chat template: skip_tokenizer_init is set")
+        text = self._template.render(messages, **options)
+        return text, tokenizer.encode(text, add_special_tokens=False)
+
+    def _tokenize(self, prompt: Prompt) -> Tokenized:
+        if isinstance(prompt, dict):
+            if prompt.keys() == {"prompt_token_ids"}:
+                return None, list(prompt["prompt_token_ids"])
+            if prompt.keys() != {"prompt"}:
+                raise RequestError(
+                    f"prompt: a dict has either prompt or prompt_token_ids, got {sorted(prompt)}",
+                    field="prompt",
+                )
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, self.get_tokenizer().encode(prompt)
+        if not isinstance(prompt, list):
+            raise RequestError("prompt: must be text, a list of ids or a dict", field="prompt")
+        return None, prompt
+
+    def _complete(
+        self,
+        prompts: list[Tokenized],
+        params: list[SamplingParams],
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        requests, choices = self._submit(prompts, params)
+        with tqdm(total=len(requests), desc="Prompts", disable=not use_tqdm) as bar:
+            for choice, _ in self._drive(choices):
+                if choice.output.finish_reason is not None and choice.request.finished:
+                    bar.update()
+        return requests
+
+    def _submit(
+        self, prompts: list[Tokenized], params: list[SamplingParams]
+    ) -> tuple[list[RequestOutput], dict[int, _Choice]]:
+        """Hands every choice of every prompt to the engine, or none of them."""
+        requests: list[RequestOutput] = []
+        choices: dict[int, _Choice] = {}
+        try:
+            for (text, ids), asked in zip(prompts, params, strict=True):
+                request = RequestOutput(str(len(requests)), text, ids, [])
+                requests.append(request)
+                for index, one in enumerate(asked.choices()):
+                    output = CompletionOutput(index, logprobs=_empty(one.logprobs))
+                    request.outputs.append(output)
+                    stop_ids = one.all_stop_ids(self._eos_ids)
+                    request_id = next(self._ids)
+                    choice = _Choice(request, output, one, self._detokenizer(one, ids))
+                    self._engine.add_request(GenerateRequest(request_id, ids, one, stop_ids))
+                    choices[request_id] = choice
+        except BaseException:
+            self._abort(choices)
+            raise
+        return requests, choices
+
+    def _detokenizer(self, params: SamplingParams, prompt_ids: list[int]) -> Detokenizer | None:
+        if self._tokenizer is None:
+            if params.stop:
+                raise RequestError("stop: needs a tokenizer", field="stop")
+            return None
+        return Detokenizer(
+            self._tokenizer,
+            stop=params.stop or (),
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+            prompt_ids=prompt_ids,
+        )
+
+    def _drive(self, choices: dict[int, _Choice]) -> Iterator[tuple[_Choice, str]]:
+        """Steps the engine until all choices are over; yields each with the text it gained."""
+        try:
+            while choices:
+                for output in self._engine.step():
+                    choice = choices.get(output.request_id)
+                    if choice is None:
+                        continue
+                    piece = self._take(choice, output)
+                    if choice.output.finish_reason is not None:
+                        del choices[output.request_id]
+                        self._engine.abort(output.request_id)  # a stop string ended it here only
+                    yield choice, piece
+        finally:
+            self._abort(choices)
+
+    def _abort(self, choices: dict[int, _Choice]) -> None:
+        for request_id in choices:
+            self._engine.abort(request_id)
+
+    def _take(self, choice: _Choice, new: TokenOutput) -> str:
+        """Adds what the engine says to the choice; returns the text that became certain."""
+        output, detokenizer = choice.output, choice.detokenizer
+        if choice.output.index == 0:
+            choice.request.num_cached_tokens = new.num_cached_tokens
+            if new.prompt_logprobs is not None:
+                choice.request.prompt_logprobs = [
+                    None if at is None else self._position(at) for at in new.prompt_logprobs
+                ]
+        output.finish_reason = new.finish_reason
+        if new.stop_token_id in (choice.params.stop_token_ids or ()):
+            output.stop_reason = new.stop_token_id
+        kept, piece = len(new.token_ids), ""
+        if detokenizer is not None:
+            before = detokenizer.num_tokens
+            piece = detokenizer.push(new.token_ids, ended_by_token=new.stop_token_id is not None)
+            if new.finish_reason is not None:
+                piece += detokenizer.finish()
+            if detokenizer.stopped is not None:
+                output.finish_reason, output.stop_reason = "stop", detokenizer.stopped
+                kept = detokenizer.num_tokens - before
+        output.token_ids += new.token_ids[:kept]
+        output.text += piece
+        self._take_logprobs(output, (new.logprobs or [])[:kept])
+        return piece
+
+    def _take_logprobs(self, output: CompletionOutput, entries: list[TokenLogprobs]) -> None:
+        for entry in entries:
+            if output.logprobs is not None:
+                output.logprobs.append(self._position(entry))
+            output.cumulative_logprob = (output.cumulative_logprob or 0.0) + entry.logprobs[0]
+
+    def _position(self, entry: TokenLogprobs) -> Position:
+        found: Position = {}
+        for token_id, logprob, rank in zip(
+            entry.token_ids, entry.logprobs, entry.ranks, strict=True
+        ):
+            text = None if self._tokenizer is None else self._tokenizer.token_text(token_id)
+            found.setdefault(token_id, Logprob(logprob, rank, text))
+        return found
+
+
+def _one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if params is None:
+        params = SamplingParams()
+    listed = [params] * count if isinstance(params, SamplingParams) else list(params)
+    if len(listed) != count:
+        raise ValueError(f"{count} prompts, but {len(listed)} sampling_params")
+    return listed
+
+
+def _empty(asked: int | None) -> list[Position] | None:
+    return None if asked is None else []
