@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: MIT
+"""Makes tiny random checkpoints with transformers, the oracle of the parity tests. Knows no engine.
+
+Weights are larger than a fresh initialisation's and norms are not ones, so that a forgotten norm,
+bias or scale shows.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+VOCAB_SIZE = 512
+MAX_POSITION = 512
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_POSITION,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+}
+_MLA: dict[str, Any] = _COMMON | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "moe_intermediate_size": 24,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.8,
+}
+
+
+def _deepseek_v2(**changes: Any) -> Any:
+    values = _MLA | {"n_routed_experts": 8, "q_lora_rank": None, "topk_method": "greedy"}
+    return transformers.DeepseekV2Config(**(values | changes))
+
+
+def _deepseek_v3(**changes: Any) -> Any:
+    values = _MLA | {
+        "n_routed_experts": 16,
+        "q_lora_rank": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "rope_scaling": _YARN,
+    }
+    return transformers.DeepseekV3Config(**(values | changes))
+
+
+def _qwen3(**changes: Any) -> Any:
+    return transformers.Qwen3Config(**(_COMMON | {"head_dim": 32} | changes))
+
+
+def _qwen3_moe(**changes: Any) -> Any:
+    values = _COMMON | {
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    }
+    return transformers.Qwen3MoeConfig(**(values | changes))
+
+
+def _llama(**changes: Any) -> Any:
+    values = _COMMON | {
+        "attention_bias": True,
+        "mlp_bias": True,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    }
+    return transformers.LlamaConfig(**(values | changes))
+
+
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "deepseek_v2": _deepseek_v2,
+    "deepseek_v3": _deepseek_v3,
+    "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
+    "llama": _llama,
+}
+
+
+def make_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    max_shard_size: str = "1GB",
+    mtp: bool = True,
+    seed: int = 0,
+    **changes: Any,
+) -> Path:
+    """Writes a random fp32 checkpoint of `family` into `folder`; `changes` are config values.
+
+    DeepSeek V3 gets the tensors of one fake MTP layer unless `mtp` is off.
+    """
+    config = FAMILIES[family](**changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("norm.weight"):
+                tensor.uniform_(0.5, 1.5)
+            elif "inv_freq" not in name:
+                tensor.normal_(std=0.1)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if family == "deepseek_v3" and mtp:
+        _add_mtp(folder, config)
+    return folder
+
+
+def reference_model(folder: Path) -> Any:
+    """The same checkpoint in transformers, in fp32 with its plainest attention."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def _add_mtp(folder: Path, config: Any) -> None:
+    """Adds tensors of the layer behind the last one, in a shard of their own or the one file."""
+    at = f"model.layers.{config.num_hidden_layers}"
+    extra = {
+        f"{at}.eh_proj.weight": torch.randn(config.hidden_size, 2 * config.hidden_size),
+        f"{at}.enorm.weight": torch.ones(config.hidden_size),
+        f"{at}.embed_tokens.weight": torch.randn(config.vocab_size, config.hidden_size),
+    }
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+        return
+    save_file(extra, folder / "mtp.safetensors", metadata={"format": "pt"})
+    content = json.loads(index.read_text())
+    content["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
+    index.write_text(json.dumps(content))

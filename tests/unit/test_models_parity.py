@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Every model family against transformers on tiny random weights, through shuffled pages."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint, reference_model
+from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.models.build import load_model
+from tokenspeed.models.causal_lm import CausalLM
+
+TOLERANCE = 1e-4
+
+
+class PagedRun:
+    """Feeds pieces of sequences to a model; slots and pages are handed out in shuffled order.
+
+    Everything that no sequence owns is NaN.
+    """
+
+    def __init__(self, model: CausalLM, num_slots: int = 5, page_size: int = 16) -> None:
+        self.model, self.page_size = model, page_size
+        num_pages, per_slot = 64, 12
+        self.caches = [
+            tuple(torch.full((num_pages, page_size, *s), torch.nan) for s in spec.shapes)
+            for spec in model.cache_specs()
+        ]
+        generator = torch.Generator().manual_seed(1)
+        pages = torch.randperm(num_pages, generator=generator)[: num_slots * per_slot]
+        self.page_table = pages.view(num_slots, per_slot).int()
+        self.lengths = [0] * num_slots
+
+    def step(self, pieces: dict[int, list[int]]) -> Tensor:
+        """Appends each slot's ids; returns the logits of all new tokens, in order."""
+        positions = [
+            torch.arange(self.lengths[s], self.lengths[s] + len(ids)) for s, ids in pieces.items()
+        ]
+        places = [
+            self.page_table[s].long()[p // self.page_size] * self.page_size + p % self.page_size
+            for s, p in zip(pieces, positions, strict=True)
+        ]
+        for slot, ids in pieces.items():
+            self.lengths[slot] += len(ids)
+        lengths = [len(ids) for ids in pieces.values()]
+        kv_len = [self.lengths[s] for s in pieces]
+        batch = ForwardBatch(
+            token_ids=torch.tensor([t for ids in pieces.values() for t in ids]),
+            positions=torch.cat(positions).int(),
+            cache_index=torch.cat(places),
+            q_start=torch.tensor([0, *lengths]).cumsum(0).int(),
+            kv_len=torch.tensor(kv_len).int(),
+            slots=torch.tensor(list(pieces)).int(),
+            page_table=self.page_table,
+            logits_index=torch.arange(sum(lengths)),
+            max_q_len=max(lengths),
+            max_kv_len=max(kv_len),
+        )
+        return self.model.logits(self.model.forward(batch, self.caches))
+
+
+def expected_logits(reference: Any, ids: list[int]) -> Tensor:
+    with torch.no_grad():
+        return reference(torch.tensor([ids])).logits[0]
+
+
+def random_ids(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCAB_SIZE, (count,), generator=generator).tolist()
+
+
+def check_family(folder: Path) -> None:
+    reference = reference_model(folder)
+    model = load_model(folder, torch.float32, torch.device("cpu"), 192)
+    run = PagedRun(model)
+    sequences = {4: random_ids(37, 1), 1: random_ids(150, 2), 2: random_ids(1, 3)}
+    want = {slot: expected_logits(reference, ids) for slot, ids in sequences.items()}
+    # A ragged prefill, then a mixed batch: a chunk, one-token decodes, and a row that sits out.
+    steps = [
+        {4: slice(0, 20), 1: slice(0, 70), 2: slice(0, 1)},
+        {1: slice(70, 140), 4: slice(20, 21)},
+        *({4: slice(21 + i, 22 + i), 1: slice(140 + i, 141 + i)} for i in range(10)),
+        {4: slice(31, 37)},
+    ]
+    for step in steps:
+        logits = run.step({slot: sequences[slot][part] for slot, part in step.items()})
+        expected = torch.cat([want[slot][part] for slot, part in step.items()])
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
+    check_family(make_checkpoint(tmp_path, family))

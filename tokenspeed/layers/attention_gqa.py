@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Grouped-query attention over paged keys and values, with optional q/k norm and biases."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.layers.cache_spec import CacheSpec
+from tokenspeed.layers.layer import Layer, Target
+from tokenspeed.layers.linear import Linear
+from tokenspeed.layers.norm import RMSNorm
+from tokenspeed.spmd.placement import ModuleSpec, Partial, Shard
+
+
+@dataclass(frozen=True)
+class GqaShape:
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bias: bool = False  # on q, k, v and o
+    qk_norm_eps: float | None = None  # norm of each head's q and k before rope
+
+
+class GqaAttention(Layer):
+    """[T, hidden] -> [T, hidden]. Child names are the checkpoint's: q_proj, k_norm, o_proj...
+
+    `cos_sin` [positions, head_dim] is shared by all layers (`layers/rope.py`).
+    """
+
+    def __init__(self, target: Target, shape: GqaShape, cos_sin: Tensor) -> None:
+        super().__init__()
+        self.shape, self.cos_sin = shape, cos_sin
+        self.scale = shape.head_dim**-0.5
+        self.q_size = shape.num_heads * shape.head_dim
+        self.kv_size = shape.num_kv_heads * shape.head_dim
+        parts = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        self.qkv_proj = Linear(target, shape.hidden_size, parts, bias=shape.bias, split="rows")
+        self.o_proj = Linear(
+            target, self.q_size, {"o_proj": shape.hidden_size}, bias=shape.bias, split="columns"
+        )
+        self.spec = ModuleSpec(outputs={"tp": Partial()})
+        self.flows = (("qkv_proj", "o_proj"),)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if shape.qk_norm_eps is not None:
+            heads = {"tp": Shard(1)}
+            size, eps = shape.head_dim, shape.qk_norm_eps
+            self.q_norm = RMSNorm(target, "q_norm", size, eps, heads)
+            self.k_norm = RMSNorm(target, "k_norm", size, eps, heads)
+            self.flows = (("qkv_proj", "q_norm", "o_proj"), ("qkv_proj", "k_norm", "o_proj"))
+        sizes = {
+            "num_heads": shape.num_heads,
+            "num_kv_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+        }
+        self.rope_append = target.kernel("rope_append_gqa", **sizes)
+        self.attend = target.kernel("attention_gqa", **sizes)
+
+    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
+        rows = (self.shape.num_kv_heads, self.shape.head_dim)
+        return CacheSpec((rows, rows), dtype)
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
+        keys, values = cache
+        q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
+        if self.q_norm is not None and self.k_norm is not None:
+            q = self.q_norm(q.flatten(0, 1)).view_as(q)
+            k = self.k_norm(k.flatten(0, 1)).view_as(k)
+        q = self.rope_append(
+            q, k, v, self.cos_sin, batch.positions, batch.cache_index, keys, values, False
+        )
+        y = self.attend(
+            q,
+            keys,
+            values,
+            batch.page_table,
+            batch.slots,
+            batch.q_start,
+            batch.kv_len,
+            self.scale,
+        )
+        out: Tensor = self.o_proj(y.flatten(1))
+        return out

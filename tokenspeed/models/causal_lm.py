@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: MIT
+"""`CausalLM`: the frame of every decoder-only model, from token ids to logits.
+
+Module names are the checkpoint's tensor names, so that a module's path tells which tensors fill
+it. Refuses to know the kind of attention and feed-forward; a model's file gives it finished layers.
+"""
+
+from abc import abstractmethod
+from typing import Any, Protocol, Self, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.layers.cache_spec import CacheSpec
+from tokenspeed.layers.embedding import Embedding, LMHead
+from tokenspeed.layers.layer import Layer, Target
+from tokenspeed.layers.norm import RMSNorm
+from tokenspeed.models.decoder_config import DecoderConfig
+from tokenspeed.spmd.placement import ModuleSpec, Shard
+
+
+class Attention(Protocol):
+    """What a decoder layer asks of its attention, which is also a `Layer`."""
+
+    def __call__(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor: ...
+    def cache_spec(self, dtype: torch.dtype) -> CacheSpec: ...
+
+
+class DecoderLayer(Layer):
+    """norm, attention, norm, feed-forward; the residual is added inside the norms.
+
+    `hidden` is the last block's output, not yet added to `residual` (None in the first layer).
+    """
+
+    flows = (("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),)
+
+    def __init__(self, target: Target, config: DecoderConfig, self_attn: Layer, mlp: Layer) -> None:
+        super().__init__()
+        self.spec = ModuleSpec(outputs=mlp.spec.outputs)
+        size, eps = config.hidden_size, config.norm_eps
+        self.input_layernorm = RMSNorm(target, "input_layernorm", size, eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(target, "post_attention_layernorm", size, eps)
+        self.mlp = mlp
+
+    def forward(
+        self,
+        hidden: Tensor,
+        residual: Tensor | None,
+        batch: ForwardBatch,
+        cache: tuple[Tensor, ...],
+    ) -> tuple[Tensor, Tensor]:
+        hidden, residual = self.input_layernorm.add(hidden, residual)
+        hidden = self.self_attn(hidden, batch, cache)
+        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Decoder(Layer):
+    """Token ids [T] to normalised hidden states [T, hidden]."""
+
+    flows = (("embed_tokens", "layers", "norm"),)
+
+    def __init__(self, target: Target, config: DecoderConfig, layers: list[DecoderLayer]) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(target, config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(target, "norm", config.hidden_size, config.norm_eps)
+
+    def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
+        hidden: Tensor = self.embed_tokens(batch.token_ids)
+        residual: Tensor | None = None
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden, residual = layer(hidden, residual, batch, cache)
+        return self.norm.add(hidden, residual)[0]
+
+
+class CausalLM(Layer):
+    """A model that the engine can run. Its parameters are on the meta device until loaded."""
+
+    flows = (("model", "lm_head"),)
+
+    def __init__(self, target: Target, config: DecoderConfig, layers: list[DecoderLayer]) -> None:
+        super().__init__()
+        self.spec = ModuleSpec(outputs={"tp": Shard(1)})
+        self.target, self.config = target, config
+        self.vocab_size, self.max_position = config.vocab_size, config.max_position
+        self.model = Decoder(target, config, layers)
+        self.lm_head = LMHead(target, self.model.embed_tokens, tied=config.tied)
+
+    @classmethod
+    @abstractmethod
+    def from_config(
+        cls,
+        hf_config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+        max_model_len: int | None = None,
+    ) -> Self:
+        """Builds the model without reading weights. `ModelLoadError` names an unsupported key.
+
+        `hf_config` is the language model's part of config.json.
+        """
+
+    def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
+        """One step over all tokens of the batch; appends their keys and values: [T, hidden]."""
+        hidden: Tensor = self.model(batch, caches)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [L, hidden] -> float32 [L, vocab]"""
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def cache_specs(self, dtype: torch.dtype | None = None) -> list[CacheSpec]:
+        """What each layer keeps per token; `dtype` defaults to the model's."""
+        kept = dtype or self.target.dtype
+        layers = cast(list[DecoderLayer], list(self.model.layers))
+        return [cast(Attention, layer.self_attn).cache_spec(kept) for layer in layers]
+
+    def sets_aside(self, name: str) -> bool:
+        """Whether a checkpoint tensor that no module asks for is known and left out on purpose."""
+        tied_head = self.config.tied and name == "lm_head.weight"
+        return tied_head or name.endswith(".rotary_emb.inv_freq")

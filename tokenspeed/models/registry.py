@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: MIT
+"""Which class builds which architecture: one line per model."""
+
+from dataclasses import dataclass
+
+from tokenspeed.errors import ModelLoadError
+from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.models.deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
+from tokenspeed.models.llama import LlamaForCausalLM
+from tokenspeed.models.qwen3 import Qwen3ForCausalLM
+from tokenspeed.models.qwen3_moe import Qwen3MoeForCausalLM
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model class; in multimodal checkpoints also where the language model's tensors are."""
+
+    model: type[CausalLM]
+    prefix: str = ""  # in front of every tensor name of the language model
+    other: tuple[str, ...] = ()  # prefixes of the tensors that belong to other parts
+
+
+ARCHITECTURES = {
+    "DeepseekV2ForCausalLM": Architecture(DeepseekV2ForCausalLM),
+    "DeepseekV3ForCausalLM": Architecture(DeepseekV3ForCausalLM),
+    "KimiK25ForConditionalGeneration": Architecture(
+        DeepseekV3ForCausalLM, "language_model.", ("vision_tower.", "mm_projector.")
+    ),
+    "LlamaForCausalLM": Architecture(LlamaForCausalLM),
+    "Qwen3ForCausalLM": Architecture(Qwen3ForCausalLM),
+    "Qwen3MoeForCausalLM": Architecture(Qwen3MoeForCausalLM),
+}
+
+
+def find_architecture(name: str) -> Architecture:
+    """`ModelLoadError` lists what is supported."""
+    if name not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ModelLoadError(f"architecture {name} is not supported; supported: {known}")
+    return ARCHITECTURES[name]
