@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
@@ -79,12 +78,3 @@ def _fp8_block(config: HfConfig) -> Block | None:
             f"must be two positive sizes, is {sizes}; only block-quantised FP8 is supported",
         )
     return sizes[0], sizes[1]
-
-
-def resolve_device(name: str) -> torch.device:
-    """ "auto" is the first GPU if there is one, else the CPU. `ModelLoadError`: it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadError("device cuda: no usable GPU was found")
-    return torch.device(name)
