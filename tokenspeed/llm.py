@@ -21,9 +21,8 @@ from tokenspeed.text.chat_template import ChatTemplate
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
-Prompt = (
-    str | Sequence[int] | dict[str, Any]
-)  # text, ids, {"prompt": ...}, {"prompt_token_ids": ...}
+Prompt = str | list[int] | dict[str, Any]  # a dict has one key: prompt or prompt_token_ids
+Tokenized = tuple[str | None, list[int]]
 Messages = list[dict[str, Any]]
 
 

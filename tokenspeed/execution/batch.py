@@ -78,4 +78,5 @@ class Batcher:
 def sample_index(plan: PlanView) -> NDArray[np.int64]:
     """[num_sampled] the last token of each row that samples."""
     ends: NDArray[np.int64] = np.cumsum(plan.num_tokens, dtype=np.int64)
-    return ends[(plan.flags & ROW_SAMPLE) != 0] - 1
+    last: NDArray[np.int64] = ends[(plan.flags & ROW_SAMPLE) != 0] - 1
+    return last

@@ -22,8 +22,9 @@ class LogitEdits:
     bias: torch.Tensor  # [n] float32
     stop_ids: torch.Tensor | None  # [n] int64
     min_position: int  # a stop id may stand at this position of the sequence or later
-    bad_words: list[list[int]]
-    outputs: list[int] = field(default_factory=list)  # kept only if a bad word is a sequence
+    banned: torch.Tensor | None  # [n] int64: the bad words of one token
+    phrases: dict[int, list[list[int]]]  # the longer ones, by their last token but one
+    outputs: list[int] = field(default_factory=list)  # kept only if there are phrases
 
     @classmethod
     def of(
@@ -33,18 +34,23 @@ class LogitEdits:
         params = sequence.params
         min_position = sequence.prompt_len + params.min_tokens
         bias = params.logit_bias or {}
+        words = params.bad_words_token_ids or []
+        phrases: dict[int, list[list[int]]] = {}
+        for word in words:
+            if len(word) > 1:
+                phrases.setdefault(word[-2], []).append(word)
         edits = cls(
             allowed=_ids(params.allowed_token_ids or [], device),
             bias_ids=_ids(list(bias), device),
             bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
             stop_ids=_ids(sequence.stop_ids if params.min_tokens else [], device),
             min_position=min_position,
-            bad_words=params.bad_words_token_ids or [],
+            banned=_ids([word[0] for word in words if len(word) == 1], device),
+            phrases=phrases,
+            outputs=list(output_ids) if phrases else [],
         )
-        if any(len(word) > 1 for word in edits.bad_words):
-            edits.outputs = list(output_ids)
-        asked = (edits.allowed, edits.bias_ids, edits.stop_ids)
-        return edits if edits.bad_words or any(ids is not None for ids in asked) else None
+        asked = (edits.allowed, edits.banned, edits.bias_ids, edits.stop_ids)
+        return edits if phrases or any(ids is not None for ids in asked) else None
 
     def apply(self, row: torch.Tensor, position: int) -> None:
         """In place on `row` [vocab_size], the logits of the token at `position`."""
@@ -52,9 +58,10 @@ class LogitEdits:
             kept = row[self.allowed]
             row.fill_(NEVER)
             row[self.allowed] = kept
-        for word in self.bad_words:
-            before = word[:-1]
-            if not before or self.outputs[-len(before) :] == before:
+        if self.banned is not None:
+            row[self.banned] = NEVER
+        for word in self.phrases.get(self.outputs[-1], ()) if self.outputs else ():
+            if self.outputs[1 - len(word) :] == word[:-1]:
                 row[word[-1]] = NEVER
         if self.stop_ids is not None and position < self.min_position:
             row[self.stop_ids] = NEVER
@@ -63,7 +70,7 @@ class LogitEdits:
 
     def record(self, token_id: int) -> None:
         """Takes note of the id that was sampled."""
-        if any(len(word) > 1 for word in self.bad_words):
+        if self.phrases:
             self.outputs.append(token_id)
 
 

@@ -16,7 +16,9 @@ from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.execution.sequence import Sequence
 from tokenspeed.kernels.registry import select
 
-NAMES = ("temperature", "top_k", "top_p", "min_p", "seed")
+GREEDY_BELOW = 1e-5  # temperatures that would overflow float32 logits
+LEAST_TOP_P = 1e-6  # float32 must not round it to 0
+NO_PENALTIES = (1.0, 0.0, 0.0)
 
 
 class Penalties:
@@ -67,8 +69,15 @@ class Sampler:
         """Gives the slot to a request that has produced `output_ids` so far."""
         params = sequence.params
         self._gathered = None
-        for name, tensor in zip(NAMES, self._parameters, strict=True):
-            tensor[slot] = sequence.seed if name == "seed" else getattr(params, name)
+        values = (
+            params.temperature if params.temperature >= GREEDY_BELOW else 0.0,
+            params.top_k,
+            max(params.top_p, LEAST_TOP_P),
+            params.min_p,
+            sequence.seed,
+        )
+        for tensor, value in zip(self._parameters, values, strict=True):
+            tensor[slot] = value
         for held in (self._edits, self._num_logprobs):
             held.pop(slot, None)
         self._penalised.discard(slot)
@@ -77,11 +86,8 @@ class Sampler:
             self._edits[slot] = edits
         if params.logprobs is not None:
             self._num_logprobs[slot] = params.logprobs
-        if (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (
-            1.0,
-            0.0,
-            0.0,
-        ):
+        factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if factors != NO_PENALTIES:
             if self._penalties is None:
                 self._penalties = Penalties(*self._shape, self._device)
             self._penalties.bind(slot, sequence, output_ids)

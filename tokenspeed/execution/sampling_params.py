@@ -7,7 +7,6 @@ them.
 """
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from tokenspeed.errors import RequestError
 
 MAX_SEED = 2**63 - 1
 MAX_N = 128
-MAX_LIST = 4096  # entries of logit_bias, allowed_token_ids, bad_words_token_ids, stop_token_ids
+MAX_LIST = 4096  # entries of each of these:
+LISTS = ("stop", "logit_bias", "allowed_token_ids", "bad_words_token_ids", "stop_token_ids")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +56,13 @@ class SamplingParams:
         _number(self, "temperature", 0.0, 100.0)
         _number(self, "top_p", 0.0, 1.0, above=True)
         _number(self, "min_p", 0.0, 1.0)
-        _number(self, "repetition_penalty", 0.0, 100.0, above=True)
+        _number(self, "repetition_penalty", 0.01, 100.0)
         _number(self, "presence_penalty", -2.0, 2.0)
         _number(self, "frequency_penalty", -2.0, 2.0)
-        for token, bias in (self.logit_bias or {}).items():
-            if not math.isfinite(bias) or not -100.0 <= bias <= 100.0:
-                _refuse("logit_bias", f"values must be in [-100, 100], got {bias!r} for {token}")
-        for name in ("logit_bias", "allowed_token_ids", "bad_words_token_ids", "stop_token_ids"):
-            if len(getattr(self, name) or ()) > MAX_LIST:
-                _refuse(name, f"at most {MAX_LIST} entries")
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                _refuse(name, "must be true or false")
+        _check_lists(self)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", "must not be empty")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -109,6 +107,47 @@ def _wrap64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
+def _check_lists(params: SamplingParams) -> None:
+    """Shapes of the fields that hold lists; ids are compared with the vocabulary elsewhere."""
+    stop: Any = params.stop
+    if isinstance(stop, str):
+        object.__setattr__(params, "stop", [stop])
+    elif stop is not None and not _all(stop, str):
+        _refuse("stop", "must be a string or a list of strings")
+    for name in ("allowed_token_ids", "stop_token_ids"):
+        ids = getattr(params, name)
+        if ids is not None and not _all(ids, int):
+            _refuse(name, "must be a list of token ids")
+    words: Any = params.bad_words_token_ids
+    if words is not None and not (_all(words, list) and all(w and _all(w, int) for w in words)):
+        _refuse("bad_words_token_ids", "must be a list of lists of token ids, none of them empty")
+    _check_bias(params.logit_bias)
+    for name in LISTS:
+        if len(getattr(params, name) or ()) > MAX_LIST:
+            _refuse(name, f"at most {MAX_LIST} entries")
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict) or not _all(list(bias), int):
+        _refuse("logit_bias", "must map token ids to numbers")
+    for token, value in bias.items():
+        if not _is_number(value) or not -100.0 <= value <= 100.0:
+            _refuse("logit_bias", f"values must be in [-100, 100], got {value!r} for {token}")
+
+
+def _all(values: Any, kind: type) -> bool:
+    """Whether `values` is a list of `kind`; a bool is not an int here."""
+    return isinstance(values, list) and all(
+        isinstance(value, kind) and not isinstance(value, bool) for value in values
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _refuse(field: str, why: str) -> None:
     raise RequestError(f"{field}: {why}", field=field)
 
@@ -127,7 +166,6 @@ def _number(
     params: SamplingParams, name: str, low: float, high: float, *, above: bool = False
 ) -> None:
     value = getattr(params, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # Written so that NaN, which compares false with everything, is refused.
-    if not number or not low <= value <= high or (above and value == low):
+    if not _is_number(value) or not low <= value <= high or (above and value == low):
         _refuse(name, f"must be a number in {'(' if above else '['}{low}, {high}], got {value!r}")
