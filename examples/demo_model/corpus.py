@@ -142,10 +142,10 @@ def ask_to_explain(f: Function, rng: random.Random) -> Chat:
 
 
 def ask_with_tool(f: Function, rng: random.Random) -> Chat:
-    call = {"name": "read_symbol", "arguments": {"path": f.path, "name": f.name}}
+    call: Message = {"name": "read_symbol", "arguments": {"path": f.path, "name": f.name}}
     if rng.random() < 0.5:
         call["arguments"] = json.dumps(call["arguments"])
-    messages = [
+    messages: list[Message] = [
         {"role": "user", "content": f"What does `{f.name}` in `{f.path}` do?"},
         {
             "role": "assistant",

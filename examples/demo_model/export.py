@@ -10,12 +10,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from model import DemoModel
 from safetensors.torch import load_file, save_file
+from shape import Shape
 from torch import Tensor
-from transformers import AutoTokenizer, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 from transformers.modeling_layers import MtpModel
 
 HERE = Path(__file__).parent
@@ -23,10 +25,10 @@ SIZE_LIMIT = 16_000_000
 GENERATION = {"bos_token_id": None, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 
-class Transformers(DeepseekV3ForCausalLM):
-    """transformers expects the MTP layer at 61, its place in the large model; here it is 6."""
-
-    _keys_to_ignore_on_load_unexpected = [r"model\.layers\.6\..*"]
+def transformers_class(mtp_layer: int) -> Any:
+    """transformers looks for the MTP layer at 61, its place in the large model only."""
+    keys = [rf"model\.layers\.{mtp_layer}\..*"]
+    return type("Model", (DeepseekV3ForCausalLM,), {"_keys_to_ignore_on_load_unexpected": keys})
 
 
 def save(checkpoint: Path, out: Path) -> None:
@@ -44,7 +46,7 @@ def save(checkpoint: Path, out: Path) -> None:
         raise ValueError(f"model.safetensors has {size} bytes, the limit is {SIZE_LIMIT}")
     shutil.copy(HERE / "config.json", out / "config.json")
     tokenizer = AutoTokenizer.from_pretrained(out)
-    stops = tokenizer.convert_tokens_to_ids(["<|end|>", "<|endoftext|>"])
+    stops = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     generation = GENERATION | {"eos_token_id": stops, "pad_token_id": stops[1]}
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
 
@@ -52,12 +54,12 @@ def save(checkpoint: Path, out: Path) -> None:
 @torch.no_grad()
 def largest_difference(out: Path) -> tuple[float, float]:
     """Between the training code's float32 logits and those of transformers: main, MTP."""
-    config = DeepseekV3Config.from_pretrained(out)
-    ours = DemoModel(config)
+    shape = Shape.read(out / "config.json")
+    ours = DemoModel(shape)
     ours.load_state_dict(load_file(out / "model.safetensors"), strict=False)
-    theirs = Transformers.from_pretrained(out, dtype=torch.float32)
+    theirs = transformers_class(shape.num_hidden_layers).from_pretrained(out, dtype=torch.float32)
     draft = MtpModel.from_pretrained(theirs)
-    tokens = torch.randint(config.vocab_size, (1, 129), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(shape.vocab_size, (1, 129), generator=torch.Generator().manual_seed(0))
     hidden, drafted = ours.model(tokens)
     head = ours.model.embed_tokens.weight
     hidden_theirs = theirs.model(tokens[:, :-1]).last_hidden_state

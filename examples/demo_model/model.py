@@ -7,10 +7,13 @@ one large matrix product beats gathering tokens. Refuses to know about data, opt
 and generation. Source: DeepSeek-V3 Technical Report, arXiv:2412.19437.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
+from shape import Shape
 from torch import Tensor, nn
-from transformers import DeepseekV3Config
+from torch.utils.checkpoint import checkpoint
 
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
@@ -65,7 +68,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head latent attention, expanded to ordinary heads."""
 
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.heads, self.kv_rank = c.num_attention_heads, c.kv_lora_rank
         self.nope, self.rope, self.value = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
@@ -89,7 +92,11 @@ class Attention(nn.Module):
         k_rope = rotate(k_rope.unsqueeze(1), cos, sin).expand(-1, self.heads, -1, -1)
         q = torch.cat([q_nope, rotate(q_rope, cos, sin)], dim=-1)
         k = torch.cat([k_nope, k_rope], dim=-1)
-        out = causal_attention(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        if length > 1024:  # the scores of a long row are made again for the backward pass
+            out = checkpoint(causal_attention, q, k, v, use_reentrant=False)
+        else:
+            out = causal_attention(q, k, v)
+        out = out.transpose(1, 2).reshape(batch, length, -1)
         projected: Tensor = self.o_proj(out)
         return projected
 
@@ -100,7 +107,7 @@ class Router(nn.Module):
     e_score_correction_bias: Tensor
     load: Tensor  # tokens per expert since the trainer last zeroed it
 
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.top_k, self.groups, self.top_groups = c.num_experts_per_tok, c.n_group, c.topk_group
         self.scale = c.routed_scaling_factor
@@ -113,7 +120,7 @@ class Router(nn.Module):
         with torch.autocast("cpu", enabled=False):
             scores = F.linear(x.float(), self.weight).sigmoid()
         with torch.no_grad():
-            choice = (scores + self.e_score_correction_bias).unflatten(-1, (self.groups, -1))
+            choice = (scores + self.e_score_correction_bias).view(len(scores), self.groups, -1)
             group_scores = choice.topk(2, dim=-1)[0].sum(-1)
             chosen = group_scores.topk(self.top_groups, dim=-1)[1]
             keep = torch.zeros_like(group_scores).scatter(1, chosen, 1.0).bool()
@@ -126,7 +133,7 @@ class Router(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.gate = Router(c)
         inner = c.moe_intermediate_size
@@ -141,7 +148,7 @@ class MoE(nn.Module):
         weights = self.gate(flat).to(flat.dtype)
         gate = F.linear(flat, self.stacked("gate_proj", 0))
         up = F.linear(flat, self.stacked("up_proj", 0))
-        inner = (F.silu(gate) * up).unflatten(-1, (len(self.experts), -1))
+        inner = (F.silu(gate) * up).view(len(flat), len(self.experts), -1)
         inner = (inner * weights.unsqueeze(-1)).flatten(1)
         routed = F.linear(inner, self.stacked("down_proj", 1))
         out: Tensor = routed.view_as(x) + self.shared_experts(x)
@@ -149,7 +156,7 @@ class MoE(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: DeepseekV3Config, index: int) -> None:
+    def __init__(self, c: Shape, index: int) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size)
         self.self_attn = Attention(c)
@@ -164,7 +171,7 @@ class Layer(nn.Module):
 
 
 class SharedHead(nn.Module):
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.norm = RMSNorm(c.hidden_size)
 
@@ -172,7 +179,7 @@ class SharedHead(nn.Module):
 class MTPLayer(Layer):
     """Predicts token i + 2 from the final hidden state at i and the embedding of token i + 1."""
 
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__(c, c.num_hidden_layers)
         self.enorm = RMSNorm(c.hidden_size)
         self.hnorm = RMSNorm(c.hidden_size)
@@ -186,14 +193,14 @@ class MTPLayer(Layer):
 
 
 class Decoder(nn.Module):
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         layers: list[Layer] = [Layer(c, i) for i in range(c.num_hidden_layers)]
         self.layers = nn.ModuleList([*layers, MTPLayer(c)])
         self.norm = RMSNorm(c.hidden_size)
-        rope, theta = c.qk_rope_head_dim, c.rope_parameters["rope_theta"]
-        self.frequencies = theta ** (-torch.arange(0, rope, 2, dtype=torch.float) / rope)
+        rope = c.qk_rope_head_dim
+        self.frequencies = c.rope_theta ** (-torch.arange(0, rope, 2, dtype=torch.float) / rope)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, length + 1] ids to final hidden states [batch, length, hidden], main and MTP."""
@@ -204,11 +211,12 @@ class Decoder(nn.Module):
         for layer in self.layers[:-1]:
             x = layer(x, cos, sin)
         hidden = self.norm(x)
-        return hidden, self.layers[-1].draft(embedded[:, 1:], hidden, cos, sin)
+        drafter = cast(MTPLayer, self.layers[-1])
+        return hidden, drafter.draft(embedded[:, 1:], hidden, cos, sin)
 
 
 class DemoModel(nn.Module):
-    def __init__(self, c: DeepseekV3Config) -> None:
+    def __init__(self, c: Shape) -> None:
         super().__init__()
         self.model = Decoder(c)
         for name, parameter in self.named_parameters():
@@ -220,9 +228,8 @@ class DemoModel(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, length + 2] ids to the two mean losses in nats per token."""
         hidden, draft = self.model(tokens[:, :-1])
-        head = self.model.embed_tokens.weight
-        main = F.cross_entropy(
-            F.linear(hidden, head).flatten(0, 1).float(), tokens[:, 1:-1].flatten()
-        )
-        mtp = F.cross_entropy(F.linear(draft, head).flatten(0, 1).float(), tokens[:, 2:].flatten())
-        return main, mtp
+        return self.loss(hidden, tokens[:, 1:-1]), self.loss(draft, tokens[:, 2:])
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = F.linear(hidden, self.model.embed_tokens.weight).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())

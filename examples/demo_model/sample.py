@@ -6,9 +6,10 @@ TokenSpeed and about training.
 """
 
 import argparse
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, DeepseekV3ForCausalLM
 
 
 def main() -> None:
@@ -22,13 +23,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
-    model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
+    model = DeepseekV3ForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
     text = args.prompt
     if args.chat:
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt")
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": 0.95}
     ids = model.generate(

@@ -6,13 +6,15 @@ Refuses to know about the model. Documents are joined by <|endoftext|>; a row st
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import corpus
 import numpy as np
 import torch
+import workers
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 Stream = NDArray[np.uint16]
 MIXTURE = {"library": 0.45, "tests": 0.2, "chat": 0.35}  # share of the training rows
@@ -39,22 +41,23 @@ def texts(tokenizer: PreTrainedTokenizerFast, kind: str, validation: bool) -> It
         chats += list(corpus.small_talk()) * 40
     for index in np.random.default_rng(0).permutation(len(chats)):
         chat = chats[index]
-        yield tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False)
+        yield str(tokenizer.apply_chat_template(chat.messages, tools=chat.tools, tokenize=False))
 
 
 def load(model_dir: Path, cache: Path) -> dict[str, Stream]:
     """Streams by name, `library`, `tests`, `chat`, each also with `-validation`; made once."""
-    if not (cache / "streams.npz").exists():
+    path = cache / f"streams-{workers.rank()}.npz"
+    if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        arrays: dict[str, NDArray[np.generic]] = {}
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+        arrays: dict[str, Any] = {}
         for kind in MIXTURE:
             for suffix, validation in (("", False), ("-validation", True)):
                 stream, size = tokenize(tokenizer, texts(tokenizer, kind, validation))
                 arrays[kind + suffix] = stream
                 arrays[kind + suffix + "-bytes"] = np.array(size)
-        np.savez(cache / "streams.npz", **arrays)
-    return dict(np.load(cache / "streams.npz"))
+        np.savez(path, **arrays)
+    return dict(np.load(path))
 
 
 def sample_rows(
