@@ -6,11 +6,12 @@
 // one after the other without gaps, in the order below; counts come from the header.
 //
 //   Plan:   header[kPlanHeaderWords]
-//           rows   [num_rows]  [kRowWords]     slot, flags, start, num_tokens, num_draft, token_offset
-//           tokens [num_tokens]                ids; kTokenFromDevice = the slot's last sampled id
-//           deltas [num_deltas][kDeltaWords]   group, slot, index in the slot's page table, page
-//           copies [num_copies][kCopyWords]    source tier, source page, target tier, target page
-//           binds  [num_binds] [kBindWords]    slot, request id low, request id high, known tokens
+//           rows   [num_rows]  [kRowWords]     slot, flags, start, num_tokens, num_draft,
+//           token_offset tokens [num_tokens]                ids; kTokenFromDevice = the slot's last
+//           sampled id deltas [num_deltas][kDeltaWords]   group, slot, index in the slot's page
+//           table, page copies [num_copies][kCopyWords]    source tier, source page, target tier,
+//           target page binds  [num_binds] [kBindWords]    slot, request id low, request id high,
+//           known tokens
 //
 //   Result: header[kResultHeaderWords]
 //           rows   [num_rows]  [kResultRowWords]   slot, status, num_accepted    (in plan order)

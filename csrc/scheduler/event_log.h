@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+// The event log: everything that was told to a scheduler, in order, so that another one can be told
+// the same. The key of the prefix hashes is not in it: no plan depends on it.
+//
+//   log:    "TSEVENT1", the options as int32 words, then records
+//   record: one byte of kind, then its fields, little-endian; arrays with a 32-bit count in front
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace tokenspeed {
+
+struct SchedulerOptions;
+struct NewRequest;
+
+class EventLog {
+  public:
+    enum Kind : uint8_t { kSubmit = 1, kAbort = 2, kPlan = 3, kCommit = 4, kFlushCache = 5 };
+
+    explicit EventLog(const SchedulerOptions& options);
+    void submit(const NewRequest& request);
+    void abort(uint64_t request_id);
+    void plan();
+    void commit(std::span<const int32_t> result);
+    void flush_cache();
+    const std::vector<uint8_t>& bytes() const { return bytes_; }
+
+  private:
+    void raw(const void* data, size_t size);
+    template <class T>
+    void value(T value);
+    template <class T>
+    void array(std::span<const T> values);
+
+    bool enabled_;
+    std::vector<uint8_t> bytes_;
+};
+
+// Tells a fresh scheduler the events and returns each plan it made. Throws std::invalid_argument
+// for bytes that are no event log.
+std::vector<std::vector<int32_t>> replay(std::span<const uint8_t> events);
+
+}  // namespace tokenspeed

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT
+// For tests: the scheduler's own books, checked against each other from scratch, and a hash of its
+// state. Changes nothing.
+#include <algorithm>
+#include <map>
+
+#include "scheduler/scheduler.h"
+
+namespace tokenspeed {
+
+namespace {
+
+void expect(bool condition, const char* what, std::string& broken) {
+    if (!condition && broken.empty()) broken = what;
+}
+
+class Mixer {
+  public:
+    void add(uint64_t value) { hash_.word(value); }
+    void add(std::span<const int32_t> values) {
+        add(values.size());
+        for (int32_t value : values) add(static_cast<uint64_t>(value));
+    }
+    uint64_t result() { return hash_.finish(nullptr, 0).low; }
+
+  private:
+    SipHash128 hash_{HashKey{}};
+};
+
+// Pages by order of first mention: two states that differ only in page names look the same.
+class PageNames {
+  public:
+    uint64_t of(PageId page) { return names_.emplace(page, names_.size()).first->second; }
+
+  private:
+    std::map<PageId, uint64_t> names_;
+};
+
+}  // namespace
+
+std::vector<const Request*> Scheduler::all_requests() const {
+    std::vector<const Request*> all(running_.begin(), running_.end());
+    for (const auto& [arrival, request] : waiting_) all.push_back(request);
+    for (const auto& request : draining_) all.push_back(request.get());
+    std::ranges::sort(all, {}, &Request::arrival);
+    return all;
+}
+
+std::string Scheduler::broken_invariant() const {
+    std::string broken;
+    check_pages(broken);
+    check_requests(broken);
+    return broken;
+}
+
+void Scheduler::check_pages(std::string& broken) const {
+    std::vector<int> users(pool_.num_pages(), 0), writers(users), free(users), kept(users);
+    for (const Request* request : all_requests()) {
+        const Holdings* held = holdings(request->state);
+        for (int i = 0; held != nullptr && i < held->pages.size(); ++i) {
+            (i < held->pages.num_sealed() ? users : writers)[held->pages.id(i)] += 1;
+        }
+    }
+    for (PageId page : pool_.free_list()) free[page] += 1;
+    std::vector<PageId> order;
+    index_.policy().order(order);
+    for (PageId page : order) kept[page] += 1;
+    expect(std::ssize(order) == index_.num_kept(), "I1: kept pages are miscounted", broken);
+    for (PageId page = 0; page < pool_.num_pages(); ++page) {
+        const int places = free[page] + kept[page] + writers[page] + (users[page] > 0);
+        expect(places == 1, "I1: a page is not in exactly one place", broken);
+        expect(pool_.num_users(page) == users[page] + writers[page], "I1: wrong user count",
+               broken);
+        const bool sealed = pool_.kind(page) == PagePool::Kind::kSealed;
+        expect(sealed == (users[page] + kept[page] > 0), "I2: kind and owner disagree", broken);
+        expect(!index_.published(page) || sealed, "I3: an unwritten page is published", broken);
+        expect(index_.published(page) || kept[page] == 0, "I3: kept but not findable", broken);
+        const bool finds =
+            !index_.published(page) || index_.find(index_.hash(page), index_.tokens(page)) == page;
+        expect(finds, "I4: a published page is not found by its key", broken);
+    }
+}
+
+void Scheduler::check_requests(std::string& broken) const {
+    std::vector<int> leases(slots_.num_slots(), 0);
+    for (const Step& step : in_flight_) {
+        for (const Row& row : step.rows) ++leases[row.slot];
+    }
+    Ledger ledger;
+    int num_held = 0;
+    for (const Request* request : all_requests()) {
+        expect(!std::holds_alternative<Finished>(request->state), "I7: Finished is kept", broken);
+        expect(request->retractions <= options_.max_retractions, "I9: retracted too often", broken);
+        expect(std::ssize(request->chain) <= request->known() / options_.page_size,
+               "the chain covers unknown tokens", broken);
+        const Holdings* held = holdings(request->state);
+        if (held == nullptr) continue;
+        ++num_held;
+        const int slot = held->slot.id();
+        const bool draining = std::holds_alternative<Draining>(request->state);
+        expect(slots_.num_leases(slot) == leases[slot], "I2: leases are miscounted", broken);
+        expect(!draining || leases[slot] > 0, "I7: Draining without a step in flight", broken);
+        expect(held->computed <= held->scheduled, "I5: computed beyond scheduled", broken);
+        expect((leases[slot] > 0) == (held->computed < held->scheduled), "I5: lost step", broken);
+        expect(held->scheduled <= held->pages.size() * options_.page_size, "I13: no page", broken);
+        expect(held->scheduled < request->limit, "planned beyond the limit", broken);
+        expect(draining || held->scheduled <= request->known() + leases[slot], "I5", broken);
+        (held->promise.firm() ? ledger.firm : ledger.soft) += held->promise.num_left();
+    }
+    expect(ledger.soft == ledger_.soft && ledger.firm == ledger_.firm, "promises differ", broken);
+    expect(pool_.num_available() >= ledger_.firm, "a firm promise has no pages", broken);
+    expect(num_held + slots_.num_free() == slots_.num_slots(), "I1: a slot is lost", broken);
+    const bool sorted = std::ranges::is_sorted(running_, {}, &Request::arrival);
+    expect(sorted, "running requests are not in order of arrival", broken);
+    expect(live_.size() == running_.size() + waiting_.size(), "a live request is lost", broken);
+}
+
+uint64_t Scheduler::state_hash() const {
+    Mixer mix;
+    PageNames names;
+    for (const Request* request : all_requests()) {
+        for (uint64_t word : {request->id, uint64_t(request->state.index()),
+                              uint64_t(request->retractions), uint64_t(request->limit)}) {
+            mix.add(word);
+        }
+        mix.add(request->tokens);
+        const Holdings* held = holdings(request->state);
+        mix.add(held == nullptr ? 0 : held->slot.id() + 1);
+        if (held == nullptr) continue;
+        mix.add(uint64_t(held->computed) << 32 | uint64_t(held->scheduled));
+        mix.add(uint64_t(held->promise.firm()) << 32 | uint64_t(held->promise.num_left()));
+        for (int i = 0; i < held->pages.size(); ++i) mix.add(names.of(held->pages.id(i)));
+        mix.add(held->pages.num_sealed());
+    }
+    std::vector<PageId> order;
+    index_.policy().order(order);
+    mix.add(order.size());
+    for (PageId page : order) mix.add(names.of(page));
+    std::map<uint64_t, PageId> published;
+    for (PageId page = 0; page < pool_.num_pages(); ++page) {
+        if (index_.published(page)) published.emplace(index_.hash(page).low, page);
+    }
+    for (const auto& [hash, page] : published) {
+        mix.add(hash);
+        mix.add(names.of(page));
+    }
+    for (const Step& step : in_flight_) {
+        mix.add(step.rows.size());
+        for (const Row& row : step.rows) {
+            mix.add(row.request->id);
+            mix.add(uint64_t(row.start) << 32 | uint64_t(row.num_tokens));
+        }
+    }
+    return mix.result();
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MIT
+// next_plan: who runs in the next step, and on which pages. Reads no results.
+#include <algorithm>
+#include <stdexcept>
+
+#include "scheduler/scheduler.h"
+
+namespace tokenspeed {
+
+namespace {
+constexpr int kMaxPassedOver = 8;  // waiting requests looked at behind the first that is held back
+}
+
+void Scheduler::Sections::clear() {
+    for (auto* section : {&rows, &tokens, &deltas, &binds}) section->clear();
+}
+
+std::span<const int32_t> Scheduler::next_plan() {
+    if (num_in_flight() > options_.overlap_depth) {
+        throw std::invalid_argument("next_plan: more than overlap_depth steps are not committed");
+    }
+    log_.plan();
+    if (!spare_steps_.empty()) {
+        step_ = std::move(spare_steps_.back());
+        spare_steps_.pop_back();
+    }
+    sections_.clear();
+    left_out_ = nullptr;
+    while (true) {
+        budget_ = options_.max_num_batched_tokens;
+        plan_decodes();
+        plan_prefills();
+        if (!step_.rows.empty() || !in_flight_.empty() || running_.empty()) break;
+        // Everybody waits for somebody's pages, and no step will bring any back.
+        Request* victim = retractable();
+        TS_CHECK(victim != nullptr);
+        retract(*victim);
+    }
+    if (step_.rows.empty()) {
+        TS_CHECK(!in_flight_.empty() || live_.empty());
+        return {};
+    }
+    return emit();
+}
+
+void Scheduler::plan_decodes() {
+    for (size_t i = 0; i < running_.size() && budget_ > 0;) {
+        Request& request = *running_[i];
+        auto* decoding = std::get_if<Decoding>(&request.state);
+        const bool ends_in_flight = decoding && decoding->held.scheduled + 1 >= request.limit;
+        if (decoding == nullptr || ends_in_flight || &request == left_out_) {
+            ++i;
+            continue;
+        }
+        if (take_pages(decoding->held, 1)) {
+            plan_row(request, decoding->held, 1);
+            ++i;
+            continue;
+        }
+        // `request` itself can be retracted, so there is a victim, and it stands at or after i.
+        Request* victim = retractable();
+        TS_CHECK(victim != nullptr);
+        if (holdings(victim->state)->slot.leased()) {
+            left_out_ = victim;
+            ++i;
+        } else {
+            retract(*victim);
+        }
+    }
+}
+
+// Gives each prefilling request its chunk, in order of arrival, admitting as long as there is room.
+void Scheduler::plan_prefills() {
+    int32_t left = share_budget();
+    for (Request* request : running_) {
+        auto* prefilling = std::get_if<Prefilling>(&request->state);
+        if (prefilling == nullptr || request->chunk == 0) continue;
+        Holdings& held = prefilling->held;
+        const int32_t rest = request->known() - held.scheduled - request->chunk;
+        const int32_t more = std::min(rest, left);  // what nobody else wanted
+        left -= more;
+        int32_t count = request->chunk + more;
+        if (!take_pages(held, count)) {
+            count = std::min(count, held.pages.size() * options_.page_size - held.scheduled);
+        }
+        if (count > 0) plan_row(*request, held, count);
+        if (held.scheduled == request->known()) apply(request->state, Prefilled{});
+    }
+}
+
+// Sets each prefilling request's `chunk` to at most an equal share of the budget, so that several
+// prompts advance at once; returns what is left.
+int32_t Scheduler::share_budget() {
+    int32_t left = budget_;
+    int32_t partial = 0;
+    const int32_t share = std::max(1, left / options_.max_num_partial_prefills);
+    auto give = [&](Request& request) {
+        auto* prefilling = std::get_if<Prefilling>(&request.state);
+        if (prefilling == nullptr) return;
+        const int32_t rest = request.known() - prefilling->held.scheduled;
+        request.chunk = &request == left_out_ ? 0 : std::min({rest, share, left});
+        left -= request.chunk;
+        partial += request.chunk < rest;
+    };
+    for (Request* request : running_) give(*request);
+    while (left > 0 && partial < options_.max_num_partial_prefills && left_out_ == nullptr) {
+        Request* request = admit_next();
+        if (request == nullptr) break;
+        give(*request);
+    }
+    return left;
+}
+
+// Admits the earliest waiting request if there is room for it. One whose next page is just being
+// computed for another request is passed over: it will find that page instead of computing it too.
+Request* Scheduler::admit_next() {
+    int passed_over = 0;
+    for (auto& [arrival, request] : waiting_) {
+        if (slots_.num_free() == 0 || request->refused_at == room_version_) return nullptr;
+        if (held_back(*request)) {
+            if (++passed_over == kMaxPassedOver) return nullptr;
+            continue;
+        }
+        if (!admit(*request)) {
+            request->refused_at = room_version_;
+            return nullptr;
+        }
+        Request* admitted = request;
+        waiting_.erase(arrival);
+        const auto later = [](uint64_t a, const Request* b) { return a < b->arrival; };
+        running_.insert(
+            std::upper_bound(running_.begin(), running_.end(), admitted->arrival, later), admitted);
+        return admitted;
+    }
+    return nullptr;
+}
+
+bool Scheduler::reads_cache(const Request& request) const {
+    return options_.enable_prefix_caching && request.read_cache && !request.wants_prompt_logits();
+}
+
+// Finds the cached pages to resume from: the longest boundary whose needed pages are all there. The
+// last known token is always computed again, because its logits are needed.
+void Scheduler::match(Request& request) {
+    hits_.clear();
+    if (!reads_cache(request)) return;
+    const int most = (request.known() - 1) / options_.page_size;
+    int run = 0;  // pages [run, k) are all there
+    int boundary = 0;
+    for (int k = 0; k < most && group_.first_needed(most) >= run; ++k) {
+        hits_.push_back(index_.find(chain_at(request, k), page_tokens(request, k)));
+        if (hits_.back() == kNoPage) {
+            run = k + 1;
+        } else if (group_.first_needed(k + 1) >= run) {
+            boundary = k + 1;
+        }
+    }
+    hits_.resize(boundary);
+}
+
+// Whether a running request is computing pages that this one could share. Remembers which.
+bool Scheduler::held_back(Request& request) {
+    if (request.twin_pages > 0) {
+        const auto earlier = [](const Request* a, uint64_t b) { return a->arrival < b; };
+        const auto at = std::lower_bound(running_.begin(), running_.end(), request.twin, earlier);
+        const bool runs = at != running_.end() && (*at)->arrival == request.twin;
+        if (runs && holdings((*at)->state)->pages.num_sealed() < request.twin_pages) return true;
+        request.twin_pages = 0;
+    }
+    match(request);
+    if (!reads_cache(request)) return false;
+    const int next = static_cast<int>(hits_.size());
+    for (Request* other : running_) {
+        if (holdings(other->state)->pages.num_sealed() > next) continue;
+        const int most = std::min(request.known() - 1, other->known()) / options_.page_size;
+        int same = next;
+        while (same < most && chain_at(*other, same) == chain_at(request, same)) ++same;
+        if (same == next) continue;
+        request.twin = other->arrival;
+        request.twin_pages = same;
+        return true;
+    }
+    return false;
+}
+
+// REQUIRES: `hits_` is this request's match. Takes slot, pages and promise, or nothing.
+bool Scheduler::admit(Request& request) {
+    const bool firm = request.retractions >= options_.max_retractions;
+    const int num_hits = static_cast<int>(hits_.size());
+    const int fresh = pages_for(firm ? request.limit - 1 : request.known()) - num_hits;
+    const auto unused = [&](PageId page) { return pool_.num_users(page) == 0; };
+    const int64_t headroom = firm ? 0 : std::ssize(running_);
+    const int64_t room = pool_.num_available() - std::ranges::count_if(hits_, unused) -
+                         ledger_.soft - ledger_.firm - headroom;
+    if (room < fresh) return false;
+    PageList pages;
+    pages.reserve(pages_for(request.limit - 1));
+    for (PageId page : hits_) pages.adopt(pool_.share_kept(page));
+    const int32_t resumed_at = num_hits * options_.page_size;
+    Holdings held(Promise(&ledger_, firm, fresh), std::move(pages), slots_.take(), resumed_at);
+    bind(request, held);
+    const bool moved = apply(request.state, Admit{std::move(held)}) == Verdict::kMoved;
+    TS_CHECK(moved);
+    if (request.num_cached >= 0) return true;
+    request.num_cached = std::min(resumed_at, request.num_prompt);
+    counters_.prompt_tokens += request.num_prompt;
+    counters_.prefix_queries += reads_cache(request) ? request.num_prompt : 0;
+    counters_.prefix_hits += request.num_cached;
+    return true;
+}
+
+void Scheduler::bind(const Request& request, const Holdings& held) {
+    const int32_t slot = held.slot.id();
+    const auto low = static_cast<int32_t>(request.id);
+    const auto high = static_cast<int32_t>(request.id >> 32);
+    for (int32_t word : {slot, low, high, request.known()}) sections_.binds.push_back(word);
+    for (int i = 0; i < held.pages.size(); ++i) add_delta(held, i);
+}
+
+void Scheduler::add_delta(const Holdings& held, int index) {
+    for (int32_t word : {0, held.slot.id(), index, held.pages.id(index)}) {
+        sections_.deltas.push_back(word);
+    }
+}
+
+// Takes pages for the next `num_tokens` positions; false if there are not enough (then it took
+// what there is).
+bool Scheduler::take_pages(Holdings& held, int32_t num_tokens) {
+    const int wanted = pages_for(held.scheduled + num_tokens);
+    while (held.pages.size() < wanted) {
+        if (!held.promise.firm() && pool_.num_available() <= ledger_.firm) return false;
+        held.promise.take();
+        held.pages.append(pool_.open(pool_.take()));
+        add_delta(held, held.pages.size() - 1);
+    }
+    return true;
+}
+
+void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
+    const int32_t start = held.scheduled;
+    const int32_t end = start + num_tokens;
+    held.pages.targets(start / options_.page_size, pages_for(end));
+    const bool prefill = std::holds_alternative<Prefilling>(request.state);
+    const bool sample = end >= request.known();
+    const int32_t flags = (sample ? kRowSample : 0) | (prefill ? kRowPrefill : 0) |
+                          (prefill && request.wants_prompt_logits() ? kRowPromptLogprobs : 0);
+    const auto offset = static_cast<int32_t>(sections_.tokens.size());
+    for (int32_t word : {held.slot.id(), flags, start, num_tokens, 0, offset}) {
+        sections_.rows.push_back(word);
+    }
+    const auto tokens = request.tokens.begin();
+    if (end <= request.known()) {
+        sections_.tokens.insert(sections_.tokens.end(), tokens + start, tokens + end);
+    } else {
+        sections_.tokens.push_back(kTokenFromDevice);
+    }
+    step_.rows.push_back(
+        {&request, held.slot.id(), start, num_tokens, sample, slots_.lease(held.slot)});
+    held.scheduled = end;
+    budget_ -= num_tokens;
+}
+
+// The latest arrival that may still be retracted.
+Request* Scheduler::retractable() const {
+    for (auto it = running_.rbegin(); it != running_.rend(); ++it) {
+        if ((*it)->retractions < options_.max_retractions) return *it;
+    }
+    return nullptr;
+}
+
+void Scheduler::retract(Request& request) {
+    const bool moved = apply(request.state, Retract{}) == Verdict::kMoved;
+    TS_CHECK(moved);
+    std::erase(running_, &request);
+    waiting_.emplace(request.arrival, &request);
+    ++request.retractions;
+    ++counters_.num_preemptions;
+    ++room_version_;
+}
+
+std::span<const int32_t> Scheduler::emit() {
+    const Sections& s = sections_;
+    plan_.assign(kPlanHeaderWords, 0);
+    plan_.insert(plan_.end(), s.rows.begin(), s.rows.end());
+    plan_.insert(plan_.end(), s.tokens.begin(), s.tokens.end());
+    plan_.insert(plan_.end(), s.deltas.begin(), s.deltas.end());
+    plan_.insert(plan_.end(), s.binds.begin(), s.binds.end());
+    step_.number = next_step_++;
+    plan_[kPlanHeaderMagic] = kPlanMagic;
+    plan_[kPlanHeaderVersion] = kLayoutVersion;
+    plan_[kPlanHeaderTotalWords] = static_cast<int32_t>(plan_.size());
+    plan_[kPlanHeaderStepLow] = static_cast<int32_t>(step_.number);
+    plan_[kPlanHeaderStepHigh] = static_cast<int32_t>(step_.number >> 32);
+    plan_[kPlanHeaderNumRows] = static_cast<int32_t>(s.rows.size()) / kRowWords;
+    plan_[kPlanHeaderNumTokens] = static_cast<int32_t>(s.tokens.size());
+    plan_[kPlanHeaderNumDeltas] = static_cast<int32_t>(s.deltas.size()) / kDeltaWords;
+    plan_[kPlanHeaderNumBinds] = static_cast<int32_t>(s.binds.size()) / kBindWords;
+    in_flight_.push_back(std::move(step_));
+    step_ = Step();
+    ++counters_.num_steps;
+    return plan_;
+}
+
+}  // namespace tokenspeed

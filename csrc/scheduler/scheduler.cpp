@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: MIT
+// Requests in, results in: submit, abort, commit. Plans nothing.
+#include "scheduler/scheduler.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace tokenspeed {
+
+namespace {
+
+void require(bool condition, const char* message) {
+    if (!condition) throw std::invalid_argument(message);
+}
+
+SchedulerOptions checked(const SchedulerOptions& o) {
+    require(o.num_pages >= 1, "num_pages must be at least 1");
+    require(o.page_size >= 1, "page_size must be at least 1");
+    require(o.max_num_seqs >= 1, "max_num_seqs must be at least 1");
+    require(o.max_model_len >= 2, "max_model_len must be at least 2");
+    require(o.max_num_partial_prefills >= 1, "max_num_partial_prefills must be at least 1");
+    require(o.overlap_depth == 0 || o.overlap_depth == 1, "overlap_depth must be 0 or 1");
+    require(o.max_retractions >= 0, "max_retractions must not be negative");
+    require(o.max_num_batched_tokens >= o.max_num_seqs,
+            "max_num_batched_tokens must be at least max_num_seqs");
+    require(int64_t{o.num_pages} * o.page_size <= INT32_MAX,
+            "num_pages * page_size must stay below 2**31");
+    return o;
+}
+
+}  // namespace
+
+void Updates::clear() {
+    request_ids.clear();
+    for (auto* column : {&finish, &num_ids, &num_cached, &ids}) column->clear();
+}
+
+Scheduler::Scheduler(const SchedulerOptions& options, HashKey key)
+    : options_(checked(options)),
+      pool_(options.num_pages),
+      index_(pool_, options.page_size, key, std::make_unique<SupersededThenLru>(options.num_pages)),
+      slots_(options.max_num_seqs),
+      log_(options) {}
+
+// Steps in flight die first: their leases are what keeps requests from going.
+Scheduler::~Scheduler() {
+    step_.rows.clear();
+    in_flight_.clear();
+}
+
+void Scheduler::submit(const NewRequest& request) {
+    const auto num_prompt = static_cast<int64_t>(request.prompt.size());
+    require(num_prompt > 0, "the prompt is empty");
+    require(num_prompt < options_.max_model_len, "the prompt leaves no room in max_model_len");
+    require(request.max_tokens >= 1, "max_tokens must be at least 1");
+    require(request.min_tokens >= 0 && request.min_tokens <= request.max_tokens,
+            "min_tokens must be between 0 and max_tokens");
+    require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }),
+            "the prompt holds a negative id");
+    const int64_t limit =
+        std::min<int64_t>(num_prompt + request.max_tokens, options_.max_model_len);
+    require(pages_for(static_cast<int32_t>(limit - 1)) <= options_.num_pages,
+            "the request can never fit: it needs more pages than there are");
+    const auto taken = live_.find(request.id);
+    const bool free =
+        taken == live_.end() || apply(taken->second->state, Submit{}) != Verdict::kRejected;
+    require(free, "the request id is already in use");
+
+    auto fresh = std::make_unique<Request>();
+    fresh->id = request.id;
+    fresh->arrival = next_arrival_++;
+    fresh->num_prompt = static_cast<int32_t>(num_prompt);
+    fresh->limit = static_cast<int32_t>(limit);
+    fresh->min_tokens = request.min_tokens;
+    fresh->read_cache = request.read_cache;
+    fresh->prompt_logprobs = request.prompt_logprobs;
+    fresh->stop_ids.assign(request.stop_ids.begin(), request.stop_ids.end());
+    std::ranges::sort(fresh->stop_ids);
+    fresh->tokens.assign(request.prompt.begin(), request.prompt.end());
+    fresh->root = index_.root(request.salt);
+    log_.submit(request);
+    waiting_.emplace(fresh->arrival, fresh.get());
+    live_.emplace(request.id, std::move(fresh));
+}
+
+bool Scheduler::abort(uint64_t request_id) {
+    const auto found = live_.find(request_id);
+    if (found == live_.end()) return false;
+    log_.abort(request_id);
+    const bool moved = apply(found->second->state, Abort{}) == Verdict::kMoved;
+    TS_CHECK(moved);
+    leave(*found->second);
+    return true;
+}
+
+// REQUIRES: the request has just become Draining or Finished.
+void Scheduler::leave(Request& request) {
+    ++room_version_;
+    waiting_.erase(request.arrival);
+    std::erase(running_, &request);
+    auto node = live_.extract(request.id);
+    if (std::holds_alternative<Draining>(request.state))
+        draining_.push_back(std::move(node.mapped()));
+}
+
+const Updates& Scheduler::commit(std::span<const int32_t> result) {
+    check_result(result);
+    log_.commit(result);
+    updates_.clear();
+    Step step = std::move(in_flight_.front());
+    in_flight_.pop_front();
+    const int32_t* word = result.data() + kResultHeaderWords;
+    const int32_t* id = word + step.rows.size() * kResultRowWords;
+    for (Row& row : step.rows) {
+        const int32_t count = word[kResultRowNumAccepted];
+        row.lease.release();
+        settle(row, word[kResultRowStatus], {id, static_cast<size_t>(count)});
+        id += count;
+        word += kResultRowWords;
+    }
+    step.rows.clear();
+    spare_steps_.push_back(std::move(step));
+    return updates_;
+}
+
+// Looks at every word before anything changes.
+void Scheduler::check_result(std::span<const int32_t> result) const {
+    require(!in_flight_.empty(), "commit: no step is in flight");
+    const Step& step = in_flight_.front();
+    require(result.size() >= kResultHeaderWords, "commit: the result has no header");
+    require(result[kResultHeaderMagic] == kResultMagic, "commit: not a step result");
+    require(result[kResultHeaderVersion] == kLayoutVersion, "commit: wrong layout version");
+    const auto low = static_cast<uint32_t>(result[kResultHeaderStepLow]);
+    const auto high = static_cast<uint32_t>(result[kResultHeaderStepHigh]);
+    require((uint64_t{high} << 32 | low) == step.number, "commit: not the oldest step in flight");
+    const int64_t num_rows = result[kResultHeaderNumRows];
+    const int64_t num_ids = result[kResultHeaderNumIds];
+    require(num_rows == std::ssize(step.rows), "commit: wrong number of rows");
+    require(num_ids >= 0 && num_ids <= num_rows, "commit: wrong number of ids");
+    const int64_t words = kResultHeaderWords + num_rows * kResultRowWords + num_ids;
+    require(words == std::ssize(result) && words == result[kResultHeaderTotalWords],
+            "commit: wrong length");
+    auto word = result.begin() + kResultHeaderWords;
+    auto id = word + num_rows * kResultRowWords;
+    for (const Row& row : step.rows) {
+        const int32_t status = word[kResultRowStatus];
+        const int32_t count = word[kResultRowNumAccepted];
+        require(word[kResultRowSlot] == row.slot, "commit: rows are not in the plan's order");
+        require(status == kRowOk || status == kRowFailed, "commit: unknown row status");
+        const bool fits = status == kRowOk ? count == row.sample : (count == 0 || count == 1);
+        require(fits && count <= result.end() - id, "commit: wrong number of ids in a row");
+        require(status != kRowOk || count == 0 || *id >= 0, "commit: a negative id");
+        id += count;
+        word += kResultRowWords;
+    }
+    require(id == result.end(), "commit: ids left over");
+}
+
+// Takes in one row. The step's lease on its slot is already back.
+void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
+    Request& request = *row.request;
+    Holdings& held = *holdings(request.state);
+    held.computed = row.start + row.num_tokens;
+    const bool over = std::holds_alternative<Draining>(request.state);
+    if (status == kRowFailed) {
+        // What the failed row read or wrote may be what is wrong: nobody shall find it again.
+        for (int i = 0; i < held.pages.num_sealed(); ++i) index_.forget(held.pages.sealed(i));
+        request.tainted = true;
+        if (!over) return end_running(request, Finish::kError, {});
+    } else {
+        if (row.sample && !over) request.tokens.push_back(ids[0]);
+        publish(request, held);
+    }
+    if (over) {
+        if (held.slot.leased()) return;
+        const bool moved = apply(request.state, Drained{}) == Verdict::kMoved;
+        TS_CHECK(moved);
+        std::erase_if(draining_, [&](const auto& other) { return other.get() == &request; });
+        ++room_version_;
+        return;
+    }
+    if (!row.sample) return;
+    ++counters_.generated_tokens;
+    const bool stops = request.num_outputs() >= request.min_tokens &&
+                       std::ranges::binary_search(request.stop_ids, ids[0]);
+    if (stops) return end_running(request, Finish::kStop, ids);
+    if (request.known() >= request.limit) return end_running(request, Finish::kLength, ids);
+    report(request, Finish::kNone, ids);
+}
+
+void Scheduler::end_running(Request& request, Finish finish, std::span<const int32_t> ids) {
+    report(request, finish, ids);
+    const bool moved = apply(request.state, End{}) == Verdict::kMoved;
+    TS_CHECK(moved);
+    leave(request);
+}
+
+void Scheduler::report(const Request& request, Finish finish, std::span<const int32_t> ids) {
+    updates_.request_ids.push_back(request.id);
+    updates_.finish.push_back(static_cast<int32_t>(finish));
+    updates_.num_ids.push_back(static_cast<int32_t>(ids.size()));
+    updates_.num_cached.push_back(request.num_cached);
+    updates_.ids.insert(updates_.ids.end(), ids.begin(), ids.end());
+}
+
+// Seals the pages that committed steps filled, and makes them findable.
+void Scheduler::publish(Request& request, Holdings& held) {
+    const int first = held.pages.num_sealed();
+    const Committed proof(std::min(held.computed, request.known()));
+    if (proof.tokens() / options_.page_size == first) return;
+    held.pages.seal_full(pool_, proof, options_.page_size);
+    if (!options_.enable_prefix_caching || request.tainted) return;
+    for (int page = first; page < held.pages.num_sealed(); ++page) {
+        const Hash128 hash = chain_at(request, page);
+        const Hash128 parent = page == 0 ? request.root : request.chain[page - 1];
+        const bool generated = (page + 1) * options_.page_size > request.num_prompt;
+        index_.publish(held.pages.sealed(page), parent, hash, page_tokens(request, page),
+                       generated);
+    }
+}
+
+// The hash of tokens [0, (page + 1) * page_size); each link is computed once.
+Hash128 Scheduler::chain_at(Request& request, int page) {
+    for (int next = static_cast<int>(request.chain.size()); next <= page; ++next) {
+        const Hash128 parent = next == 0 ? request.root : request.chain.back();
+        request.chain.push_back(index_.link(parent, page_tokens(request, next)));
+    }
+    return request.chain[page];
+}
+
+Stats Scheduler::stats() const {
+    Stats stats = counters_;
+    stats.num_running = std::ssize(running_);
+    stats.num_waiting = std::ssize(waiting_);
+    stats.num_pages = pool_.num_pages();
+    stats.num_free_pages = pool_.num_free();
+    stats.num_cached_pages = index_.num_kept();
+    return stats;
+}
+
+int Scheduler::flush_cache() {
+    log_.flush_cache();
+    return index_.clear();
+}
+
+const Request* Scheduler::find(uint64_t request_id) const {
+    const auto found = live_.find(request_id);
+    return found == live_.end() ? nullptr : found->second.get();
+}
+
+}  // namespace tokenspeed

@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: MIT
+// The scheduler: decides what the next step runs, and takes in what a step produced. Knows token
+// ids, slots and pages; no tensors, no clock, no threads. One thread calls it.
+//
+// Order of service is order of arrival. Each step takes, within a budget of tokens, one token of
+// every decoding request, then chunks of prompts. Nobody starves:
+//  S1  A request is admitted only if the pages of its whole known sequence, and one page for each
+//      decoding request, are there on top of what others were promised.
+//  S2  When a decoding request finds no page, the latest arrival is retracted: its pages go back,
+//      it waits at its old place and is recomputed. A request that was retracted
+//      `max_retractions` times is admitted only with a firm promise of all it can ever need.
+//  S3  A request that could not finish alone on an empty machine is refused when it is submitted.
+// A retracted request never has a step in flight: the planner leaves it out of one plan first.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "scheduler/event_log.h"
+#include "scheduler/plan.h"
+#include "scheduler/prefix_index.h"
+#include "scheduler/states.h"
+
+namespace tokenspeed {
+
+struct SchedulerOptions {
+    int32_t num_pages = 0;
+    int32_t page_size = 0;
+    int32_t max_num_seqs = 0;
+    int32_t max_num_batched_tokens = 0;
+    int32_t max_model_len = 0;
+    int32_t max_num_partial_prefills = 4;
+    int32_t overlap_depth = 0;
+    int32_t enable_prefix_caching = 1;
+    int32_t max_retractions = 3;
+    int32_t record_events = 0;
+};
+
+struct NewRequest {
+    uint64_t id = 0;
+    std::span<const int32_t> prompt;
+    int32_t max_tokens = 1;
+    int32_t min_tokens = 0;
+    std::span<const int32_t> stop_ids;
+    std::span<const uint8_t> salt;
+    bool read_cache = true;
+    bool prompt_logprobs = false;
+};
+
+struct Request {
+    uint64_t id = 0;
+    uint64_t arrival = 0;
+    int32_t num_prompt = 0;
+    int32_t limit = 0;  // tokens at which it ends: prompt + max_tokens or the context
+    int32_t min_tokens = 0;
+    bool read_cache = true;
+    bool prompt_logprobs = false;
+    bool tainted = false;  // a row failed: its pages are not published any more
+    std::vector<int32_t> stop_ids;
+    std::vector<int32_t> tokens;  // prompt, then committed output
+    Hash128 root;                 // of the salt
+    std::vector<Hash128> chain;   // of tokens' full pages, as far as anybody asked
+    int32_t retractions = 0;
+    int32_t num_cached = -1;  // of the prompt, when first admitted; -1 before
+    int32_t chunk = 0;        // of the plan being made
+    uint64_t refused_at = 0;  // the room_version at which it did not fit
+    uint64_t twin = 0;        // arrival of the request that computes pages [0, twin_pages) now
+    int32_t twin_pages = 0;
+    State state;
+
+    int32_t known() const { return static_cast<int32_t>(tokens.size()); }
+    int32_t num_outputs() const { return known() - num_prompt; }
+    bool wants_prompt_logits() const { return prompt_logprobs && num_outputs() == 0; }
+};
+
+// What one commit produced; one entry per request that got tokens or ended.
+struct Updates {
+    std::vector<uint64_t> request_ids;
+    std::vector<int32_t> finish, num_ids, num_cached, ids;
+    void clear();
+};
+
+struct Stats {
+    int64_t num_running = 0, num_waiting = 0, num_pages = 0, num_free_pages = 0;
+    int64_t num_cached_pages = 0, num_preemptions = 0, prefix_queries = 0, prefix_hits = 0;
+    int64_t prompt_tokens = 0, generated_tokens = 0, num_steps = 0;
+};
+
+class Scheduler {
+  public:
+    // Throws std::invalid_argument for impossible options.
+    Scheduler(const SchedulerOptions& options, HashKey key);
+    ~Scheduler();
+    Scheduler(const Scheduler&) = delete;
+    Scheduler& operator=(const Scheduler&) = delete;
+
+    // Throws std::invalid_argument: empty, too long, duplicate id, can never fit. Nothing changed.
+    void submit(const NewRequest& request);
+    bool abort(uint64_t request_id);
+    // The next step's Plan, valid until the next call; empty when nothing can run now.
+    std::span<const int32_t> next_plan();
+    // Takes the StepResult of the oldest plan in flight. Throws std::invalid_argument if it is
+    // malformed or late; then nothing changed. The updates are valid until the next call.
+    const Updates& commit(std::span<const int32_t> result);
+    bool has_work() const { return !live_.empty() || !draining_.empty(); }
+    Stats stats() const;
+    int flush_cache();
+    const std::vector<uint8_t>& events() const { return log_.bytes(); }
+
+    // For tests. Returns the first broken invariant, or "". O(everything).
+    std::string broken_invariant() const;
+    // Equal for states from which the same events lead to the same plans, up to page names.
+    uint64_t state_hash() const;
+    const SchedulerOptions& options() const { return options_; }
+    const Request* find(uint64_t request_id) const;
+    int num_in_flight() const { return static_cast<int>(in_flight_.size()); }
+
+  private:
+    struct Row {
+        Request* request;
+        int32_t slot, start, num_tokens;
+        bool sample;
+        Lease lease;
+    };
+    struct Step {
+        uint64_t number = 0;
+        std::vector<Row> rows;
+    };
+    // The sections of the plan being made, in the layout's units.
+    struct Sections {
+        std::vector<int32_t> rows, tokens, deltas, binds;
+        void clear();
+    };
+
+    // planner.cpp
+    void plan_decodes();
+    void plan_prefills();
+    int32_t share_budget();
+    Request* admit_next();
+    bool reads_cache(const Request& request) const;
+    void match(Request& request);
+    bool held_back(Request& request);
+    bool admit(Request& request);
+    void bind(const Request& request, const Holdings& held);
+    void add_delta(const Holdings& held, int index);
+    bool take_pages(Holdings& held, int32_t num_tokens);
+    void plan_row(Request& request, Holdings& held, int32_t num_tokens);
+    Request* retractable() const;
+    void retract(Request& request);
+    std::span<const int32_t> emit();
+
+    // scheduler.cpp
+    void check_result(std::span<const int32_t> result) const;
+    void settle(Row& row, int32_t status, std::span<const int32_t> ids);
+    void publish(Request& request, Holdings& held);
+    void report(const Request& request, Finish finish, std::span<const int32_t> ids);
+    void end_running(Request& request, Finish finish, std::span<const int32_t> ids);
+    void leave(Request& request);
+    Hash128 chain_at(Request& request, int page);
+
+    std::span<const int32_t> page_tokens(const Request& request, int page) const {
+        return std::span(request.tokens).subspan(page * options_.page_size, options_.page_size);
+    }
+    int32_t pages_for(int32_t num_tokens) const {
+        return (num_tokens + options_.page_size - 1) / options_.page_size;
+    }
+    void check_pages(std::string& broken) const;
+    void check_requests(std::string& broken) const;
+    std::vector<const Request*> all_requests() const;
+
+    SchedulerOptions options_;
+    PagePool pool_;
+    PrefixIndex index_;
+    FullAttention group_;
+    SlotPool slots_;
+    Ledger ledger_;
+    EventLog log_;
+
+    std::unordered_map<uint64_t, std::unique_ptr<Request>> live_;  // never iterated
+    std::map<uint64_t, Request*> waiting_;                         // by arrival
+    std::vector<Request*> running_;                                // by arrival
+    std::vector<std::unique_ptr<Request>> draining_;
+    std::deque<Step> in_flight_;
+    std::vector<Step> spare_steps_;
+
+    uint64_t next_arrival_ = 0;
+    uint64_t next_step_ = 0;
+    uint64_t room_version_ = 1;  // rises when a request that did not fit may fit
+    Stats counters_;
+
+    // Of the plan being made; kept to reuse their memory.
+    Step step_;
+    Sections sections_;
+    std::vector<int32_t> plan_;
+    std::vector<PageId> hits_;
+    int32_t budget_ = 0;
+    Request* left_out_ = nullptr;  // to be retracted once its step in flight committed
+    Updates updates_;
+};
+
+}  // namespace tokenspeed
