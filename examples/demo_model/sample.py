@@ -23,7 +23,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
-    model = DeepseekV3ForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
+    model: Any = DeepseekV3ForCausalLM.from_pretrained(args.model_dir, dtype=torch.float32)
     text = args.prompt
     if args.chat:
         turn = [{"role": "user", "content": text}]

@@ -32,7 +32,7 @@ def average(tensors: list[Tensor]) -> None:
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     flat /= count()
-    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
