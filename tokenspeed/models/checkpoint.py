@@ -18,7 +18,7 @@ from tokenspeed.models.safetensors_header import TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_MAPPED_BYTES = 256 << 20  # how much of a mapped file may become resident before it is closed
+MAX_MAPPED_BYTES = 64 << 20  # how much of a mapped file may become resident before it is closed
 
 
 class Checkpoint:
@@ -100,9 +100,9 @@ def _inside(folder: Path, name: str) -> Path:
         raise ModelLoadError(f"{folder}: {name!r} is not the name of a file in this folder")
     if not path.is_file():
         raise ModelLoadError(f"{folder}: {name} is missing; download the model again")
-    homes = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":
-        homes.append(folder.resolve().parent.parent / "blobs")
-    if path.resolve().parent not in homes:
+    home, target = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    in_hub_cache = home.parent.name == "snapshots" and target.is_relative_to(blobs)
+    if target.parent != home and not in_hub_cache:
         raise ModelLoadError(f"{folder}: {name} is a link out of this folder")
     return path

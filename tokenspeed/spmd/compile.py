@@ -77,7 +77,8 @@ def _edges(path: str, module: nn.Module, spec: ModuleSpec) -> Iterator[Edge]:
         if name not in in_flows:
             raise ValueError(f"{path or 'model'}: child {name} stands in none of its flows")
     for flow in flows:
-        stations = [(f"{path} (input)", REPLICATED, spec.inputs)]
+        where = path or "model"
+        stations = [(f"{where} (input)", REPLICATED, spec.inputs)]
         for name in flow:
             child = module.get_submodule(name)
             members = list(child.named_children()) if isinstance(child, nn.ModuleList) else []
@@ -85,7 +86,7 @@ def _edges(path: str, module: nn.Module, spec: ModuleSpec) -> Iterator[Edge]:
                 full = f"{path}.{sub}" if path else sub
                 child_spec = _spec_of(full, member)
                 stations.append((full, child_spec.inputs, child_spec.outputs))
-        stations.append((f"{path} (output)", spec.outputs, REPLICATED))
+        stations.append((f"{where} (output)", spec.outputs, REPLICATED))
         for (producer, _, have), (consumer, need, _) in pairwise(stations):
             yield from _changes(producer, consumer, have, need)
 
@@ -97,7 +98,7 @@ def _changes(producer: str, consumer: str, have: Layout, need: Layout) -> Iterat
             continue
         if isinstance(target, Partial):
             raise ValueError(
-                f"{producer} -> {consumer}: has {source} on {axis} but needs {target}; "
+                f"{producer} -> {consumer}: has {source!r} on {axis} but needs {target!r}; "
                 "only a module's own sum can make a partial value"
             )
         yield Edge(producer, consumer, axis, source, target)
