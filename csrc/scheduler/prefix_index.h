@@ -68,6 +68,7 @@ class PrefixIndex : public PageKeeper {
     const EvictionPolicy& policy() const { return *policy_; }
 
   private:
+    friend class Inspector;  // tests/cpp/explore_inspect.h
     struct Entry {
         Hash128 hash;
         PageId parent = kNoPage, first_child = kNoPage;

@@ -122,6 +122,7 @@ class Scheduler {
     int num_in_flight() const { return static_cast<int>(in_flight_.size()); }
 
   private:
+    friend class Inspector;  // tests/cpp/explore_inspect.h reads everything, changes nothing
     struct Row {
         Request* request;
         int32_t slot, start, num_tokens;
