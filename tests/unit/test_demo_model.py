@@ -75,10 +75,7 @@ def test_template_renders_every_kind_of_turn() -> None:
     parts = [{"type": "text", "text": "List "}, {"type": "text", "text": "."}]
     messages = [
         {"role": "system", "content": "Be brief."},
-        {
-            "role": "user",
-            "content": [{"type": "text", "text": "List "}, {"type": "text", "text": "."}],
-        },
+        {"role": "user", "content": parts},
         {"role": "assistant", "content": None, "reasoning_content": "ls", "tool_calls": [call]},
         {"role": "tool", "content": "a.py", "tool_call_id": "1"},
         {"role": "assistant", "content": "One file."},
