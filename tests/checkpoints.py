@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -115,12 +116,14 @@ def make_checkpoint(
     *,
     max_shard_size: str = "1GB",
     mtp: bool = True,
+    tokenizer: bool = False,
     seed: int = 0,
     **changes: Any,
 ) -> Path:
     """Writes a random fp32 checkpoint of `family` into `folder`; `changes` are config values.
 
-    DeepSeek V3 gets the tensors of one fake MTP layer unless `mtp` is off.
+    DeepSeek V3 gets the tensors of one fake MTP layer unless `mtp` is off. `tokenizer` adds one
+    whose ids 0 to 255 are bytes, with a chat template.
     """
     config = FAMILIES[family](**changes)
     torch.manual_seed(seed)
@@ -134,6 +137,8 @@ def make_checkpoint(
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if family == "deepseek_v3" and mtp:
         _add_mtp(folder, config)
+    if tokenizer:
+        _add_tokenizer(folder)
     return folder
 
 
@@ -143,6 +148,36 @@ def reference_model(folder: Path) -> Any:
         folder, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
+
+
+CHAT_TEMPLATE = """{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+SPECIAL_TOKENS = ["<bos>", "<eos>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>"]
+
+
+def _add_tokenizer(folder: Path) -> None:
+    """One token per byte (byte b has id b), then the special tokens from id 256 on."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    inner.add_special_tokens(SPECIAL_TOKENS)
+    inner.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """The byte-level alphabet: printable bytes stand for themselves, others from U+0100 on."""
+    plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(0x100 + i) for i in range(256 - len(plain)))
+    return {chr(byte) if byte in plain else next(others): byte for byte in range(256)}
 
 
 def _add_mtp(folder: Path, config: Any) -> None:

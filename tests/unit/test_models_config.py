@@ -16,7 +16,7 @@ from tokenspeed.layers.rope import inverse_frequencies, rope_table
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.decoder_config import read_decoder
-from tokenspeed.models.hf_config import HfConfig, bos_token_id, eos_token_ids
+from tokenspeed.models.hf_config import HfConfig, eos_token_ids
 from tokenspeed.models.hub import DEMO_FOLDER, resolve_model
 from tokenspeed.models.registry import ARCHITECTURES, find_architecture
 
@@ -215,9 +215,9 @@ def test_rope_equals_transformers(rope: dict[str, Any], style: str) -> None:
 def test_end_of_sequence_ids(tmp_path: Path) -> None:
     config, generation = tmp_path / "config.json", tmp_path / "generation_config.json"
     config.write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
-    assert (eos_token_ids(tmp_path), bos_token_id(tmp_path)) == ([7], None)
-    generation.write_text(json.dumps({"eos_token_id": [8, 9], "bos_token_id": 1}))
-    assert (eos_token_ids(tmp_path), bos_token_id(tmp_path)) == ([8, 9], 1)
+    assert eos_token_ids(tmp_path) == [7]
+    generation.write_text(json.dumps({"eos_token_id": [8, 9]}))
+    assert eos_token_ids(tmp_path) == [8, 9]
     generation.write_text(json.dumps({"eos_token_id": [-1]}))
     with pytest.raises(ModelLoadError, match=r"generation_config\.json: eos_token_id"):
         eos_token_ids(tmp_path)

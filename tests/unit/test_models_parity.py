@@ -95,3 +95,63 @@ def check_family(folder: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     check_family(make_checkpoint(tmp_path, family))
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "v2, grouped, q-LoRA, biases": (
+        "deepseek_v2",
+        {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": 24,
+            "routed_scaling_factor": 2.0,
+            "attention_bias": True,
+            "mlp_bias": False,
+        },
+    ),
+    "v3, one group, rope in halves, tied": (
+        "deepseek_v3",
+        {
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_interleave": False,
+            "rope_scaling": None,
+            "norm_topk_prob": False,
+            "q_lora_rank": None,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3, tied, yarn, biases": (
+        "qwen3",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+    ),
+    "qwen3 moe, every second layer sparse": (
+        "qwen3_moe",
+        {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": False},
+    ),
+    "llama, linear rope, one head group": (
+        "llama",
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "num_key_value_heads": 1,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "head_dim": 24,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
+    family, changes = VARIANTS[variant]
+    check_family(make_checkpoint(tmp_path, family, **changes))

@@ -136,13 +136,3 @@ def eos_token_ids(folder: Path) -> list[int]:
             return ids
     config = HfConfig(read_json(folder / "config.json"))
     return config.integers("eos_token_id") or text_config(config).integers("eos_token_id")
-
-
-def bos_token_id(folder: Path) -> int | None:
-    """The begin-of-sequence id, if a configuration file names one."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = HfConfig(read_json(path), name).integers("bos_token_id") if path.exists() else []
-        if ids:
-            return ids[0]
-    return None
