@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""`Application`: the ASGI entry. Routes, keys, limits and the one exception path; knows no dialect.
+
+A handler gets a `Call` and either replies or raises. What it raises becomes the reply, whatever it
+is. When the client goes away the handler is cancelled wherever it waits, and what it submitted is
+aborted as its contexts close.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
+
+from tokenspeed.gateway.api_error import ApiError, of_exception
+from tokenspeed.gateway.auth import Keys, check_host
+
+BODY_TIMEOUT_S = 60.0
+JSON_DEPTH = 64
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+
+T = TypeVar("T")
+
+log = logging.getLogger("tokenspeed.gateway")
+
+
+class ClientGone(Exception):  # noqa: N818
+    """The client closed the connection before it had sent its request."""
+
+
+@dataclass(slots=True)
+class Call:
+    """One HTTP request and the way to answer it."""
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    max_body_bytes: int
+    tenant: bytes = b""  # the salt of the caller's key
+    path: dict[str, Any] = field(default_factory=dict)
+    started: bool = False
+    watcher: asyncio.Task[None] | None = None
+
+    async def body(self) -> bytes:
+        """The whole body. 413 if it is too long, 408 if it does not come; then watches the client.
+
+        From here on this task is cancelled when the client goes away.
+        """
+        headers = dict(self.scope["headers"])
+        if int(headers.get(b"content-length", b"0")) > self.max_body_bytes:
+            raise self._too_large()
+        parts, size, more = [], 0, True
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                while more:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise ClientGone
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    more = message.get("more_body", False)
+                    if size > self.max_body_bytes:
+                        raise self._too_large()
+        except TimeoutError:
+            raise ApiError(408, "the request's body took too long", code="timeout") from None
+        self.watcher = asyncio.create_task(self._watch(asyncio.current_task()))
+        return b"".join(parts)
+
+    async def decode(self, decoder: "msgspec.json.Decoder[T]") -> T:
+        """The body as `decoder` types it. Raises 400 naming the field, 415 for another type."""
+        kind = dict(self.scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip()
+        if kind.lower() != b"application/json":
+            raise ApiError(415, "the content type must be application/json", code="content_type")
+        return decode_json(await self.body(), decoder)
+
+    async def reply(
+        self,
+        body: bytes,
+        status: int = 200,
+        kind: str = "application/json",
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        """Sends the whole answer."""
+        await self.start(status, kind, {"content-length": str(len(body)), **(headers or {})})
+        await self.send({"type": "http.response.body", "body": body})
+
+    async def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
+        self.started = True
+        pairs = [(b"content-type", kind.encode())]
+        pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
+        given = [v for n, v in self.scope["headers"] if n == b"x-request-id"]
+        if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
+            pairs.append((b"x-request-id", given[0]))
+        await self.send({"type": "http.response.start", "status": status, "headers": pairs})
+
+    async def _watch(self, task: "asyncio.Task[Any] | None") -> None:
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+        if task is not None:
+            task.cancel()
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"at most {self.max_body_bytes} bytes of body", code="body_too_large")
+
+
+Handler = Callable[[Call], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class RouteSpec:
+    """A row of the route table; `/openapi.json` and the tests of access read it too."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    body: type | None = None
+    open: bool = False  # needs no key
+    admin: bool = False  # moves to the admin listener, if there is one
+
+
+class Application:
+    """ASGI application over a route table."""
+
+    def __init__(self, table: Sequence[RouteSpec], keys: Keys, *, loopback: bool, max_body: int):
+        self.table = tuple(table)
+        self._keys, self._loopback, self._max_body = keys, loopback, max_body
+        self._routes = [
+            (spec, Route(spec.path, _unused, methods=[spec.method])) for spec in self.table
+        ]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            raise RuntimeError(f"unexpected scope {scope['type']}")
+        call = Call(scope, receive, send, self._max_body)
+        try:
+            await self._handle(call)
+        except (ClientGone, asyncio.CancelledError):
+            pass  # nobody is left to answer
+        except Exception as error:
+            await self._answer(call, error)
+        finally:
+            if call.watcher is not None:
+                call.watcher.cancel()
+
+    async def _handle(self, call: Call) -> None:
+        if self._loopback and not self._keys:
+            check_host(call.scope["headers"])
+        spec = self._match(call)
+        if spec is None or not spec.open:
+            call.tenant = self._keys.tenant(call.scope["headers"])
+        if spec is None:
+            raise self._no_route(call.scope)
+        await spec.handler(call)
+
+    def _match(self, call: Call) -> RouteSpec | None:
+        for spec, route in self._routes:
+            match, child = route.matches(call.scope)
+            if match is Match.FULL:
+                call.path = child.get("path_params", {})
+                return spec
+        return None
+
+    def _no_route(self, scope: Scope) -> ApiError:
+        allowed = {
+            spec.method for spec, route in self._routes if route.matches(scope)[0] is Match.PARTIAL
+        }
+        if allowed:
+            headers = {"allow": ", ".join(sorted(allowed))}
+            return ApiError(405, "method not allowed", code="method_not_allowed", headers=headers)
+        return ApiError(404, "there is no such route", code="not_found")
+
+    async def _answer(self, call: Call, error: Exception) -> None:
+        answer = of_exception(error)
+        if answer.status == 500:
+            log.error("a request failed", exc_info=error)
+        if call.started:
+            return  # uvicorn closes the connection: the answer is cut short, visibly
+        with contextlib.suppress(asyncio.CancelledError):
+            await call.reply(answer.body(), answer.status, headers=answer.headers)
+
+
+def _unused() -> None:
+    """Starlette's router wants an endpoint; this application calls the handlers itself."""
+
+
+def decode_json(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
+    """Typed JSON. Every way in which it can be wrong is a 400, naming the field if it has one."""
+    try:
+        try:
+            return decoder.decode(body)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            # Python's reader takes NaN and Infinity, which lets the field's own check name it.
+            return msgspec.convert(_lenient(body), decoder.type)
+    except msgspec.ValidationError as error:
+        why, _, path = str(error).partition(" - at `$")
+        param = path.rstrip("`").lstrip(".") or None
+        raise ApiError(400, f"{param or 'body'}: {why}", param=param, code="invalid_type") from None
+    except UnicodeError:
+        raise ApiError(400, "the body is not valid UTF-8", code="invalid_unicode") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="json_too_deep") from None
+    except ValueError as error:
+        why = str(error).partition("\n")[0][:100]
+        raise ApiError(400, f"the body is not JSON: {why}", code="invalid_json") from None
+
+
+def _lenient(body: bytes) -> Any:
+    value = json.loads(body)
+    msgspec.json.encode(value)  # UnicodeError for lone surrogates, which no answer could repeat
+    return value
+
+
+def check_depth(value: Any, field_name: str) -> None:
+    """Raises 400 for JSON nested deeper than any real message, which templates would recurse on."""
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > JSON_DEPTH:
+            raise ApiError(
+                400, f"{field_name}: nested too deeply", param=field_name, code="json_too_deep"
+            )
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+            elif isinstance(item, list):
+                below += item
+        level = below

@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""The requests of the OpenAI dialect, with vLLM's further fields. Knows fields, serves nothing.
+
+Types are checked by msgspec, ranges by `SamplingParams`. A field that nobody knows is ignored; a
+known one that would change the answer and is not served yet is refused by name, never dropped.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.text.detokenizer import check_stop
+from tokenspeed.text.tokenizer import Tokenizer
+
+_SALT = re.compile(r"[A-Za-z0-9._:=+/-]{1,256}")
+_MASK = 2**64 - 1
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Sampling(msgspec.Struct, kw_only=True):
+    """The fields that both endpoints share."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    seed: int | None = None
+    prompt_logprobs: int | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = None
+    # Refused while they are not served:
+    best_of: int | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    logits_processors: Any = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
+    prompt_embeds: Any = None
+    truncate_prompt_tokens: int | None = None
+    spaces_between_special_tokens: bool | None = None
+    repetition_detection: Any = None
+    kv_transfer_params: Any = None
+    vllm_xargs: Any = None
+
+    def refusals(self) -> dict[str, bool]:
+        """Which fields ask for something that is not served."""
+        names = (
+            "use_beam_search",
+            "logits_processors",
+            "structured_outputs",
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "prompt_embeds",
+            "repetition_detection",
+            "kv_transfer_params",
+            "vllm_xargs",
+        )
+        return {name: bool(getattr(self, name)) for name in names} | {
+            "best_of": self.best_of not in (None, self.n or 1),
+            "length_penalty": self.length_penalty not in (None, 1.0),
+            "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
+            "spaces_between_special_tokens": self.spaces_between_special_tokens is False,
+            "response_format": (self.response_format or {}).get("type", "text") != "text",
+        }
+
+
+class ChatRequest(Sampling, kw_only=True):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    documents: list[dict[str, Any]] | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+    # Refused while they are not served:
+    continue_final_message: bool | None = None
+    chat_template: str | None = None
+    echo: bool | None = None
+    functions: Any = None
+    function_call: Any = None
+    thinking_token_budget: int | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+    web_search_options: Any = None
+
+    def refusals(self) -> dict[str, bool]:
+        names = (
+            "continue_final_message",
+            "chat_template",
+            "echo",
+            "functions",
+            "function_call",
+            "audio",
+            "web_search_options",
+        )
+        forced = self.tool_choice not in (None, "auto", "none")
+        return Sampling.refusals(self) | {
+            **{name: bool(getattr(self, name)) for name in names},
+            "tool_choice": forced,
+            "thinking_token_budget": self.thinking_token_budget is not None,
+            "modalities": self.modalities not in (None, [], ["text"]),
+        }
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs: needs logprobs: true", field="top_logprobs")
+        if self.top_logprobs is not None and self.top_logprobs < 0:
+            raise RequestError("top_logprobs: must not be negative", field="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+    # Refused while it is not served:
+    suffix: str | None = None
+
+    def refusals(self) -> dict[str, bool]:
+        return Sampling.refusals(self) | {"suffix": bool(self.suffix)}
+
+
+def check_served(request: ChatRequest | CompletionRequest) -> None:
+    """Raises 400 for the first field that asks for what is not served, and for a malformed salt."""
+    for name, refused in request.refusals().items():
+        if refused:
+            raise RequestError(
+                f"{name}: this value is not supported", field=name, code="unsupported_parameter"
+            )
+    if request.cache_salt is not None and not _SALT.fullmatch(request.cache_salt):
+        raise RequestError(
+            "cache_salt: 1 to 256 characters out of A-Z a-z 0-9 . _ : = + / -", field="cache_salt"
+        )
+
+
+_SAME_NAME = (
+    "n",
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "allowed_token_ids",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "seed",
+    "prompt_logprobs",
+)
+
+
+def sampling_params(
+    request: Sampling,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    tokenizer: Tokenizer | None,
+) -> SamplingParams:
+    """Checked parameters. Raises `RequestError` naming the field; null means the default."""
+    given = {name: getattr(request, name) for name in _SAME_NAME}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in (*given.items(), ("max_tokens", max_tokens), ("logprobs", logprobs)):
+        if isinstance(value, int) and abs(value) > _MASK:
+            raise RequestError(f"{name}: the number is too large", field=name)
+    if request.logit_bias is not None:
+        given["logit_bias"] = _logit_bias(request.logit_bias)
+    if request.stop:
+        given["stop"] = [request.stop] if isinstance(request.stop, str) else request.stop
+        check_stop(given["stop"])
+    if request.bad_words:
+        given["bad_words_token_ids"] = _bad_words(request.bad_words, tokenizer)
+    if tokenizer is None and "stop" in given:
+        raise RequestError("stop: this server has no tokenizer", field="stop")
+    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+
+
+def nth(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of choice `index`: one answer, and a seed of its own if a seed was given."""
+    if params.seed is None:
+        return params.replace(n=1) if params.n != 1 else params
+    seed = (params.seed + index + 2**63 & _MASK) - 2**63
+    return params.replace(n=1, seed=seed)
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items() if len(token) < 20}
+    except ValueError:
+        raise RequestError("logit_bias: keys must be token ids", field="logit_bias") from None
+
+
+def _bad_words(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
+    """Each word as it stands at the start of a text and as it follows a space."""
+    if tokenizer is None:
+        raise RequestError("bad_words: this server has no tokenizer", field="bad_words")
+    if len(words) > 512 or any(not 0 < len(word) <= 256 for word in words):
+        raise RequestError("bad_words: at most 512 words of 1 to 256 characters", field="bad_words")
+    sequences = {}
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            if ids:
+                sequences[tuple(ids)] = ids
+    return list(sequences.values())

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""The OpenAPI 3.1 document, made from the route table and the request types. Knows no handler."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from tokenspeed import __version__
+from tokenspeed.gateway.app import Call, RouteSpec
+from tokenspeed.gateway.sse import encode_json
+
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+
+def openapi_route(table: Sequence[RouteSpec]) -> RouteSpec:
+    """The route that serves the document of `table` and of itself."""
+
+    async def handler(call: Call) -> None:
+        await call.reply(body)
+
+    spec = RouteSpec("GET", "/openapi.json", handler, "This document")
+    body = encode_json(document([*table, spec]))
+    return spec
+
+
+def document(table: Sequence[RouteSpec]) -> dict[str, Any]:
+    """The document as an object."""
+    types = {spec.body for spec in table if spec.body is not None}
+    refs = "#/components/schemas/{name}"
+    _, schemas = msgspec.json.schema_components(sorted(types, key=str), ref_template=refs)
+    paths: dict[str, Any] = {}
+    for spec in table:
+        path = spec.path.replace(":path}", "}")
+        paths.setdefault(path, {})[spec.method.lower()] = _operation(spec, path)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "TokenSpeed", "version": __version__},
+        "paths": paths,
+        "components": {
+            "schemas": {**schemas, "Error": _ERROR},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+            },
+        },
+    }
+
+
+def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    anything: dict[str, Any] = {"application/json": {"schema": {}}}
+    if spec.path == "/metrics":
+        anything = {"text/plain": {"schema": {"type": "string"}}}
+    if spec.path.endswith("/completions"):
+        anything["text/event-stream"] = {"schema": {"type": "string"}}
+    made: dict[str, Any] = {
+        "summary": spec.summary,
+        "responses": {
+            "200": {"description": "The answer", "content": anything},
+            "4XX": {"description": "The caller's mistake, by name", "content": error},
+            "503": {"description": "Not now; see Retry-After", "content": error},
+        },
+    }
+    if not spec.open:
+        made["security"] = [{"bearer": []}, {"apiKey": []}]
+    if "{model}" in path:
+        schema = {"type": "string", "minLength": 1}
+        made["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": schema}]
+    if spec.body is not None:
+        ref = {"$ref": f"#/components/schemas/{spec.body.__name__}"}
+        made["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref}}}
+    return made

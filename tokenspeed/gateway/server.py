@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: MIT
+"""`serve`: listeners, signals and the order in which things start and end. Knows no request.
+
+Everything that can be wrong with the options is found before a socket is opened. SIGTERM ends
+readiness, lets open requests finish within the drain timeout and leaves; a second one leaves now.
+"""
+
+import asyncio
+import contextlib
+import gc
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.gateway.app import Application, RouteSpec
+from tokenspeed.gateway.auth import Keys
+from tokenspeed.gateway.engine_client import ENGINE_COMMAND, EngineClient
+from tokenspeed.gateway.http_protocol import BoundedProtocol
+from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.routes import route_table
+from tokenspeed.gateway.service import Service
+from tokenspeed.models.hub import resolve_model
+from tokenspeed.text.chat_template import ChatTemplate
+from tokenspeed.text.template_worker import TemplateWorker
+from tokenspeed.text.tokenizer import Tokenizer
+
+DEATH_LINGER_S = 3.0  # after the engine's end the gateway still answers, with 503, for so long
+
+log = logging.getLogger("tokenspeed.gateway")
+
+
+def serve(
+    config: EngineConfig, options: ServerOptions, command: tuple[str, ...] = ENGINE_COMMAND
+) -> int:
+    """Serves until a signal or the engine's end; returns the exit status.
+
+    Raises `ModelLoadError`, `ValueError` or `OSError` for what cannot be served as asked.
+    """
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    keys = Keys(options.api_key)
+    folder = resolve_model(config.model.tokenizer or config.model.model, config.model.revision)
+    tokenizer = None if config.model.skip_tokenizer_init else Tokenizer.from_folder(folder)
+    template = None
+    if tokenizer is not None:
+        given = config.model.chat_template
+        template = ChatTemplate.from_folder(folder, tokenizer.special_tokens, given)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(listener) for listener in _listeners(options)]
+        return uvloop.run(_run(config, options, command, keys, tokenizer, template, sockets))
+
+
+async def _run(
+    config: EngineConfig,
+    options: ServerOptions,
+    command: tuple[str, ...],
+    keys: Keys,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    sockets: list[socket.socket],
+) -> int:
+    names = config.model.served_model_name or (config.model.model,)
+    metrics = Metrics(names[0])
+    client = EngineClient(config, options, metrics, command)
+    worker = TemplateWorker(template) if template else None
+    service = Service(names, client, metrics, keys, tokenizer, worker)
+    try:
+        await client.start()
+        gc.collect()
+        gc.freeze()  # what exists now stays: later collections need not look at it
+        servers = _servers(options, keys, route_table(service))
+        return await _until_the_end(client, options, servers, sockets)
+    finally:
+        await client.close()
+        service.close()
+
+
+def _servers(options: ServerOptions, keys: Keys, table: list[RouteSpec]) -> list["_Server"]:
+    loopback = options.uds is None and _is_loopback(options.host)
+
+    def server(routes: list[RouteSpec]) -> _Server:
+        app = Application(routes, keys, loopback=loopback, max_body=options.max_body_bytes)
+        return _Server(
+            uvicorn.Config(
+                app,
+                http=BoundedProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    if options.admin_port is None:
+        return [server(table)]
+    public = [spec for spec in table if not spec.admin]
+    return [server(public), server([spec for spec in table if spec.admin or spec.open])]
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: draining comes before it is told to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _until_the_end(
+    client: EngineClient,
+    options: ServerOptions,
+    servers: list[_Server],
+    sockets: list[socket.socket],
+) -> int:
+    """Serves, and waits for whatever ends it. Returns the exit status."""
+    loop = asyncio.get_running_loop()
+    stop, stop_now = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        (stop_now if stop.is_set() else stop).set()
+
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, on_signal)
+    running = [
+        loop.create_task(server.serve([sock]))
+        for server, sock in zip(servers, sockets, strict=True)
+    ]
+    _announce(options, sockets)
+    ends = [loop.create_task(event.wait()) for event in (stop, client.dead)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    died = client.dead.is_set()
+    if died and client.ready is not None:
+        await _first_of(stop, timeout_s=DEATH_LINGER_S)
+    elif not died:
+        client.draining = True
+        await _drain(client, stop_now, options.drain_timeout_s)
+    for server in servers:
+        server.should_exit = True
+        server.force_exit = stop_now.is_set()
+    for task in ends:
+        task.cancel()
+    await asyncio.wait(running, timeout=3.0)
+    return 1 if died else 0
+
+
+async def _first_of(event: asyncio.Event, timeout_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
+
+
+async def _drain(client: EngineClient, stop_now: asyncio.Event, timeout_s: float) -> None:
+    """Waits until no request is open, the deadline passes, a second signal comes or all is lost."""
+    log.warning("draining %d requests", client.num_open)
+    deadline = asyncio.get_running_loop().time() + timeout_s
+    while client.num_open and not client.dead.is_set() and not stop_now.is_set():
+        if asyncio.get_running_loop().time() >= deadline:
+            log.warning("%d requests were cut off by the drain timeout", client.num_open)
+            return
+        await _first_of(stop_now, timeout_s=0.05)
+
+
+def _listeners(options: ServerOptions) -> list[socket.socket]:
+    """Bound sockets: the public one, then the one for metrics and administration if asked for."""
+    if options.uds is not None:
+        made = [_unix_listener(options.uds)]
+    else:
+        made = [_listener(options.host, options.port)]
+    if options.admin_port is not None:
+        host = options.host if options.uds is None else "127.0.0.1"
+        made.append(_listener(host, options.admin_port))
+    return made
+
+
+def _listener(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+    except (OSError, OverflowError) as error:
+        made.close()
+        raise OSError(f"cannot listen on {host} port {port}: {error}") from None
+    return made
+
+
+def _unix_listener(path: str) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with contextlib.suppress(FileNotFoundError):
+        if Path(path).is_socket():
+            os.unlink(path)
+    try:
+        made.bind(path)
+        os.chmod(path, 0o600)
+    except OSError as error:
+        made.close()
+        raise OSError(f"cannot listen on {path}: {error}") from None
+    return made
+
+
+def _announce(options: ServerOptions, sockets: list[socket.socket]) -> None:
+    if options.uds is not None:
+        print(f"TokenSpeed listens on {options.uds}; loading shows at /ready", flush=True)
+        return
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    url = f"http://{host}:{sockets[0].getsockname()[1]}"
+    print(f"TokenSpeed listens on {url}; readiness and loading show at {url}/ready", flush=True)
+    if len(sockets) > 1:
+        port = sockets[1].getsockname()[1]
+        print(f"metrics and administration on http://{host}:{port}", flush=True)
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
