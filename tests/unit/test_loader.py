@@ -72,7 +72,7 @@ def test_fused_parameters_hold_their_parts(folder: Path) -> None:
     )
     assert torch.equal(attention.get_parameter("a_proj.weight"), down)
     both = tensors[prefix + "kv_b_proj.weight"].view(4, 32, 32)
-    assert torch.equal(attention.get_parameter("kv_b_proj.w_uk"), both[:, :16])
+    assert torch.equal(attention.get_parameter("kv_b_proj.w_uk"), both[:, :16].mT)
     assert torch.equal(attention.get_parameter("kv_b_proj.w_uv"), both[:, 16:])
 
 

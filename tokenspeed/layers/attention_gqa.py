@@ -68,8 +68,7 @@ class GqaAttention(Layer):
         q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
-            q = self.q_norm(q.flatten(0, 1)).view_as(q)
-            k = self.k_norm(k.flatten(0, 1)).view_as(k)
+            q, k = self.q_norm(q), self.k_norm(k)
         q = self.rope_append(
             q, k, v, self.cos_sin, batch.positions, batch.cache_index, keys, values, False
         )

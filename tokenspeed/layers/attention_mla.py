@@ -38,35 +38,42 @@ class MlaShape:
 
 
 class AbsorbedKv(Layer):
-    """kv_b_proj [heads * (nope + value), latent] as two stacks of per-head matrices."""
+    """kv_b_proj [heads * (nope + value), latent] as two stacks of per-head weights.
+
+    w_uk [H, latent, nope] takes queries to the latent, w_uv [H, value, latent] brings values back.
+    """
 
     def __init__(self, target: Target, shape: MlaShape) -> None:
         super().__init__()
-        heads = {"tp": Shard(0)}
-        over = {"tp": Shard(1)}
+        heads, over = {"tp": Shard(0)}, {"tp": Shard(1)}
         self.spec = ModuleSpec(over, over, {"w_uk": heads, "w_uv": heads})
-        latent = shape.kv_lora_rank
-        self.w_uk = self.own_parameter((shape.num_heads, shape.nope_dim, latent), target.dtype)
-        self.w_uv = self.own_parameter((shape.num_heads, shape.value_dim, latent), target.dtype)
+        num_heads, latent = shape.num_heads, shape.kv_lora_rank
+        self.w_uk = self.own_parameter((num_heads, latent, shape.nope_dim), target.dtype)
+        self.w_uv = self.own_parameter((num_heads, shape.value_dim, latent), target.dtype)
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """[T, H, nope] -> [T, H, latent]"""
-        return torch.bmm(q_nope.transpose(0, 1), self.w_uk).transpose(0, 1)
+        return per_head(q_nope, self.w_uk)
 
     def expand_value(self, latent: Tensor) -> Tensor:
         """[T, H, latent] -> [T, H, value]"""
-        return torch.bmm(latent.transpose(0, 1), self.w_uv.transpose(1, 2)).transpose(0, 1)
+        return per_head(latent, self.w_uv)
 
     def sources(self) -> Iterator[Source]:
-        heads, nope, latent = self.w_uk.shape
+        heads, latent, nope = self.w_uk.shape
         shape = (heads * (nope + self.w_uv.shape[1]), latent)
         yield Source("kv_b_proj.weight", shape, self._split)
 
     def _split(self, tensor: Tensor) -> None:
-        heads, nope, latent = self.w_uk.shape
+        heads, latent, nope = self.w_uk.shape
         both = tensor.view(heads, -1, latent)
-        self.w_uk.copy_(both[:, :nope])
+        self.w_uk.copy_(both[:, :nope].transpose(1, 2))
         self.w_uv.copy_(both[:, nope:])
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, H, K], weight [H, N, K] -> [T, H, N]: a linear layer for each head."""
+    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 class MlaAttention(Layer):
