@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -74,6 +76,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings: must be true or false"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads: 3 does not divide 4"),
     ("llama", {"head_dim": 15}, "head_dim: rotary embedding needs an even size"),
+    ("llama", {"head_dim": 2**24}, "max_position_embeddings: 512 are too many"),
+    ("llama", {"max_position_embeddings": 2**24, "head_dim": 64}, f"{2**24} are too many"),
     ("llama", {"head_dim": ..., "hidden_size": 66}, "num_attention_heads: 4 does not divide"),
     ("llama", {"sliding_window": 128}, "sliding_window: sliding-window attention"),
     ("llama", {"rope_parameters": []}, "rope_parameters: must be an object"),
@@ -133,6 +137,34 @@ def test_a_wrong_frame_names_the_key(outer: dict[str, Any], message: str, tmp_pa
     with pytest.raises(ModelLoadError) as error:
         load_model(tmp_path, None, CPU)
     assert message in str(error.value)
+
+
+JUNK = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.integers(-2, 40),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.dictionaries(st.sampled_from(["rope_type", "factor", "x"]), st.integers(), max_size=2),
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(data=st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_junk_in_any_key_is_a_typed_error_or_harmless(
+    family: str, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """There are no weights in the folder, so that a harmless change ends in that error."""
+    values = values_of(family, architectures=[CLASSES[family]])
+    for key in data.draw(st.lists(st.sampled_from(sorted(values)), min_size=1, max_size=3)):
+        values[key] = data.draw(JUNK)
+    folder = tmp_path_factory.getbasetemp()
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ModelLoadError):
+        load_model(folder, None, CPU)
 
 
 def test_code_in_the_folder_is_never_run(tmp_path: Path) -> None:

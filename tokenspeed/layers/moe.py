@@ -16,6 +16,8 @@ from tokenspeed.layers.layer import Layer, Source, Target
 from tokenspeed.layers.mlp import MLP
 from tokenspeed.spmd.placement import REPLICATED, ModuleSpec, Partial, Shard
 
+MAX_EXPERTS = 2**14
+
 
 @dataclass(frozen=True)
 class Routing:

@@ -10,7 +10,7 @@ from tokenspeed.spmd.placement import REPLICATED, Layout, ModuleSpec
 
 
 class RMSNorm(Layer):
-    """`forward` normalises [T, size] or [T, heads, size]; `add` first adds a residual and returns the sum as well.
+    """`forward` normalises [T, size] or [T, heads, size]; `add` first adds a residual to [T, size].
 
     `layout` is that of the features it works on: a norm over the features of each head also works
     where the heads are divided over ranks.

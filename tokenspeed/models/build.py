@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
@@ -46,9 +47,11 @@ def load_with_report(
     config = text_config(outer)
     found = find_architecture(architecture(outer))
     block = _fp8_block(config if config.has("quantization_config") else outer)
-    model = found.model.from_config(
-        dict(config.values), dtype or _stated_dtype(config, outer), device, max_model_len
-    )
+    dtype = dtype or _stated_dtype(config, outer)
+    try:
+        model = found.model.from_config(dict(config.values), dtype, device, max_model_len)
+    except (RuntimeError, OverflowError) as error:  # torch cannot even describe such a tensor
+        raise ModelLoadError(f"{folder}: config.json asks for impossible sizes: {error}") from error
     plan = compile_model(model, Mesh())
     names = TensorNames(found.prefix, found.other, block)
     report = load_weights(model, plan, Checkpoint(folder), names, progress)

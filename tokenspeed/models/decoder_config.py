@@ -7,8 +7,10 @@ Refuses to know attention and expert layouts; each model's file reads its own ke
 from dataclasses import dataclass
 
 from tokenspeed.layers.rope import RopeConfig
-from tokenspeed.models.hf_config import HfConfig
+from tokenspeed.models.hf_config import MAX_INTEGER, HfConfig
 
+MAX_LAYERS = 1024
+MAX_ROPE_TABLE = 2**29  # numbers: 4 million positions of 128
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -37,7 +39,7 @@ def read_decoder(
     return DecoderConfig(
         vocab_size=config.integer("vocab_size"),
         hidden_size=config.integer("hidden_size"),
-        num_layers=config.integer("num_hidden_layers"),
+        num_layers=config.integer("num_hidden_layers", maximum=MAX_LAYERS),
         norm_eps=config.number("rms_norm_eps", 1e-6),
         max_position=max_position,
         tied=config.boolean("tie_word_embeddings", tied_default),
@@ -95,7 +97,10 @@ def _read_rope(config: HfConfig, dim: int, max_model_len: int | None) -> tuple[R
             "max_position_embeddings",
             f"max_model_len {max_model_len} is more than the {limit} positions of this model",
         )
-    return rope, max_model_len or limit
+    served = max_model_len or limit
+    if served * dim > MAX_ROPE_TABLE:
+        raise config.error("max_position_embeddings", f"{served} are too many; set max_model_len")
+    return rope, served
 
 
 def _original_positions(config: HfConfig, scaling: HfConfig, limit: int) -> int:
@@ -139,4 +144,4 @@ def _read_yarn(
         mscale_all_dim=scaling.number("mscale_all_dim", 0.0, above=-1.0),
         truncate=scaling.boolean("truncate", True),
     )
-    return rope, max(limit, int(original * factor))
+    return rope, max(limit, int(min(original * factor, MAX_INTEGER)))

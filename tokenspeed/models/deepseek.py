@@ -14,7 +14,7 @@ import torch
 from tokenspeed.layers.attention_mla import MlaAttention, MlaShape
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.mlp import MLP
-from tokenspeed.layers.moe import MoE, Routing
+from tokenspeed.layers.moe import MAX_EXPERTS, MoE, Routing
 from tokenspeed.layers.rope import RopeConfig, rope_table
 from tokenspeed.models.causal_lm import CausalLM, DecoderLayer
 from tokenspeed.models.decoder_config import DecoderConfig, read_decoder
@@ -77,7 +77,7 @@ class DeepseekV3ForCausalLM(CausalLM):
             scoring = "sigmoid"
         grouped = method != "greedy"
         routing = Routing(
-            num_experts=config.integer("n_routed_experts"),
+            num_experts=config.integer("n_routed_experts", maximum=MAX_EXPERTS),
             top_k=config.integer("num_experts_per_tok"),
             scoring=scoring,
             n_group=config.integer("n_group", 1) if grouped else 1,

@@ -15,7 +15,7 @@ from typing import Any
 from tokenspeed.errors import ModelLoadError
 
 MAX_JSON_BYTES = 64 << 20
-MAX_INTEGER = 2**31 - 1
+MAX_INTEGER = 2**24  # of any size: far beyond real models, small enough to multiply
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -56,12 +56,19 @@ class HfConfig:
     def has(self, key: str) -> bool:
         return self.values.get(key) is not None
 
-    def integer(self, key: str, default: int | _Required = REQUIRED, minimum: int = 1) -> int:
+    def integer(
+        self,
+        key: str,
+        default: int | _Required = REQUIRED,
+        *,
+        minimum: int = 1,
+        maximum: int = MAX_INTEGER,
+    ) -> int:
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.error(key, f"must be an integer, is {value!r}")
-        if not minimum <= value <= MAX_INTEGER:
-            raise self.error(key, f"must be in [{minimum}, {MAX_INTEGER}], is {value}")
+        if not minimum <= value <= maximum:
+            raise self.error(key, f"must be in [{minimum}, {maximum}], is {value}")
         return value
 
     def number(

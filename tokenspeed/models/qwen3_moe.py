@@ -2,7 +2,7 @@
 """Qwen3 mixture of experts: Qwen3's attention, softmax routing, dense layers where configured."""
 
 from tokenspeed.layers.layer import Layer, Target
-from tokenspeed.layers.moe import MoE, Routing
+from tokenspeed.layers.moe import MAX_EXPERTS, MoE, Routing
 from tokenspeed.models.decoder_config import DecoderConfig
 from tokenspeed.models.hf_config import HfConfig
 from tokenspeed.models.qwen3 import Qwen3ForCausalLM
@@ -21,7 +21,7 @@ class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
             return super().feed_forward(target, config, decoder, index)
         key = "num_experts" if config.has("num_experts") else "num_local_experts"
         routing = Routing(
-            num_experts=config.integer(key),
+            num_experts=config.integer(key, maximum=MAX_EXPERTS),
             top_k=config.integer("num_experts_per_tok"),
             norm=config.boolean("norm_topk_prob", False),
         )
