@@ -60,9 +60,9 @@ def sample(
     """logits[B,V] float32 -> ids[B] int64; -1 for a row with NaN or +inf, or with only -inf.
 
     temperature, top_p, min_p: float32 [B]; top_k: int32 [B], 0 or less for all; seed, position:
-    int64 [B]. Temperature 0 (below 1e-5) takes the largest logit, the lowest id at a tie. Otherwise tokens are
-    ranked by logit (lower id first at a tie); the top_k first stay, of these the ones whose
-    probability is at least min_p times the largest, of these the fewest whose renormalised
+    int64 [B]. Temperature 0 (below 1e-5) takes the largest logit, the lowest id at a tie. Otherwise
+    tokens are ranked by logit (lower id first at a tie); the top_k first stay, of these the ones
+    whose probability is at least min_p times the largest, of these the fewest whose renormalised
     probabilities reach top_p. The winner has the largest logit / temperature + Gumbel noise.
     """
     largest = logits.amax(-1)

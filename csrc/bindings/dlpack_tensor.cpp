@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: MIT
+#include "dlpack_tensor.h"
+
+namespace tokenspeed::python {
+namespace dlpack {
+
+const ExchangeApi* api_of(PyTypeObject* type) {
+    // Tensor and Parameter in practice. Kept types are never freed, so an address means one type.
+    static PyTypeObject* known_types[8];
+    static const ExchangeApi* known_apis[8];
+    static int known = 0;
+    for (int i = 0; i < known; ++i) {
+        if (known_types[i] == type) return known_apis[i];
+    }
+    const auto capsule = nanobind::steal<nanobind::object>(
+        PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__"));
+    const void* const pointer =
+        capsule.is_valid() ? PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api") : nullptr;
+    PyErr_Clear();
+    const auto* const api = static_cast<const ExchangeApi*>(pointer);
+    if (api == nullptr || api->major != 1) return nullptr;
+    if (known < 8) {
+        Py_INCREF(reinterpret_cast<PyObject*>(type));
+        known_types[known] = type;
+        known_apis[known++] = api;
+    }
+    return api;
+}
+
+}  // namespace dlpack
+
+bool Tensor::borrow(PyObject* object) {
+    api_ = dlpack::api_of(Py_TYPE(object));
+    if (api_ == nullptr) return false;
+    if (api_->export_view(object, &view_) != 0) {
+        PyErr_Clear();
+        return false;
+    }
+    return view_.device_type == dlpack::kCpu && view_.strides != nullptr;
+}
+
+bool Tensor::dense_from(int first) const {
+    int64_t dense = 1;
+    for (int axis = ndim() - 1; axis >= first; --axis) {
+        if (size(axis) != 1 && stride(axis) != dense) return size(axis) == 0;
+        dense *= size(axis);
+    }
+    return true;
+}
+
+std::string Tensor::shape_text() const {
+    std::string text = "[";
+    for (int axis = 0; axis < ndim(); ++axis) {
+        text += (axis != 0 ? ", " : "") + std::to_string(size(axis));
+    }
+    return text + "]";
+}
+
+Tensor Tensor::empty(std::initializer_list<int64_t> shape) const {
+    return make(shape.begin(), static_cast<int>(shape.size()), view_.dtype);
+}
+
+Tensor Tensor::empty(std::initializer_list<int64_t> shape, const Type& type) const {
+    return make(shape.begin(), static_cast<int>(shape.size()), {type.code, type.bits, 1});
+}
+
+Tensor Tensor::empty_like() const { return make(view_.shape, ndim(), view_.dtype); }
+
+Tensor Tensor::make(const int64_t* shape, int ndim, dlpack::DataType dtype) const {
+    dlpack::View prototype{};
+    prototype.device_type = view_.device_type;
+    prototype.device_id = view_.device_id;
+    prototype.ndim = ndim;
+    prototype.dtype = dtype;
+    prototype.shape = const_cast<int64_t*>(shape);
+    dlpack::Managed* managed = nullptr;
+    const auto set_error = [](void*, const char*, const char* message) {
+        PyErr_SetString(PyExc_MemoryError, message);
+    };
+    if (api_->allocate(&prototype, &managed, nullptr, set_error) != 0)
+        throw nanobind::python_error();
+    void* object = nullptr;
+    Tensor result;
+    result.api_ = api_;
+    result.view_ = managed->view;
+    if (api_->import_managed(managed, &object) != 0) throw nanobind::python_error();
+    result.owned_ = nanobind::steal<nanobind::object>(static_cast<PyObject*>(object));
+    return result;
+}
+
+}  // namespace tokenspeed::python

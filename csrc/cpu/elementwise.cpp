@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: MIT
+// Norms, rotary embedding, appends to the cache and the gated activation: ops that read their
+// inputs once. Rows are independent, and each is computed by one thread.
+#include "simd.h"
+
+namespace tokenspeed::cpu::TS_ISA {
+namespace {
+
+// Rows a task takes, so that it moves some tens of kilobytes.
+int64_t rows_per_task(int64_t row_elements) {
+    return max_of<int64_t>(1, 16384 / max_of<int64_t>(1, row_elements));
+}
+
+template <typename T>
+void norm_row(const NormParams& p, int64_t row) {
+    const T* const x = static_cast<const T*>(p.x) + row / p.num_heads * p.x_stride +
+                       row % p.num_heads * p.x_head_stride;
+    const T* const weight = static_cast<const T*>(p.weight);
+    T* const out = static_cast<T*>(p.out) + row * p.size;
+    const T* source = x;
+    if (p.residual != nullptr) {
+        const T* const residual = static_cast<const T*>(p.residual) + row * p.residual_stride;
+        T* const sum = static_cast<T*>(p.sum) + row * p.size;
+        for (int64_t i = 0; i < p.size; i += kLanes) {
+            store_at(sum, i, p.size, load_at(x, i, p.size) + load_at(residual, i, p.size));
+        }
+        source = sum;
+    }
+    Vec squares[2] = {};
+    int64_t i = 0;
+    for (; i + 2 * kLanes <= p.size; i += 2 * kLanes) {
+        const Vec a = load(source + i), b = load(source + i + kLanes);
+        squares[0] += a * a;
+        squares[1] += b * b;
+    }
+    for (; i < p.size; i += kLanes) {
+        const Vec a = load_at(source, i, p.size);
+        squares[0] += a * a;
+    }
+    const float mean = reduce_add(squares[0] + squares[1]) / static_cast<float>(p.size);
+    const float scale = 1.0f / __builtin_sqrtf(mean + p.eps);
+    for (i = 0; i < p.size; i += kLanes) {
+        store_at(out, i, p.size, load_at(source, i, p.size) * scale * load_at(weight, i, p.size));
+    }
+}
+
+}  // namespace
+
+void norm(const NormParams& p) {
+    with_type(p.dtype, [&](auto type) {
+        const int64_t rows = p.num_tokens * p.num_heads;
+        parallel_for(rows, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) norm_row<decltype(type)>(p, row);
+        });
+    });
+}
+
+namespace {
+
+template <typename T, typename To>
+void rotate_halves(const T* x, const float* cos, const float* sin, int64_t half, To* out) {
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const Vec a = load_at(x, i, half), b = load_at(x + half, i, half);
+        const Vec c = load_at(cos, i, half), s = load_at(sin, i, half);
+        store_at(out, i, half, a * c - b * s);
+        store_at(out + half, i, half, b * c + a * s);
+    }
+}
+
+template <typename T, typename To>
+void rotate_pairs(const T* x, const float* cos, const float* sin, int64_t half, To* out) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float a = load_one(x + 2 * i), b = load_one(x + 2 * i + 1);
+        store_one(out + 2 * i, a * cos[i] - b * sin[i]);
+        store_one(out + 2 * i + 1, b * cos[i] + a * sin[i]);
+    }
+}
+
+template <typename T, typename To>
+void copy(const T* x, int64_t size, To* out) {
+    for (int64_t i = 0; i < size; i += kLanes) store_at(out, i, size, load_at(x, i, size));
+}
+
+template <typename T, typename To>
+void rope_token(const RopeParams& p, int64_t token) {
+    const float* const cos = p.cos_sin + p.positions[token] * p.rot;
+    const int64_t half = p.rot / 2;
+    const int64_t row = p.out_index != nullptr ? p.out_index[token] : token;
+    for (int64_t head = 0; head < p.num_heads; ++head) {
+        const T* const x = static_cast<const T*>(p.x) + token * p.x_stride + head * p.x_head_stride;
+        To* const out = static_cast<To*>(p.out) + row * p.out_stride + head * p.head_dim;
+        if (p.interleaved) {
+            rotate_pairs(x, cos, cos + half, half, out);
+        } else {
+            rotate_halves(x, cos, cos + half, half, out);
+        }
+        copy(x + p.rot, p.head_dim - p.rot, out + p.rot);
+    }
+}
+
+}  // namespace
+
+void rope(const RopeParams& p) {
+    with_type(p.dtype, [&](auto from) {
+        with_type(p.out_dtype, [&](auto to) {
+            parallel_for(p.num_tokens, rows_per_task(p.num_heads * p.head_dim),
+                         [&](int64_t begin, int64_t end) {
+                             for (int64_t token = begin; token < end; ++token) {
+                                 rope_token<decltype(from), decltype(to)>(p, token);
+                             }
+                         });
+        });
+    });
+}
+
+namespace {}  // namespace
+
+void append(const AppendParams& p) {
+    with_type(p.dtype, [&](auto from) {
+        with_type(p.out_dtype, [&](auto to) {
+            using T = decltype(from);
+            using To = decltype(to);
+            parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
+                for (int64_t token = begin; token < end; ++token) {
+                    copy(static_cast<const T*>(p.x) + token * p.x_stride, p.size,
+                         static_cast<To*>(p.out) + p.out_index[token] * p.out_stride);
+                }
+            });
+        });
+    });
+}
+
+namespace {
+
+template <typename T>
+void silu_mul_row(const SiluMulParams& p, int64_t row) {
+    const T* const gate = static_cast<const T*>(p.x) + row * p.x_stride;
+    const T* const up = gate + p.size;
+    T* const out = static_cast<T*>(p.out) + row * p.size;
+    for (int64_t i = 0; i < p.size; i += kLanes) {
+        store_at(out, i, p.size, silu(load_at(gate, i, p.size)) * load_at(up, i, p.size));
+    }
+}
+
+}  // namespace
+
+void silu_mul(const SiluMulParams& p) {
+    with_type(p.dtype, [&](auto type) {
+        parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) silu_mul_row<decltype(type)>(p, row);
+        });
+    });
+}
+
+}  // namespace tokenspeed::cpu::TS_ISA

@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: MIT
+// Matrix products on small tiles, for every kernel that multiplies. Knows memory layouts, no op.
+//
+// Two ways to form C[m][n] = sum over k of A[m][k] * B[n][k]:
+//   panels: B is repacked so that kPanel values of n stand side by side, then A's elements are
+//           broadcast. Pays when many rows m share one packing.
+//   dots:   both are read as they stand, along k. For few rows of A: B is read once, from memory.
+// A sum runs over k in one order, in float32, whatever the number of rows: a row of C never
+// depends on the rows beside it.
+//
+// Words are 32 bits: one float, or a pair of bfloat16 with consecutive k where the machine
+// multiplies such pairs (Pairs). Elsewhere bfloat16 is widened to float.
+#pragma once
+
+#include "simd.h"
+
+namespace tokenspeed::cpu::TS_ISA {
+
+#ifdef TS_ISA_avx512bf16
+inline constexpr bool kHasPairs = true;
+#else
+inline constexpr bool kHasPairs = false;
+#endif
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16) || defined(TS_ISA_neon)
+inline constexpr int kPanelVecs = 4;
+#else
+inline constexpr int kPanelVecs = 2;
+#endif
+inline constexpr int kPanel = kPanelVecs * kLanes;  // values of n in a panel
+inline constexpr int kTileRows = 6;
+
+// What a product multiplies: floats, or pairs of bfloat16.
+struct Floats {
+    using Element = float;
+    static constexpr int kPerWord = 1;
+    static Vec mac(Vec sum, VecU a, VecU b) { return sum + bit_cast<Vec>(a) * bit_cast<Vec>(b); }
+};
+
+#ifdef TS_ISA_avx512bf16
+struct Pairs {
+    using Element = bf16;
+    static constexpr int kPerWord = 2;
+    static Vec mac(Vec sum, VecU a, VecU b) {
+        return bit_cast<Vec>(
+            _mm512_dpbf16_ps(bit_cast<__m512>(sum), bit_cast<__m512bh>(a), bit_cast<__m512bh>(b)));
+    }
+};
+template <typename A, typename B>
+struct ProductOf {
+    using Type = Floats;
+};
+template <>
+struct ProductOf<bf16, bf16> {
+    using Type = Pairs;
+};
+#else
+template <typename A, typename B>
+struct ProductOf {
+    using Type = Floats;
+};
+#endif
+
+// The product for operands held as A and B, here.
+template <typename A, typename B>
+using Product = typename ProductOf<A, B>::Type;
+
+// Copies n elements, converting, and zeroes up to `padded`. REQUIRES: room for padded elements.
+template <typename To, typename From>
+inline void copy_row(To* to, const From* from, int64_t n, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    if (i < n) store_part(to + i, load_part(from + i, n - i), n - i);
+    for (i = n; i < padded; ++i) to[i] = To{};
+}
+
+// A vector of words starting at `from`; `words_part` has `left` elements and zeros.
+template <class P, typename From>
+inline VecU words(const From* from) {
+    if constexpr (P::kPerWord == 2) {
+        return load_raw<VecU>(from);
+    } else {
+        return bit_cast<VecU>(load(from));
+    }
+}
+template <class P, typename From>
+inline VecU words_part(const From* from, int64_t left) {
+    From part[kLanes * P::kPerWord] = {};
+    __builtin_memcpy(part, from, static_cast<size_t>(left) * sizeof(From));
+    return words<P>(part);
+}
+
+// ---- Panels ----------------------------------------------------------------------------------
+
+// C[m][0 : kPanel] (+)= A[m][...] * panel. A: words [rows][words], a_stride words apart; panel:
+// words [words][kPanel]; C: c_stride floats apart.
+template <class P, int kRows>
+inline void panel_tile(const uint32_t* a, int64_t a_stride, const uint32_t* panel, int64_t words,
+                       float* c, int64_t c_stride, bool accumulate) {
+    Vec sums[kRows][kPanelVecs];
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kPanelVecs; ++n) {
+            sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
+        }
+    }
+    for (int64_t k = 0; k < words; ++k) {
+        VecU b[kPanelVecs];
+#pragma GCC unroll 4
+        for (int n = 0; n < kPanelVecs; ++n) b[n] = load_raw<VecU>(panel + k * kPanel + n * kLanes);
+#pragma GCC unroll 8
+        for (int m = 0; m < kRows; ++m) {
+            const VecU word = splat(load_raw<uint32_t>(a + m * a_stride + k));
+#pragma GCC unroll 4
+            for (int n = 0; n < kPanelVecs; ++n) sums[m][n] = P::mac(sums[m][n], word, b[n]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 4
+        for (int n = 0; n < kPanelVecs; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
+    }
+}
+
+template <class P>
+inline void panel_product(int64_t rows, const uint32_t* a, int64_t a_stride, const uint32_t* panel,
+                          int64_t words, float* c, int64_t c_stride, bool accumulate) {
+    int64_t m = 0;
+    for (; m + kTileRows <= rows; m += kTileRows) {
+        panel_tile<P, kTileRows>(a + m * a_stride, a_stride, panel, words, c + m * c_stride,
+                                 c_stride, accumulate);
+    }
+    const uint32_t* const rest = a + m * a_stride;
+    float* const out = c + m * c_stride;
+    switch (rows - m) {
+        case 1:
+            return panel_tile<P, 1>(rest, a_stride, panel, words, out, c_stride, accumulate);
+        case 2:
+            return panel_tile<P, 2>(rest, a_stride, panel, words, out, c_stride, accumulate);
+        case 3:
+            return panel_tile<P, 3>(rest, a_stride, panel, words, out, c_stride, accumulate);
+        case 4:
+            return panel_tile<P, 4>(rest, a_stride, panel, words, out, c_stride, accumulate);
+        case 5:
+            return panel_tile<P, 5>(rest, a_stride, panel, words, out, c_stride, accumulate);
+    }
+}
+
+// Packs `count` <= kLanes rows (row(i) is the address of row i's first element) of `size` elements
+// as lanes `lane` and up of a panel: word k of row i goes to panel[k * kPanel + lane + i]. Missing
+// rows and elements up to a whole word are zero.
+template <class P, typename From, typename Row>
+inline void pack_lanes(const Row& row, int64_t count, int64_t size, uint32_t* panel, int64_t lane) {
+    constexpr int64_t kStep = kLanes * P::kPerWord;  // elements a vector of words holds
+    for (int64_t k = 0; k < size; k += kStep) {
+        VecU words_of[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            if (i >= count) {
+                words_of[i] = VecU{};
+            } else {
+                words_of[i] =
+                    k + kStep <= size ? words<P>(row(i) + k) : words_part<P>(row(i) + k, size - k);
+            }
+        }
+        transpose(words_of);
+        const int64_t first = k / P::kPerWord;
+        const int64_t left = div_ceil(size - k, P::kPerWord);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+            if (i >= left) break;
+            __builtin_memcpy(panel + (first + i) * kPanel + lane, &words_of[i], sizeof(VecU));
+        }
+    }
+}
+
+// Packs rows as successive k: `a` (even k) and `b` (odd k; null for zeros; unused for Floats) of
+// `size` elements are spread over panels of kPanel columns, `panel_words` apart. Columns past
+// `size` up to a whole vector become 0.
+template <class P, typename From>
+inline void pack_depth(const From* a, const From* b, int64_t size, uint32_t* panels,
+                       int64_t panel_words) {
+    for (int64_t n = 0; n < size; n += kLanes) {
+        VecU words = bit_cast<VecU>(load_at(a, n, size));
+        if constexpr (P::kPerWord == 2) {
+            words >>= 16;
+            if (b != nullptr) words |= bit_cast<VecU>(load_at(b, n, size));
+        }
+        __builtin_memcpy(panels + n / kPanel * panel_words + n % kPanel, &words, sizeof(words));
+    }
+}
+
+// ---- Dots ------------------------------------------------------------------------------------
+
+// out(m, n, sum) for m < kM, n < kN: dot products of rows a + m * a_stride and b + n * b_stride.
+template <class P, int kM, int kN, typename A, typename B, typename Out>
+inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t size,
+                     const Out& out) {
+    constexpr int64_t kStep = kLanes * P::kPerWord;
+    Vec sums[kM][kN] = {};
+    const auto step = [&](const auto& at) {
+        VecU right[kN];
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) right[n] = at(b + n * b_stride);
+#pragma GCC unroll 8
+        for (int m = 0; m < kM; ++m) {
+            const VecU left = at(a + m * a_stride);
+#pragma GCC unroll 8
+            for (int n = 0; n < kN; ++n) sums[m][n] = P::mac(sums[m][n], left, right[n]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + kStep <= size; k += kStep) {
+        step([&](const auto* row) { return words<P>(row + k); });
+    }
+    if (k < size) {
+        step([&](const auto* row) { return words_part<P>(row + k, size - k); });
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kN; ++n) out(m, n, reduce_add(sums[m][n]));
+    }
+}
+
+// ---- Products with a weight --------------------------------------------------------------------
+
+inline constexpr int64_t kDotRows = 16;     // rows up to which dots win over panels
+inline constexpr int64_t kPanelRows = 128;  // rows that share one packing
+
+// out(m, n, sum) for all rows m < rows of `a` and the rows n in [begin, end) of `weight`, each
+// weight row read once.
+template <class P, typename A, typename W, typename Out>
+inline void dot_product(int64_t rows, const A* a, int64_t a_stride, const W* weight, int64_t size,
+                        int64_t begin, int64_t end, const Out& out) {
+    const auto tile = [&]<int kN>(std::integral_constant<int, kN>, int64_t n) {
+        const W* const w = weight + n * size;
+        const auto rows_of = [&]<int kM>(std::integral_constant<int, kM>, int64_t m) {
+            dot_tile<P, kM, kN>(a + m * a_stride, a_stride, w, size, size,
+                                [&](int i, int j, float sum) { out(m + i, n + j, sum); });
+        };
+        int64_t m = 0;
+        for (; m + 4 <= rows; m += 4) rows_of(std::integral_constant<int, 4>{}, m);
+        if (rows - m == 3) rows_of(std::integral_constant<int, 3>{}, m);
+        if (rows - m == 2) rows_of(std::integral_constant<int, 2>{}, m);
+        if (rows - m == 1) rows_of(std::integral_constant<int, 1>{}, m);
+    };
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) tile(std::integral_constant<int, 4>{}, n);
+    for (; n < end; ++n) tile(std::integral_constant<int, 1>{}, n);
+}
+
+// c[m][0 : kPanel] = products of `rows` <= kPanelRows rows of `a` (words, a_stride words apart)
+// with `count` <= kPanel rows of `weight`; columns past `count` are 0. `panel` has room for
+// kPanelWords * kPanel words.
+inline constexpr int64_t kPanelWords = 128;
+template <class P, typename W>
+inline void panel_weight_product(int64_t rows, const uint32_t* a, int64_t a_stride, const W* weight,
+                                 int64_t count, int64_t size, uint32_t* panel, float* c) {
+    constexpr int64_t kDepth = kPanelWords * P::kPerWord;
+    for (int64_t k = 0; k < size; k += kDepth) {
+        const int64_t depth = min_of(kDepth, size - k);
+        for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
+            pack_lanes<P, W>([&](int64_t i) { return weight + (lane + i) * size + k; },
+                             min_of<int64_t>(kLanes, max_of<int64_t>(0, count - lane)), depth,
+                             panel, lane);
+        }
+        panel_product<P>(rows, a + k / P::kPerWord, a_stride, panel, div_ceil(depth, P::kPerWord),
+                         c, kPanel, k > 0);
+    }
+}
+
+}  // namespace tokenspeed::cpu::TS_ISA

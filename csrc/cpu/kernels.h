@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT
+// The kernels of a CPU: their parameters, and the table that holds one build of them for each
+// instruction set. Knows raw memory and sizes; callers have checked every shape.
+//
+// Element types are those of the struct's DType fields; everything else is as its pointer says.
+// Strides count elements. The arithmetic of the ops is documented in tokenspeed/kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace tokenspeed::cpu {
+
+enum class DType : int { kFloat32, kBFloat16 };
+
+struct NormParams {
+    DType dtype;
+    int64_t num_tokens, num_heads, size;
+    const void* x;  // [num_tokens, num_heads, size]
+    int64_t x_stride, x_head_stride;
+    const void* residual;  // [num_tokens, 1, size] with num_heads = 1, or null
+    int64_t residual_stride;
+    const void* weight;  // [size]
+    float eps;
+    void* out;  // [num_tokens, num_heads, size]
+    void* sum;  // [num_tokens, size], or null without residual
+};
+
+// Rotates `num_heads` heads a token and puts them in `out`, or in the rows of a cache.
+struct RopeParams {
+    DType dtype, out_dtype;
+    int64_t num_tokens, num_heads, head_dim, rot;
+    const void* x;  // [num_tokens, num_heads, head_dim]
+    int64_t x_stride, x_head_stride;
+    const float* cos_sin;      // [P, rot]
+    const int32_t* positions;  // [num_tokens]
+    void* out;                 // row r: num_heads * head_dim elements, out_stride apart
+    int64_t out_stride;
+    const int64_t* out_index;  // [num_tokens] rows of out, or null for r = token
+    bool interleaved;
+};
+
+// Copies `size` elements a token into the rows of a cache.
+struct AppendParams {
+    DType dtype, out_dtype;
+    int64_t num_tokens, size;
+    const void* x;  // [num_tokens, size], rows x_stride apart
+    int64_t x_stride;
+    void* out;
+    int64_t out_stride;
+    const int64_t* out_index;  // [num_tokens]
+};
+
+// Queries are split in two parts, whose keys stand one after the other in a cache row: latent and
+// rope for MLA; q_tail_dim is 0 otherwise.
+struct AttentionParams {
+    DType dtype, kv_dtype;
+    int64_t num_tokens, num_rows, num_heads, num_kv_heads;
+    int64_t q_dim, q_tail_dim, value_dim;
+    const void* q;  // [num_tokens, num_heads, q_dim]
+    int64_t q_stride, q_head_stride;
+    const void* q_tail;  // [num_tokens, num_heads, q_tail_dim]
+    int64_t q_tail_stride, q_tail_head_stride;
+    const void* keys;    // token t of a page: + t * key_stride; head h: + h * (q_dim + q_tail_dim)
+    const void* values;  // token t of a page: + t * value_stride; head h: + h * value_dim
+    int64_t key_stride, value_stride;
+    int64_t page_size, max_pages;
+    const int32_t* page_table;  // [num_slots, max_pages]
+    const int32_t* slots;       // [num_rows]
+    const int32_t* q_start;     // [num_rows + 1]
+    const int32_t* kv_len;      // [num_rows]
+    float scale;
+    void* out;  // [num_tokens, num_heads, value_dim]
+};
+
+struct SiluMulParams {
+    DType dtype;
+    int64_t num_tokens, size;  // of the result
+    const void* x;             // [num_tokens, 2 * size], rows x_stride apart
+    int64_t x_stride;
+    void* out;  // [num_tokens, size]
+};
+
+struct RouteParams {
+    int64_t num_tokens, num_experts;
+    const float* logits;  // [num_tokens, num_experts]
+    const float* bias;    // [num_experts] or null
+    int top_k, n_group, topk_group;
+    bool sigmoid, group_top2, norm;
+    float scale;
+    float* weights;  // [num_tokens, top_k]
+    int32_t* ids;    // [num_tokens, top_k]
+};
+
+struct MoeParams {
+    DType dtype;
+    int64_t num_tokens, size, inner, num_experts, top_k;
+    const void* x;  // [num_tokens, size], rows x_stride apart
+    int64_t x_stride;
+    const void* w13;       // [num_experts, 2 * inner, size]
+    const void* w2;        // [num_experts, size, inner]
+    const float* weights;  // [num_tokens, top_k]
+    const int32_t* ids;    // [num_tokens, top_k], each in [0, num_experts)
+    void* out;             // [num_tokens, size]
+};
+
+struct LinearParams {
+    DType dtype;
+    int64_t num_tokens, in, out_size;
+    const void* x;  // [num_tokens, in], rows x_stride apart
+    int64_t x_stride;
+    const void* weight;  // [out_size, in]
+    const void* bias;    // [out_size] or null
+    void* out;           // [num_tokens, out_size]
+};
+
+struct SampleParams {
+    int64_t num_rows, vocab;
+    const float* logits;  // [num_rows, vocab], rows logits_stride apart
+    int64_t logits_stride;
+    const float* temperature;  // [num_rows], as the four below
+    const int32_t* top_k;
+    const float* top_p;
+    const float* min_p;
+    const int64_t* seed;
+    const int64_t* position;
+    int64_t* ids;  // [num_rows]
+};
+
+struct PenaltyParams {
+    int64_t num_rows, vocab;
+    float* logits;  // [num_rows, vocab], rows logits_stride apart
+    int64_t logits_stride;
+    const int64_t* slots;         // [num_rows]
+    const bool* prompt_seen;      // [num_slots, vocab]
+    const int32_t* output_count;  // [num_slots, vocab]
+    const float* repetition;      // [num_rows], as the two below
+    const float* presence;
+    const float* frequency;
+};
+
+// One build of every kernel.
+struct Kernels {
+    const char* isa;
+    void (*norm)(const NormParams&);
+    void (*rope)(const RopeParams&);
+    void (*append)(const AppendParams&);
+    void (*attention)(const AttentionParams&);
+    void (*silu_mul)(const SiluMulParams&);
+    void (*route)(const RouteParams&);
+    void (*moe)(const MoeParams&);
+    void (*linear)(const LinearParams&);
+    void (*sample)(const SampleParams&);
+    void (*penalize)(const PenaltyParams&);
+};
+
+// The build in use: the widest that this machine runs, unless set_isa chose another.
+const Kernels& kernels();
+
+// Builds that this machine runs, the widest first; ends with null.
+const Kernels* const* available_kernels();
+
+// False, and nothing changes, if `isa` is unknown or does not run here. For tests.
+bool set_isa(const char* isa);
+
+#ifdef TS_ISA
+// The build that the including source is part of.
+namespace TS_ISA {
+void norm(const NormParams&);
+void rope(const RopeParams&);
+void append(const AppendParams&);
+void attention(const AttentionParams&);
+void silu_mul(const SiluMulParams&);
+void route(const RouteParams&);
+void moe(const MoeParams&);
+void linear(const LinearParams&);
+void sample(const SampleParams&);
+void penalize(const PenaltyParams&);
+}  // namespace TS_ISA
+#endif
+
+}  // namespace tokenspeed::cpu

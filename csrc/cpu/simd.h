@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: MIT
+// Vectors of float32 with the width of the instruction set this file is compiled for, and the few
+// functions on them that kernels share. Knows lanes, no op.
+//
+// Built on the vector extensions of GCC and Clang: operators are the compiler's, and one source
+// serves every instruction set. Everything stands in a namespace named after the instruction set,
+// and nothing here calls an inline function of the standard library: the linker could otherwise
+// take an AVX-512 copy of it into code that runs everywhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "kernels.h"
+#include "thread_pool.h"
+
+#ifdef TS_ISA_avx512bf16
+#include <immintrin.h>
+#endif
+
+namespace tokenspeed::cpu::TS_ISA {
+
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16)
+inline constexpr int kLanes = 16;
+#elif defined(TS_ISA_avx2)
+inline constexpr int kLanes = 8;
+#else
+inline constexpr int kLanes = 4;
+#endif
+
+using Vec = float __attribute__((vector_size(kLanes * 4)));
+using VecI = int32_t __attribute__((vector_size(kLanes * 4)));
+using VecU = uint32_t __attribute__((vector_size(kLanes * 4)));
+using VecH = uint16_t __attribute__((vector_size(kLanes * 2)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <typename T>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+    static constexpr DType value = DType::kFloat32;
+};
+template <>
+struct DTypeOf<bf16> {
+    static constexpr DType value = DType::kBFloat16;
+};
+
+inline constexpr float kInfinity = __builtin_inff();
+inline constexpr float kLog2E = 1.4426950408889634f;
+
+template <typename T>
+constexpr T min_of(T a, T b) {
+    return b < a ? b : a;
+}
+template <typename T>
+constexpr T max_of(T a, T b) {
+    return a < b ? b : a;
+}
+constexpr int64_t div_ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline Vec splat(float value) { return Vec{} + value; }
+inline VecU splat(uint32_t value) { return VecU{} + value; }
+inline Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
+inline Vec max_of(Vec a, Vec b) { return b > a ? b : a; }  // a where b is NaN
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <typename V, typename T>
+inline V load_raw(const T* from) {
+    V value;
+    __builtin_memcpy(&value, from, sizeof(V));
+    return value;
+}
+
+inline Vec load(const float* from) { return load_raw<Vec>(from); }
+inline Vec load(const bf16* from) {
+    return bit_cast<Vec>(__builtin_convertvector(load_raw<VecH>(from), VecU) << 16);
+}
+inline float load_one(const float* from) { return *from; }
+inline float load_one(const bf16* from) {
+    return bit_cast<float>(static_cast<uint32_t>(from->bits) << 16);
+}
+
+// Round to nearest even; a NaN stays one.
+inline VecH to_bf16(Vec value) {
+#ifdef TS_ISA_avx512bf16
+    return bit_cast<VecH>(_mm512_cvtneps_pbh(bit_cast<__m512>(value)));
+#else
+    const VecU bits = bit_cast<VecU>(value);
+    const VecU rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    const VecU quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector(value != value ? quiet : rounded, VecH);
+#endif
+}
+inline void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
+inline void store(bf16* to, Vec value) {
+    const VecH half = to_bf16(value);
+    __builtin_memcpy(to, &half, sizeof(half));
+}
+
+inline void store_one(float* to, float value) { *to = value; }
+inline void store_one(bf16* to, float value) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t rounded = bits + 0x7FFF + ((bits >> 16) & 1);
+    to->bits = static_cast<uint16_t>((value != value ? bits | 0x400000 : rounded) >> 16);
+}
+
+// The first n < kLanes elements; the others are 0 and are not touched.
+template <typename T>
+inline Vec load_part(const T* from, int64_t n) {
+    T part[kLanes] = {};
+    __builtin_memcpy(part, from, static_cast<size_t>(n) * sizeof(T));
+    return load(part);
+}
+template <typename T>
+inline void store_part(T* to, Vec value, int64_t n) {
+    T part[kLanes];
+    store(part, value);
+    __builtin_memcpy(to, part, static_cast<size_t>(n) * sizeof(T));
+}
+
+// Elements i and up of a row of n: a whole vector, or what is left of it.
+template <typename T>
+inline Vec load_at(const T* from, int64_t i, int64_t n) {
+    return i + kLanes <= n ? load(from + i) : load_part(from + i, n - i);
+}
+template <typename T>
+inline void store_at(T* to, int64_t i, int64_t n, Vec value) {
+    if (i + kLanes <= n) {
+        store(to + i, value);
+    } else {
+        store_part(to + i, value, n - i);
+    }
+}
+
+// Sum and largest of the lanes, by halves: always in the same order.
+inline float reduce_add(Vec value) {
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+    }
+    return lanes[0];
+}
+inline float reduce_max(Vec value) {
+    float lanes[kLanes];
+    store(lanes, value);
+    for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) lanes[i] = max_of(lanes[i], lanes[i + half]);
+    }
+    return lanes[0];
+}
+
+// 2^x, within 2e-7 of the value; 0 below 2^-126; NaN stays. REQUIRES: x < 128 or NaN.
+inline Vec exp2(Vec x) {
+    const Vec low = splat(-150.0f);
+    x = x < low ? low : x;
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec shifted = x + magic;
+    const Vec f = x - (shifted - magic);  // in [-0.5, 0.5]
+    const VecI exponent = bit_cast<VecI>(shifted) - bit_cast<int32_t>(magic);
+    Vec p = splat(1.5403530e-4f);
+    p = p * f + 1.3333558e-3f;
+    p = p * f + 9.6181291e-3f;
+    p = p * f + 5.5504109e-2f;
+    p = p * f + 2.4022651e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.0f;
+    const Vec scaled = p * bit_cast<Vec>((exponent + 127) << 23);
+    return x < -126.0f ? Vec{} : scaled;
+}
+
+inline Vec exp(Vec x) { return exp2(x * kLog2E); }
+
+// x / (1 + e^-x); -0 where e^-x would overflow.
+inline Vec silu(Vec x) {
+    const Vec bound = splat(127.0f);
+    Vec power = x * -kLog2E;
+    power = power > bound ? bound : power;
+    return x / (exp2(power) + 1.0f);
+}
+
+// Natural logarithm of a positive, normal, finite number, within 2e-7 of max(1, |log x|).
+inline Vec log(Vec x) {
+    VecI bits = bit_cast<VecI>(x);
+    VecI exponent = ((bits - 0x3F3504F3) >> 23);  // so that the mantissa is in [sqrt(1/2), sqrt(2))
+    const Vec m = bit_cast<Vec>(bits - (exponent << 23)) - 1.0f;
+    const Vec e = __builtin_convertvector(exponent, Vec);
+    Vec p = splat(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    const Vec square = m * m;
+    const Vec tail = p * m * square + e * -2.12194440e-4f - square * 0.5f;
+    return m + tail + e * 0.693359375f;
+}
+
+namespace detail {
+
+constexpr int transpose_lane(int lane, int step, bool second) {
+    if (second) return (lane & step) == 0 ? lane + step : kLanes + lane;
+    return (lane & step) == 0 ? lane : kLanes + lane - step;
+}
+
+template <int kStep, bool kSecond, int... kLane>
+inline VecU exchange(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, transpose_lane(kLane, kStep, kSecond)...);
+}
+
+template <int kStep>
+inline void transpose_step(VecU (&rows)[kLanes]) {
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+        if ((i & kStep) != 0) continue;
+        const VecU a = rows[i], b = rows[i + kStep];
+        rows[i] = exchange<kStep, false>(a, b, Lanes{});
+        rows[i + kStep] = exchange<kStep, true>(a, b, Lanes{});
+    }
+    if constexpr (kStep > 1) transpose_step<kStep / 2>(rows);
+}
+
+}  // namespace detail
+
+// rows[i][j] <-> rows[j][i].
+inline void transpose(VecU (&rows)[kLanes]) { detail::transpose_step<kLanes / 2>(rows); }
+
+inline void prefetch(const void* address, int64_t bytes) {
+    const char* const line = static_cast<const char*>(address);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+}
+
+template <typename T>
+inline T* scratch_of(int slot, int64_t count) {
+    return static_cast<T*>(scratch(slot, static_cast<size_t>(count) * sizeof(T)));
+}
+
+// Calls body(T{}) with the C++ type of `dtype`.
+template <typename Body>
+inline void with_type(DType dtype, Body&& body) {
+    if (dtype == DType::kBFloat16) {
+        body(bf16{});
+    } else {
+        body(float{});
+    }
+}
+
+}  // namespace tokenspeed::cpu::TS_ISA

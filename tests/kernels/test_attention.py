@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: MIT
+"""Paged attention of every backend against the references, over NaN-poisoned caches."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.ragged import Ragged, close, ragged
+from tokenspeed import _cpu
+from tokenspeed.kernels import select
+
+HARD_ROWS = [(1, 1), (1, 64), (1, 65), (2, 17), (7, 300), (33, 33), (70, 129), (16, 256), (1, 300)]
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+def rand(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gqa(batch: Ragged, q: Tensor, keys: Tensor, values: Tensor, backend: str) -> Tensor:
+    run = select("attention_gqa", dtype=q.dtype, backend=backend)
+    out: Tensor = run(q, keys, values, *batch.tables(), q.shape[-1] ** -0.5)
+    return out
+
+
+def mla(batch: Ragged, latent: Tensor, pe: Tensor, cache: Tensor, backend: str) -> Tensor:
+    run = select("attention_mla", dtype=latent.dtype, backend=backend)
+    out: Tensor = run(latent, pe, cache, *batch.tables(), cache.shape[-1] ** -0.5)
+    return out
+
+
+@pytest.mark.parametrize(("q_dtype", "kv_dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("page_size", "heads", "kv_heads", "dim", "value_dim"),
+    [(16, 4, 2, 64, 64), (64, 16, 8, 128, 128), (16, 3, 3, 192, 128), (64, 7, 1, 576, 512),
+     (16, 5, 1, 24, 20), (1, 9, 3, 7, 5)],
+)  # fmt: skip
+def test_gqa_matches_the_reference(
+    isa: str,
+    page_size: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+) -> None:
+    batch = ragged(HARD_ROWS, page_size)
+    q = rand(batch.num_tokens, heads, dim, dtype=q_dtype)
+    keys = batch.cache(kv_heads, dim, dtype=kv_dtype, seed=2)
+    values = batch.cache(kv_heads, value_dim, dtype=kv_dtype, seed=3)
+    expected = gqa(batch, q, keys, values, "reference")
+    close(gqa(batch, q, keys, values, "cpu"), expected, q_dtype)
+
+
+@pytest.mark.parametrize(("q_dtype", "kv_dtype"), DTYPES)
+@pytest.mark.parametrize(
+    ("page_size", "heads", "latent_dim", "rope_dim"),
+    [(64, 16, 512, 64), (16, 5, 64, 16), (16, 1, 36, 10), (64, 130, 32, 8)],
+)
+def test_mla_matches_the_reference(
+    isa: str,
+    page_size: int,
+    heads: int,
+    latent_dim: int,
+    rope_dim: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+) -> None:
+    batch = ragged(HARD_ROWS, page_size)
+    latent = rand(batch.num_tokens, heads, latent_dim, dtype=q_dtype)
+    pe = rand(batch.num_tokens, heads, rope_dim, dtype=q_dtype, seed=4)
+    cache = batch.cache(latent_dim + rope_dim, dtype=kv_dtype, seed=5)
+    expected = mla(batch, latent, pe, cache, "reference")
+    close(mla(batch, latent, pe, cache, "cpu"), expected, q_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_contexts_are_split_and_merged(isa: str, dtype: torch.dtype) -> None:
+    """Several spans: alone (a task per span) and in a batch (spans in turn) agree bit for bit."""
+    rows = [(1, 1500), (3, 513), (40, 1100), (1, 512)] + [(1, 700)] * 8
+    batch = ragged(rows, 64)
+    q = rand(batch.num_tokens, 2, 64, dtype=dtype)
+    keys, values = (batch.cache(1, 64, dtype=dtype, seed=s) for s in (2, 3))
+    together = gqa(batch, q, keys, values, "cpu")
+    close(together, gqa(batch, q, keys, values, "reference"), dtype)
+    for index in range(4):
+        first, last = int(batch.q_start[index]), int(batch.q_start[index + 1])
+        alone = gqa(batch.row(index), q[first:last], keys, values, "cpu")
+        assert torch.equal(alone, together[first:last])
+
+
+def test_results_do_not_depend_on_threads_or_chunking(isa: str) -> None:
+    batch = ragged([(90, 600)], 16)
+    q = rand(90, 6, 48, dtype=torch.float32)
+    keys, values = (batch.cache(3, 48, dtype=torch.float32, seed=s) for s in (2, 3))
+    whole = gqa(batch, q, keys, values, "cpu")
+    threads = _cpu.num_threads()
+    try:
+        for count in (1, 3):
+            _cpu.set_num_threads(count)
+            assert torch.equal(gqa(batch, q, keys, values, "cpu"), whole)
+    finally:
+        _cpu.set_num_threads(threads)
+    for first in range(0, 90, 7):
+        last = min(first + 7, 90)
+        table, slots = batch.page_table, batch.slots
+        start = torch.tensor([0, last - first], dtype=torch.int32)
+        length = torch.tensor([510 + last], dtype=torch.int32)
+        part = _cpu.attention_gqa(
+            q[first:last], keys, values, table, slots, start, length, 48**-0.5
+        )
+        assert torch.equal(part, whole[first:last])
+
+
+def test_strided_queries(isa: str) -> None:
+    batch = ragged([(3, 40), (1, 9)], 16)
+    fused = rand(4, 5 * 32 + 11, dtype=torch.float32)
+    q = fused[:, 11:].view(4, 5, 32)
+    keys, values = (batch.cache(5, 32, dtype=torch.float32, seed=s) for s in (2, 3))
+    expected = gqa(batch, q.contiguous(), keys, values, "reference")
+    close(gqa(batch, q, keys, values, "cpu"), expected, torch.float32)
+
+
+def test_a_nan_query_spoils_its_own_row_only(isa: str) -> None:
+    batch = ragged([(1, 40), (1, 9), (1, 70)], 16)
+    q = rand(3, 2, 32, dtype=torch.float32)
+    keys, values = (batch.cache(2, 32, dtype=torch.float32, seed=s) for s in (2, 3))
+    clean = gqa(batch, q, keys, values, "cpu")
+    q[1] = float("nan")
+    spoilt = gqa(batch, q, keys, values, "cpu")
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[[0, 2]], clean[[0, 2]])
+
+
+def test_wrong_arguments_are_named() -> None:
+    batch = ragged([(2, 5)], 16)
+    q = rand(2, 4, 32, dtype=torch.float32)
+    keys = batch.cache(2, 32, dtype=torch.float32, seed=2)
+    good = [q, keys, keys, *batch.tables(), 1.0]
+    _cpu.attention_gqa(*good)
+    for place, name, bad in [
+        (0, "q", q[:, :3]),
+        (0, "q", q.double()),
+        (1, "key_cache", keys[..., :16]),
+        (1, "key_cache", keys.transpose(0, 1)),
+        (2, "value_cache", keys.bfloat16()),
+        (3, "page_table", batch.page_table.long()),
+        (4, "slots", batch.slots + 100),
+        (4, "slots", batch.slots - 100),
+        (5, "q_start", batch.q_start + 1),
+        (5, "q_start", batch.q_start[:1]),
+        (6, "kv_len", batch.kv_len - 4),
+        (6, "kv_len", batch.kv_len + 1000),
+    ]:
+        arguments = list(good)
+        arguments[place] = bad
+        with pytest.raises(ValueError, match=name):
+            _cpu.attention_gqa(*arguments)
+    with pytest.raises(TypeError):
+        _cpu.attention_gqa(None, *good[1:])

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""The CPU kernels, compiled from csrc/cpu. Calls, shapes and meanings are those of the references
+in tokenspeed.kernels; tensors are float32 or bfloat16 on a CPU. `ValueError` names an argument of a
+wrong shape, dtype, layout or index; page ids of `page_table` are trusted."""
+
+from torch import Tensor
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]: ...
+def silu_mul(x: Tensor) -> Tensor: ...
+def rope_append_gqa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache_index: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    interleaved: bool,
+) -> Tensor: ...
+def rope_append_mla(
+    q_pe: Tensor,
+    k_pe: Tensor,
+    latent: Tensor,
+    cos_sin: Tensor,
+    positions: Tensor,
+    cache_index: Tensor,
+    cache: Tensor,
+    interleaved: bool,
+) -> Tensor: ...
+def attention_gqa(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+) -> Tensor: ...
+def attention_mla(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+) -> Tensor: ...
+def route(
+    logits: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    scoring: str,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    norm: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]: ...
+def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor: ...
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Tensor: ...
+def apply_penalties(
+    logits: Tensor,
+    slots: Tensor,
+    prompt_seen: Tensor,
+    output_count: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> None: ...
+def isa() -> str: ...  # the build in use
+def available_isas() -> list[str]: ...  # builds this machine runs, the widest first
+def set_isa(name: str) -> None: ...  # for tests; ValueError if it does not run here
+def num_threads() -> int: ...
+def set_num_threads(count: int) -> None: ...  # no kernel may be running

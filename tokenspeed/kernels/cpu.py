@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+"""Registers the compiled CPU kernels. Knows no arithmetic: that is csrc/cpu.
+
+The callables are the compiled functions themselves, so that a call costs no Python.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tokenspeed import _cpu
+from tokenspeed.kernels.registry import Ask, register
+
+MAX_LINEAR_ROWS = 16  # up to here reading the weight costs the most, and our kernel reads it once
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The compiled kernel for a few rows, torch's blocked product for more."""
+    if x.shape[0] <= MAX_LINEAR_ROWS:
+        return _cpu.linear(x, weight, bias)
+    return functional.linear(x, weight, bias)
+
+
+def _exchange(_: Ask) -> str | None:
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        return None
+    return f"torch {torch.__version__} has no DLPack exchange API"
+
+
+for _op, _kernel in {
+    "rms_norm": _cpu.rms_norm,
+    "add_rms_norm": _cpu.add_rms_norm,
+    "rope_append_gqa": _cpu.rope_append_gqa,
+    "rope_append_mla": _cpu.rope_append_mla,
+    "attention_gqa": _cpu.attention_gqa,
+    "attention_mla": _cpu.attention_mla,
+    "silu_mul": _cpu.silu_mul,
+    "moe": _cpu.moe,
+    "linear": linear,
+}.items():
+    register(
+        _op,
+        "cpu",
+        _kernel,
+        devices=("cpu",),
+        dtypes=(torch.float32, torch.bfloat16),
+        requires=_exchange,
+    )
+
+for _op, _kernel in {
+    "route": _cpu.route,
+    "sample": _cpu.sample,
+    "apply_penalties": _cpu.apply_penalties,
+}.items():
+    register(_op, "cpu", _kernel, devices=("cpu",), dtypes=(torch.float32,), requires=_exchange)
