@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`EngineConfig` -> `Engine`: builds the collaborators and joins them. Knows no requests."""
 
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
 from tokenspeed.execution.runner import Runner
 from tokenspeed.execution.sampler import Sampler
-from tokenspeed.models.build import load_model, resolve_device
+from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hub import resolve_model
 
@@ -38,7 +37,7 @@ def build_engine(
     """Loads the model and allocates everything. `ModelLoadError`, or `ValueError` for options."""
     tell = progress or (lambda fraction, what: None)
     tell(0.0, "resolving the model")
-    device = resolve_device(config.model.device)
+    device = _device(config.model.device)
     model = load_model(
         folder or resolve_folders(config)[0],
         DTYPES[config.model.dtype],
@@ -73,7 +72,6 @@ def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Eng
         max_num_partial_prefills=options.max_num_partial_prefills,
         overlap_depth=depth,
         enable_prefix_caching=config.cache.enable_prefix_caching,
-        hash_key=secrets.token_bytes(16),
     )
     seats = options.max_num_seqs
     runner = Runner(
@@ -94,3 +92,9 @@ def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Eng
         overlap_depth=depth,
         seed=config.model.seed,
     )
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but this machine has no usable GPU")
+    return torch.device("cpu" if name == "auto" else name)

@@ -95,8 +95,8 @@ class Runner:
         self._sequences.pop(request_id, None)
 
     def launch(self, words: Words) -> InFlight:
-        """Starts the plan's step. The words are copied: the scheduler may use them again."""
-        step = self._prepare(PlanView(words.copy()))
+        """Starts the plan's step; `words` must not change until it is over."""
+        step = self._prepare(PlanView(words))
         if self._thread is not None:
             return self._thread.submit(self._run, step)
         done: InFlight = Future()

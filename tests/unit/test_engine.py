@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: MIT
+"""The engine over the real scheduler and a model of hashes: right tokens whatever the schedule."""
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from tests.fake_model import FakeModel
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.build import assemble
+from tokenspeed.engine.engine import Engine
+from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.sampling_params import SamplingParams
+
+VOCAB = 101
+Collected = dict[int, list[TokenOutput]]
+
+
+def engine_of(model: FakeModel | None = None, **options: Any) -> Engine:
+    defaults = {"num_pages": 64, "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
+    config = EngineConfig.of(**(defaults | {"max_model_len": 128} | options))
+    model = model or FakeModel(VOCAB)
+    return assemble(config, model, torch.device("cpu"))  # type: ignore[arg-type]
+
+
+def request(request_id: int, prompt: list[int], stop: Any = (), **params: Any) -> GenerateRequest:
+    params.setdefault("temperature", 0.0)
+    return GenerateRequest(request_id, prompt, SamplingParams(**params), list(stop))
+
+
+def drain(engine: Engine) -> Collected:
+    outputs: Collected = {}
+    while engine.has_work():
+        for output in engine.step():
+            outputs.setdefault(output.request_id, []).append(output)
+    check_idle(engine)
+    return outputs
+
+
+def check_idle(engine: Engine) -> None:
+    """Nothing is held once nothing is asked."""
+    engine._scheduler.check_invariants()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
+    assert not engine._scheduler.has_work()
+
+
+def ids_of(outputs: list[TokenOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def prompts(count: int, seed: int = 0, longest: int = 60) -> list[list[int]]:
+    dice = random.Random(seed)
+    shared = [dice.randrange(VOCAB) for _ in range(longest // 2)]
+    return [
+        shared[: dice.randrange(len(shared))]
+        + [dice.randrange(VOCAB) for _ in range(dice.randint(1, longest // 2))]
+        for _ in range(count)
+    ]
+
+
+GRID = list(itertools.product((0, 1), (7, 64), (1, 8), (4, 16), (False, True)))
+
+
+@pytest.mark.parametrize(("depth", "chunk", "seats", "page_size", "caching"), GRID)
+def test_tokens_do_not_depend_on_the_schedule(
+    depth: int, chunk: int, seats: int, page_size: int, caching: bool
+) -> None:
+    model = FakeModel(VOCAB)
+    engine = engine_of(
+        model,
+        overlap_depth=depth,
+        max_num_batched_tokens=max(chunk, seats),
+        max_num_seqs=seats,
+        page_size=page_size,
+        num_pages=256 // page_size,
+        enable_prefix_caching=caching,
+    )
+    asked = prompts(12)
+    for request_id, prompt in enumerate(asked):
+        engine.add_request(request(request_id, prompt, max_tokens=20))
+    outputs = drain(engine)
+    for request_id, prompt in enumerate(asked):
+        assert ids_of(outputs[request_id]) == model.greedy(prompt, 20)
+        assert [o.finish_reason for o in outputs[request_id]][-1] == "length"
+    assert (max(model.batch_sizes) > 1) == (seats > 1)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_retraction_changes_no_token(depth: int) -> None:
+    model = FakeModel(VOCAB)
+    engine = engine_of(model, num_pages=33, overlap_depth=depth, max_model_len=128)
+    asked = prompts(10, seed=3, longest=40)
+    for request_id, prompt in enumerate(asked):
+        params = {"temperature": 1.0, "seed": 5, "frequency_penalty": 1.0} if request_id % 2 else {}
+        engine.add_request(request(request_id, prompt, max_tokens=60, **params))
+    outputs = drain(engine)
+    assert engine.stats().num_preemptions > 0
+    calm = engine_of(model, num_pages=512, overlap_depth=0)
+    for request_id, prompt in enumerate(asked):
+        params = {"temperature": 1.0, "seed": 5, "frequency_penalty": 1.0} if request_id % 2 else {}
+        calm.add_request(request(request_id, prompt, max_tokens=60, **params))
+    expected = drain(calm)
+    assert {i: ids_of(o) for i, o in outputs.items()} == {i: ids_of(o) for i, o in expected.items()}
+
+
+def test_a_second_turn_finds_the_first_in_the_cache() -> None:
+    engine, model = engine_of(), FakeModel(VOCAB)
+    prompt = list(range(30))
+    engine.add_request(request(1, prompt, max_tokens=10))
+    answer = ids_of(drain(engine)[1])
+    again = [*prompt, *answer, 3, 4]
+    engine.add_request(request(2, again, max_tokens=5))
+    outputs = drain(engine)[2]
+    assert outputs[0].num_cached_tokens == 36  # 39 computed tokens fill nine pages of four
+    assert ids_of(outputs) == model.greedy(again, 5)
+    engine.flush_cache()
+    engine.add_request(request(3, again, max_tokens=5))
+    assert drain(engine)[3][0].num_cached_tokens == 0
+
+
+def test_salts_share_nothing() -> None:
+    engine = engine_of()
+    params = SamplingParams(max_tokens=1)
+    for request_id, salt in enumerate([b"a", b"b", b"a"]):
+        engine.add_request(GenerateRequest(request_id, list(range(20)), params, [], salt))
+        cached = drain(engine)[request_id][0].num_cached_tokens
+        assert (cached > 0) == (request_id == 2)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_stop_ids_end_a_request(depth: int) -> None:
+    model = FakeModel(VOCAB)
+    path = model.greedy([5, 6], 30)
+    stop = path[10]
+    first = path.index(stop)
+    engine = engine_of(model, overlap_depth=depth)
+    engine.add_request(request(1, [5, 6], stop=[stop], max_tokens=30))
+    last = drain(engine)[1][-1]
+    assert (last.finish_reason, last.stop_token_id) == ("stop", stop)
+    engine.add_request(request(2, [5, 6], stop=[stop], max_tokens=30))
+    assert ids_of(drain(engine)[2]) == path[: first + 1]
+
+
+def test_min_tokens_holds_a_stop_back() -> None:
+    model = FakeModel(VOCAB)
+    stop = model.greedy([5, 6], 1)[0]
+    engine = engine_of(model)
+    engine.add_request(request(1, [5, 6], stop=[stop], min_tokens=4, max_tokens=30))
+    ids = ids_of(drain(engine)[1])
+    assert len(ids) >= 5
+    assert stop not in ids[:4]
+
+
+def test_max_tokens_none_fills_the_context() -> None:
+    engine = engine_of(max_model_len=32)
+    engine.add_request(request(1, list(range(20)), max_tokens=None))
+    outputs = drain(engine)[1]
+    assert len(ids_of(outputs)) == 12
+    assert outputs[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_failed_row_ends_its_request_alone(depth: int) -> None:
+    model = FakeModel(VOCAB)
+    model.fail_on = 100
+    engine = engine_of(model, max_num_seqs=32, num_pages=512, overlap_depth=depth)
+    asked = [[token % 100 for token in prompt] for prompt in prompts(32, seed=9)]
+    asked[13][0] = 100
+    for request_id, prompt in enumerate(asked):
+        engine.add_request(request(request_id, prompt, max_tokens=16, logit_bias={100: -100.0}))
+    outputs = drain(engine)
+    assert (ids_of(outputs[13]), outputs[13][-1].finish_reason) == ([], "error")
+    assert outputs[13][-1].error is not None
+    healthy = FakeModel(VOCAB)
+    alone = engine_of(healthy, max_num_seqs=1)
+    for request_id, prompt in enumerate(asked):
+        if request_id != 13:
+            alone.add_request(request(request_id, prompt, max_tokens=16, logit_bias={100: -100.0}))
+    expected = drain(alone)
+    for request_id in expected:
+        assert ids_of(outputs[request_id]) == ids_of(expected[request_id])
+    # What the failed request wrote must not be found by the next one.
+    engine.add_request(request(99, asked[13], max_tokens=2))
+    assert drain(engine)[99][0].num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_abort_at_any_moment_leaves_nothing(depth: int) -> None:
+    dice = random.Random(depth)
+    model = FakeModel(VOCAB)
+    engine = engine_of(model, overlap_depth=depth, num_pages=40, max_num_batched_tokens=16)
+    asked = prompts(60, seed=2)
+    outputs: Collected = {}
+    aborted: set[int] = set()
+    waiting = list(enumerate(asked))
+    while waiting or engine.has_work():
+        for request_id, prompt in waiting[: dice.randrange(3)]:
+            engine.add_request(request(request_id, prompt, max_tokens=12))
+        waiting = [
+            entry
+            for entry in waiting
+            if entry[0] not in engine._live and entry[0] not in outputs and entry[0] not in aborted
+        ]
+        if dice.random() < 0.3 and engine._live:
+            victim = dice.choice(sorted(engine._live))
+            engine.abort(victim)
+            aborted.add(victim)
+        for output in engine.step():
+            assert output.request_id not in aborted
+            outputs.setdefault(output.request_id, []).append(output)
+    check_idle(engine)
+    assert len(aborted) > 5
+    for request_id, prompt in enumerate(asked):
+        if request_id not in aborted:
+            assert ids_of(outputs[request_id]) == model.greedy(prompt, 12)
+
+
+def test_logprobs_of_output_and_prompt() -> None:
+    model = FakeModel(VOCAB)
+    engine = engine_of(model, max_num_batched_tokens=9)
+    prompt = list(range(20))
+    engine.add_request(request(1, prompt, max_tokens=4, logprobs=2, prompt_logprobs=1))
+    outputs = drain(engine)[1]
+    sequence = prompt + ids_of(outputs)
+    state = torch.tensor([[float(h)] for h in map(_hash_of_prefix(sequence), range(1, 24))])
+    expected = model.logits(state.double()).log_softmax(-1)
+    read = outputs[0].prompt_logprobs
+    assert read is not None
+    assert read[0] is None
+    entries = [*read[1:], *(entry for o in outputs for entry in o.logprobs or ())]
+    assert len(entries) == 23
+    for position, entry in enumerate(entries):
+        assert entry is not None
+        assert entry.token_ids[0] == sequence[position + 1]
+        assert len(entry.token_ids) == (2 if position < 19 else 3)
+        chosen = [float(expected[position, token]) for token in entry.token_ids]
+        assert entry.logprobs == pytest.approx(chosen, abs=1e-5)
+    assert all(o.prompt_logprobs is None for o in outputs[1:])
+
+
+def _hash_of_prefix(sequence: list[int]) -> Any:
+    from tests.fake_model import prefix_hash
+
+    return lambda end: prefix_hash(sequence[:end])
+
+
+REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
+    ("empty", {"prompt": []}, "prompt", "empty_prompt"),
+    ("too long", {"prompt": [1] * 128}, "prompt", "context_length_exceeded"),
+    ("no room", {"prompt": [1] * 100, "max_tokens": 29}, "max_tokens", "context_length_exceeded"),
+    ("id too large", {"prompt": [1, VOCAB]}, "prompt", "invalid_value"),
+    ("id negative", {"prompt": [1, -1]}, "prompt", "invalid_value"),
+    ("id huge", {"prompt": [1, 2**70]}, "prompt", "invalid_value"),
+    ("not ids", {"prompt": [1.5]}, "prompt", "invalid_value"),
+    ("nested", {"prompt": [[1]]}, "prompt", "invalid_value"),
+    ("ragged", {"prompt": [[1], 2]}, "prompt", "invalid_value"),
+    ("truth", {"prompt": [True]}, "prompt", "invalid_value"),
+    ("bias", {"logit_bias": {VOCAB: 1.0}}, "logit_bias", "invalid_value"),
+    ("allowed", {"allowed_token_ids": [-1]}, "allowed_token_ids", "invalid_value"),
+    ("bad words", {"bad_words_token_ids": [[1, VOCAB]]}, "bad_words_token_ids", "invalid_value"),
+    ("stop", {"stop_token_ids": [2**40]}, "stop_token_ids", "invalid_value"),
+    ("logprobs", {"logprobs": 21}, "logprobs", "invalid_value"),
+    ("prompt logprobs", {"prompt_logprobs": 21}, "prompt_logprobs", "invalid_value"),
+    ("n", {"n": 2}, "n", "invalid_value"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "code"), [c[1:] for c in REFUSED], ids=[c[0] for c in REFUSED]
+)
+def test_what_cannot_be_served_is_refused(
+    options: dict[str, Any], field: str | None, code: str
+) -> None:
+    engine = engine_of()
+    options = {"prompt": [1, 2]} | options
+    with pytest.raises(RequestError) as caught:
+        engine.add_request(request(1, **options))
+    assert (caught.value.field, caught.value.code) == (field, code)
+    assert not engine.has_work()
+    engine.add_request(request(1, [1, 2], max_tokens=3))
+    assert len(ids_of(drain(engine)[1])) == 3
+
+
+def test_a_live_request_id_is_taken() -> None:
+    engine = engine_of()
+    engine.add_request(request(1, [1, 2], max_tokens=3))
+    with pytest.raises(RequestError):
+        engine.add_request(request(1, [1, 2], max_tokens=3))
+    assert len(ids_of(drain(engine)[1])) == 3
+    engine.abort(77)
+
+
+def test_unseeded_requests_differ_and_a_seeded_engine_repeats() -> None:
+    def run(seed: int) -> list[list[int]]:
+        engine = engine_of(seed=seed)
+        for request_id in range(3):
+            engine.add_request(request(request_id, [1], max_tokens=8, temperature=5.0))
+        return [ids_of(outputs) for _, outputs in sorted(drain(engine).items())]
+
+    first = run(0)
+    assert len({tuple(ids) for ids in first}) == 3
+    assert run(0) == first
+    assert run(1) != first
