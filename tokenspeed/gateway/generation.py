@@ -13,9 +13,10 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.engine_client import EngineClient, Mailbox
-from tokenspeed.gateway.openai_schema import nth
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
+
+MAX_CHOICES = 256
 
 
 class Choice:
@@ -102,21 +103,25 @@ class Generation(AbstractContextManager["Generation"]):
         params: SamplingParams,
         salt: bytes,
     ) -> None:
+        if len(prompts) * params.n > MAX_CHOICES:
+            raise RequestError(
+                f"n: at most {MAX_CHOICES} answers to all prompts of a request", field="n"
+            )
         self.choices = [
-            Choice(i * params.n + j, prompt, nth(params, j), tokenizer)
+            Choice(i * params.n + j, prompt, one, tokenizer)
             for i, prompt in enumerate(prompts)
-            for j in range(params.n)
+            for j, one in enumerate(params.choices())
         ]
         self.num_running = len(self.choices)
         self.params = params
         self._client, self._salt = client, salt
-        self._eos = tokenizer.eos_ids if tokenizer is not None and not params.ignore_eos else ()
+        self._eos = tokenizer.eos_ids if tokenizer is not None else ()
 
     def __enter__(self) -> "Generation":
         """Submits everything. Raises 503 if there is no room; then nothing has been submitted."""
         client, metrics = self._client, self._client.metrics
         vocab_size = client.check_room(len(self.choices)).vocab_size
-        stop_ids = {i for i in self._eos if i < vocab_size} | set(self.params.stop_token_ids or ())
+        stop_ids = self.params.all_stop_ids([i for i in self._eos if i < vocab_size])
         metrics.params_n.observe(self.params.n)
         if self.params.max_tokens is not None:
             metrics.params_max_tokens.observe(self.params.max_tokens)
@@ -129,7 +134,7 @@ class Generation(AbstractContextManager["Generation"]):
                     choice.index,
                     choice.prompt_ids,
                     choice.params,
-                    sorted(stop_ids),
+                    stop_ids,
                     self._salt,
                 )
         except BaseException as error:

@@ -26,7 +26,7 @@ async def chat_completions(service: Service, call: Call) -> None:
     """The handler."""
     request = await call.decode(_DECODER)
     model = service.model_name(request.model)
-    service.client.check_room(request.n or 1)
+    service.client.check_room()
     check_served(request)
     prompt = await _render(service, request)
     limits = service.client.check_room()
@@ -40,6 +40,7 @@ async def chat_completions(service: Service, call: Call) -> None:
         ),
         logprobs=request.num_logprobs(),
         tokenizer=service.tokenizer,
+        vocab_size=limits.vocab_size,
     )
     salt = service.keys.salt(call.tenant, request.cache_salt)
     with Generation(service.client, service.tokenizer, [prompt], params, salt) as generation:

@@ -28,7 +28,7 @@ async def completions(service: Service, call: Call) -> None:
     """The handler."""
     request = await call.decode(_DECODER)
     model = service.model_name(request.model)
-    service.client.check_room(request.n or 1)
+    service.client.check_room()
     check_served(request)
     if request.echo and request.logprobs is not None:
         raise RequestError(
@@ -44,6 +44,7 @@ async def completions(service: Service, call: Call) -> None:
         max_tokens=room_left(asked, prompts, limits.max_model_len),
         logprobs=request.logprobs,
         tokenizer=service.tokenizer,
+        vocab_size=limits.vocab_size,
     )
     salt = service.keys.salt(call.tenant, request.cache_salt)
     with Generation(service.client, service.tokenizer, prompts, params, salt) as generation:

@@ -198,6 +198,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None,
     tokenizer: Tokenizer | None,
+    vocab_size: int,
 ) -> SamplingParams:
     """Checked parameters. Raises `RequestError` naming the field; null means the default."""
     given = {name: getattr(request, name) for name in _SAME_NAME}
@@ -214,15 +215,15 @@ def sampling_params(
         given["bad_words_token_ids"] = _bad_words(request.bad_words, tokenizer)
     if tokenizer is None and "stop" in given:
         raise RequestError("stop: this server has no tokenizer", field="stop")
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
-
-
-def nth(params: SamplingParams, index: int) -> SamplingParams:
-    """The parameters of choice `index`: one answer, and a seed of its own if a seed was given."""
-    if params.seed is None:
-        return params.replace(n=1) if params.n != 1 else params
-    seed = (params.seed + index + 2**63 & _MASK) - 2**63
-    return params.replace(n=1, seed=seed)
+    params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+    for name, ids in params.token_ids().items():
+        if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
+            raise RequestError(
+                f"{name}: token ids must be in [0, {vocab_size})",
+                field=name,
+                code="invalid_token_id",
+            )
+    return params
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

@@ -71,6 +71,8 @@ async def _run(
     metrics = Metrics(names[0])
     client = EngineClient(config, options, metrics, command)
     worker = TemplateWorker(template) if template else None
+    if worker is not None:
+        worker.start()
     service = Service(names, client, metrics, keys, tokenizer, worker)
     try:
         await client.start()

@@ -24,7 +24,10 @@ _MEMORY_BYTES = 2 << 30
 
 
 class TemplateWorker:
-    """Renders like `ChatTemplate.render`, one conversation at a time; callable from any thread."""
+    """Renders like `ChatTemplate.render`, one conversation at a time; callable from any thread.
+
+    The child starts with `start` or with the first conversation.
+    """
 
     def __init__(self, template: ChatTemplate, wall_limit_s: float = WALL_LIMIT_S) -> None:
         self._hello = json.dumps(
@@ -34,6 +37,9 @@ class TemplateWorker:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
         self.num_kills = 0
+
+    def start(self) -> None:
+        """Starts the child now, so that the first conversation need not wait for it."""
         with self._lock:
             self._start()
 
