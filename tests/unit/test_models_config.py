@@ -19,7 +19,6 @@ from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.decoder_config import read_decoder
 from tokenspeed.models.hf_config import HfConfig, eos_token_ids
-from tokenspeed.models.hub import DEMO_FOLDER, resolve_model
 from tokenspeed.models.registry import ARCHITECTURES, find_architecture
 
 CPU = torch.device("cpu")
@@ -258,22 +257,3 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
 def test_every_architecture_is_named_by_its_class() -> None:
     for name, found in ARCHITECTURES.items():
         assert found.prefix or found.model.__name__ == name
-
-
-def test_names_to_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert resolve_model("demo") == DEMO_FOLDER
-    assert resolve_model(str(tmp_path)) == tmp_path
-    (tmp_path / "x.gguf").touch()
-    refused = {
-        str(tmp_path / "x.gguf"): "is a file; give the folder",
-        str(tmp_path / "nothing"): "there is no such folder",
-        "./nothing": "there is no such folder",
-        "a/b/c": "there is no such folder",
-        "": "there is no such folder",
-        "a--b/c": "there is no such folder",
-        "owner/a-model-that-is-not-cached": "not in the local cache, and the hub cannot be reached",
-    }
-    for name, message in refused.items():
-        with pytest.raises(ModelLoadError, match=message):
-            resolve_model(name)

@@ -4,6 +4,8 @@
 Refuses to know where the folder came from (`models/hub.py`).
 """
 
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tokenspeed.models.registry import find_architecture
 from tokenspeed.spmd.compile import compile_model
 from tokenspeed.spmd.placement import Mesh
 
+_log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
 
@@ -32,7 +35,16 @@ def load_model(
 
     Raises `ModelLoadError` for whatever is wrong with the folder, before weights are allocated.
     """
-    return load_with_report(folder, dtype, device, max_model_len, progress)[0]
+    start = time.perf_counter()
+    model, report = load_with_report(folder, dtype, device, max_model_len, progress)
+    _log.info(
+        "loaded %d tensors, %.1f MB, in %.1f s; %d set aside",
+        report.num_tensors,
+        report.num_bytes / 1e6,
+        time.perf_counter() - start,
+        len(report.set_aside),
+    )
+    return model
 
 
 def load_with_report(

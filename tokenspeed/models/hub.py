@@ -9,9 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -62,7 +60,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise ModelLoadError(f"{name}: the hub has no revision {revision!r}") from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         raise ModelLoadError(_offline(name)) from error
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # of whatever HTTP library the hub's client uses
         raise ModelLoadError(f"{_offline(name)} ({type(error).__name__}: {error})") from error
     return Path(folder)
 
