@@ -4,6 +4,8 @@
 // and index that a kernel relies on is checked here; page ids of the page table are the scheduler's
 // word. Kernels run without the GIL.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
