@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: MIT
+// Reads a scheduler's private state for the explorer: a canonical hash in which everything counts
+// that a later plan can depend on, and which pages are where. Changes nothing.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "scheduler/scheduler.h"
+
+namespace tokenspeed {
+
+class Digest {
+  public:
+    void add(uint64_t word) {
+        state_ = (state_ ^ word) * 0x9e3779b97f4a7c15;
+        state_ ^= state_ >> 29;
+        state_ *= 0xbf58476d1ce4e5b9;
+        state_ ^= state_ >> 32;
+    }
+    uint64_t value() const { return state_; }
+
+  private:
+    uint64_t state_ = 0x243f6a8885a308d3;
+};
+
+// Names things in the order in which they are first mentioned: what differs only by which page or
+// slot happened to be free looks the same.
+class Names {
+  public:
+    explicit Names(int count) : names_(count, -1) {}
+    uint64_t of(int thing) {
+        if (thing < 0) return ~uint64_t{0};
+        if (names_[thing] < 0) names_[thing] = next_++;
+        return static_cast<uint64_t>(names_[thing]);
+    }
+
+  private:
+    std::vector<int> names_;
+    int next_ = 0;
+};
+
+class Inspector {
+  public:
+    explicit Inspector(const Scheduler& scheduler) : s_(scheduler) {}
+
+    bool is_free_or_kept(PageId page) const { return s_.pool_.num_users(page) == 0; }
+    bool is_published(PageId page) const { return s_.index_.published(page); }
+    int num_published() const {
+        return static_cast<int>(std::ranges::count_if(
+            s_.index_.entries_, [](const auto& entry) { return entry.published; }));
+    }
+    Hash128 hash(PageId page) const { return s_.index_.hash(page); }
+    const PrefixIndex& index() const { return s_.index_; }
+
+    uint64_t canonical_hash() const {
+        Digest digest;
+        Names pages(s_.pool_.num_pages()), slots(s_.slots_.num_slots());
+        const std::vector<const Request*> all = s_.all_requests();
+        for (const Request* request : all) add_request(*request, all, digest, pages, slots);
+        add_index(digest, pages);
+        for (const auto& step : s_.in_flight_) {
+            digest.add(step.rows.size());
+            for (const auto& row : step.rows) {
+                const auto who = std::ranges::find(all, row.request) - all.begin();
+                for (uint64_t word : {uint64_t(who), slots.of(row.slot), uint64_t(row.start),
+                                      uint64_t(row.num_tokens), uint64_t(row.sample)}) {
+                    digest.add(word);
+                }
+            }
+        }
+        return digest.value();
+    }
+
+  private:
+    void add_request(const Request& request, const std::vector<const Request*>& all, Digest& digest,
+                     Names& pages, Names& slots) const {
+        uint64_t twin = 0;  // its rank, 0 for none
+        for (size_t i = 0; i < all.size() && request.twin_pages > 0; ++i) {
+            if (all[i]->arrival == request.twin) twin = i + 1;
+        }
+        for (uint64_t word :
+             {request.id, uint64_t(request.state.index()), uint64_t(request.retractions),
+              uint64_t(request.num_cached), uint64_t(request.refused_at == s_.room_version_), twin,
+              uint64_t(request.twin_pages), uint64_t(request.tainted),
+              uint64_t(request.tokens.size())}) {
+            digest.add(word);
+        }
+        for (int32_t token : request.tokens) digest.add(static_cast<uint64_t>(token));
+        const Holdings* held = holdings(request.state);
+        if (held == nullptr) return;
+        for (uint64_t word :
+             {slots.of(held->slot.id()), uint64_t(held->computed), uint64_t(held->scheduled),
+              uint64_t(held->promise.firm()), uint64_t(held->promise.num_left()),
+              uint64_t(held->pages.num_sealed()), uint64_t(held->pages.size())}) {
+            digest.add(word);
+        }
+        for (int i = 0; i < held->pages.size(); ++i) digest.add(pages.of(held->pages.id(i)));
+    }
+
+    // Superseded and least recently used pages stand in one order, and new ones join at its two
+    // ends, so where the first kind stops does not matter.
+    void add_index(Digest& digest, Names& pages) const {
+        std::vector<PageId> order;
+        s_.index_.policy().order(order);
+        digest.add(order.size());
+        for (PageId page : order) digest.add(pages.of(page));
+        std::vector<PageId> named(s_.pool_.num_pages(), kNoPage);
+        for (PageId page = 0; page < s_.pool_.num_pages(); ++page) {
+            if (is_published(page)) named[pages.of(page)] = page;
+        }
+        for (PageId page : named) {
+            if (page == kNoPage) continue;
+            const auto& entry = s_.index_.entries_[page];
+            for (uint64_t word :
+                 {pages.of(page), entry.hash.low, uint64_t(entry.generated), pages.of(entry.parent),
+                  pages.of(entry.first_child), pages.of(entry.next_sibling)}) {
+                digest.add(word);
+            }
+        }
+    }
+
+    const Scheduler& s_;
+};
+
+}  // namespace tokenspeed

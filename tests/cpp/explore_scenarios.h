@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: MIT
+// The bounds within which everything is explored: few requests and pages, and prompts that share
+// prefixes, so that hits, retractions, evictions and reuse all happen.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "explore_world.h"
+
+namespace tokenspeed {
+
+inline SchedulerOptions tight_options(int num_pages, int page_size, int depth) {
+    return {.num_pages = num_pages,
+            .page_size = page_size,
+            .max_num_seqs = 2,
+            .max_num_batched_tokens = 3,
+            .max_model_len = 16,
+            .max_num_partial_prefills = 2,
+            .overlap_depth = depth,
+            .max_retractions = 1};
+}
+
+inline std::string at_depth(const char* name, int depth) {
+    return std::string(name) + ", depth " + std::to_string(depth);
+}
+
+// "turns": the second request goes on where the first one ends (the device's output at position p
+// is 10 + p), so that it can hit decoded pages.
+inline std::vector<Scenario> quick_scenarios() {
+    std::vector<Scenario> all;
+    for (int depth : {0, 1}) {
+        all.push_back(
+            {at_depth("2x3 twins, pages of 2", depth),
+             tight_options(3, 2, depth),
+             {{.prompt = {1, 2, 3}, .max_tokens = 3}, {.prompt = {1, 2, 3}, .max_tokens = 2}}});
+        all.push_back(
+            {at_depth("2x3 chunks, pages of 2", depth),
+             tight_options(3, 2, depth),
+             {{.prompt = {1, 2, 3, 4}, .max_tokens = 3}, {.prompt = {1, 2, 5}, .max_tokens = 2}}});
+        all.push_back(
+            {at_depth("2x3 turns, pages of 1", depth),
+             tight_options(3, 1, depth),
+             {{.prompt = {1}, .max_tokens = 3}, {.prompt = {1, 11, 5}, .max_tokens = 1}}});
+        all.push_back({at_depth("2x3 crowd, pages of 1", depth),
+                       tight_options(3, 1, depth),
+                       {{.prompt = {1}, .max_tokens = 3}, {.prompt = {2}, .max_tokens = 3}}});
+        all.push_back({at_depth("2x3 salts, pages of 2", depth),
+                       tight_options(3, 2, depth),
+                       {{.prompt = {1, 2, 3}, .max_tokens = 3},
+                        {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}}}});
+    }
+    return all;
+}
+
+inline std::vector<Scenario> full_scenarios() {
+    std::vector<Scenario> all;
+    for (int depth : {0, 1}) {
+        all.push_back({at_depth("3x4 turns, pages of 2", depth),
+                       tight_options(4, 2, depth),
+                       {{.prompt = {1, 2, 3}, .max_tokens = 3},
+                        {.prompt = {1, 2, 4}, .max_tokens = 2},
+                        {.prompt = {1, 2, 3, 13, 5}, .max_tokens = 1}}});
+        all.push_back({at_depth("3x4 turns, pages of 1", depth),
+                       tight_options(4, 1, depth),
+                       {{.prompt = {1, 2}, .max_tokens = 3},
+                        {.prompt = {1}, .max_tokens = 2},
+                        {.prompt = {1, 2, 12, 5}, .max_tokens = 1}}});
+        all.push_back({at_depth("3x4 chunks, pages of 2", depth),
+                       tight_options(4, 2, depth),
+                       {{.prompt = {1, 2, 3, 4, 5}, .max_tokens = 2},
+                        {.prompt = {1, 2, 3, 4, 6}, .max_tokens = 2},
+                        {.prompt = {1, 2, 3}, .max_tokens = 4}}});
+        SchedulerOptions three = tight_options(4, 2, depth);
+        three.max_num_seqs = 3;
+        three.max_num_batched_tokens = 4;
+        all.push_back({at_depth("3x4 salts and options, three slots", depth),
+                       three,
+                       {{.prompt = {1, 2, 3}, .max_tokens = 3, .min_tokens = 2},
+                        {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}},
+                        {.prompt = {1, 2}, .max_tokens = 3, .prompt_logprobs = true}}});
+    }
+    return all;
+}
+
+}  // namespace tokenspeed
