@@ -34,6 +34,7 @@ SealedPage PagePool::seal(WritablePage page, const Committed&) {
 
 SealedPage PagePool::share_kept(PageId page) {
     TS_CHECK(kind_[page] == Kind::kSealed);
+    if (mutant(Mutant::kK4ShareNotCounted) && users_[page] > 0) return SealedPage(this, page);
     if (users_[page]++ == 0) keeper_->reused(page);
     return SealedPage(this, page);
 }
@@ -50,7 +51,8 @@ void PagePool::put_back(PageId page) {
 }
 
 void PagePool::drop(PageId page) {
-    if (--users_[page] == 0 && !keeper_->keep(page)) put_back(page);
+    if (--users_[page] > 0) return;
+    if (!keeper_->keep(page) || mutant(Mutant::kK4KeptAndFreed)) put_back(page);
 }
 
 PageList::~PageList() {

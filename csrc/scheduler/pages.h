@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "scheduler/check.h"
+#include "scheduler/mutant.h"
 
 namespace tokenspeed {
 
@@ -52,7 +53,8 @@ class PageHandle {
   protected:
     PageHandle(PagePool* pool, PageId id) : pool_(pool), id_(id) {}
     PageHandle(PageHandle&& other) noexcept
-        : pool_(std::exchange(other.pool_, nullptr)), id_(std::exchange(other.id_, kNoPage)) {}
+        : pool_(mutant(Mutant::kK4MoveCopies) ? other.pool_ : std::exchange(other.pool_, nullptr)),
+          id_(mutant(Mutant::kK4MoveCopies) ? other.id_ : std::exchange(other.id_, kNoPage)) {}
     PageHandle& operator=(PageHandle&&) = delete;
     ~PageHandle() = default;
     PagePool* pool_;
@@ -203,7 +205,9 @@ class Promise {
     Promise(Promise&& other) noexcept
         : ledger_(other.ledger_), firm_(other.firm_), left_(std::exchange(other.left_, 0)) {}
     Promise& operator=(Promise&&) = delete;
-    ~Promise() { total() -= left_; }
+    ~Promise() {
+        if (!mutant(Mutant::kK11PromiseLeak)) total() -= left_;
+    }
     bool firm() const { return firm_ && left_ > 0; }
     int num_left() const { return left_; }
     void take() {

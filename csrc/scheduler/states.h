@@ -79,6 +79,8 @@ struct Drained {};  // the last lease is back
 using Ended = std::variant<Draining, Finished>;
 
 inline Ended end(Holdings held) {
+    if (mutant(Mutant::kK2PagesGoUnderStep)) PageList gone(std::move(held.pages));
+    if (mutant(Mutant::kK2EndIgnoresLease)) return Finished{};
     if (held.slot.leased()) return Draining(std::move(held));
     return Finished{};
 }
