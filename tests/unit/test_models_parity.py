@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint, reference_model
+from tokenspeed.kernels import force_backend
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
@@ -73,8 +74,14 @@ def random_ids(count: int, seed: int) -> list[int]:
 
 
 def check_family(folder: Path) -> None:
+    """With the kernels chosen for this machine, and with the references."""
     reference = reference_model(folder)
-    model = load_model(folder, torch.float32, torch.device("cpu"), 192)
+    check(load_model(folder, torch.float32, torch.device("cpu"), 192), reference)
+    with force_backend("reference"):
+        check(load_model(folder, torch.float32, torch.device("cpu"), 192), reference)
+
+
+def check(model: CausalLM, reference: Any) -> None:
     run = PagedRun(model)
     sequences = {4: random_ids(37, 1), 1: random_ids(150, 2), 2: random_ids(1, 3)}
     want = {slot: expected_logits(reference, ids) for slot, ids in sequences.items()}
