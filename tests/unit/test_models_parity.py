@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every model family against transformers on tiny random weights, through shuffled pages."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,15 @@ from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 
 TOLERANCE = 1e-4
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small only lose by being shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class PagedRun:
