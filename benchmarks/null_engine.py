@@ -8,11 +8,14 @@ real gateway in front of it. Knows no text and computes nothing.
 """
 
 import argparse
+import json
 import os
 import sys
 import threading
 import time
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
 import zmq
 
@@ -57,12 +60,15 @@ class Echo:
         found = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
         self.num_aborted += found is not None
 
-    def step(self) -> list[m.TokenOutput]:
-        self.num_steps += 1
+    def admit(self) -> None:
         for request_id in list(self.waiting):
             if len(self.running) >= self._max_num_seqs:
                 break
             self.running[request_id] = self.waiting.pop(request_id)
+
+    def step(self) -> list[m.TokenOutput]:
+        self.num_steps += 1
+        self.admit()
         outputs = [self._advance(request_id, r) for request_id, r in self.running.items()]
         for output in outputs:
             if output.finish_reason is not None:
@@ -124,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     time.sleep(args.load_s)
     outbox.send(encode(m.Ready(MAX_MODEL_LEN, VOCAB_SIZE, 1 << 16, PAGE_SIZE)))
     decoder = Decoder(m.Down)
+    stamps: dict[int, list[float]] = defaultdict(list)  # by seed, which a benchmark sets
     due = time.monotonic()
     while True:
         busy = bool(echo.running or echo.waiting)
@@ -136,12 +143,24 @@ def run(args: argparse.Namespace) -> int:
                 case m.AbortRequest() as abort:
                     echo.abort(abort.request_id)
                 case m.Shutdown():
+                    if args.stamps:
+                        Path(args.stamps).write_text(json.dumps(stamps))
                     os._exit(0)
+        if not echo.running and not echo.waiting:
+            outbox.send(encode(m.StatsMessage(echo.stats())))
+            continue
         if time.monotonic() < due:
             continue
-        if outputs := echo.step():
+        echo.admit()
+        seeds = [r.request.params.seed for r in echo.running.values()] if args.stamps else []
+        outputs = echo.step()
+        now = time.monotonic()
+        for seed in seeds:
+            stamps[seed or 0].append(now)
+        if outputs:
             outbox.send(encode(m.Outputs(outputs)))
-        outbox.send(encode(m.StatsMessage(echo.stats())))
+        if echo.num_steps % 32 == 0 or not echo.running:
+            outbox.send(encode(m.StatsMessage(echo.stats())))
         due = max(due + args.step_s, time.monotonic() - args.step_s)
 
 
@@ -151,7 +170,7 @@ def serve(args: argparse.Namespace) -> int:
     from tokenspeed.gateway.server import serve as serve_gateway
 
     command = (sys.executable, "-m", "benchmarks.null_engine", "run")
-    pace = ("--step-s", str(args.step_s), "--load-s", str(args.load_s))
+    pace = ("--step-s", str(args.step_s), "--load-s", str(args.load_s), "--stamps", args.stamps)
     config = EngineConfig.of(
         served_model_name=("null",),
         max_num_seqs=args.max_num_seqs,
@@ -177,6 +196,7 @@ def main() -> int:
     for one in (engine, gateway):
         one.add_argument("--step-s", type=float, default=0.005)
         one.add_argument("--load-s", type=float, default=0.0)
+        one.add_argument("--stamps", default="", help="a file for the time of every token")
     for name in ("--config", "--inbox", "--outbox"):
         engine.add_argument(name, required=True)
     gateway.add_argument("--host", default="127.0.0.1")

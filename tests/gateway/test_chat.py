@@ -71,6 +71,13 @@ async def test_stream_says_the_same_as_the_whole(engine):
     assert len({e["id"] for e in events}) == 1
 
 
+async def test_role_comes_even_if_the_first_token_shows_nothing():
+    async with gateway() as g:  # the demo's template begins with a special token
+        events = await g.events(CHAT, {"messages": HELLO, "max_tokens": 9})
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert all("role" not in e["choices"][0]["delta"] for e in events[1:])
+
+
 async def test_golden_framing():
     async with gateway(template=PLAIN) as g:
         reply = await g.post(

@@ -99,7 +99,7 @@ class _Chat:
         opening = b"" if choice.begun else self._opening(choice)
         if choice.finish_reason is None:
             if not choice.text and self._plain:
-                return b""
+                return opening
             if self._plain:
                 text = b',"delta":{"content":' + encode_json(choice.text)
                 return b"%b%b%d%b%b" % (opening, self._front, choice.index, text, self._back)

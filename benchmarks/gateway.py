@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""What the gateway costs per streamed token: events per CPU-second, added latency, memory.
+
+Three processes: the real gateway, an engine that computes nothing (`null_engine.py`) and a load
+generator. Every answer is a run of single-letter tokens, so that the load generator can count the
+tokens in an event. Added latency is the time from the engine's send to the client's receive, both
+read from the machine's monotonic clock. Events per second per core is events over the gateway
+process's own CPU time (user and system), so a busy machine or a slow client cannot flatter it.
+
+    python -m benchmarks.gateway [--streams 64 256] [--rate 8000] [--tokens 300]
+"""
+
+import argparse
+import asyncio
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+LETTER = "x"
+
+
+async def one_stream(port: int, seed: int, tokens: int) -> list[float]:
+    """Runs one stream; returns the time at which each token was read, by position."""
+    body = {"prompt": LETTER, "max_tokens": tokens, "stream": True, "seed": seed}
+    data = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 20)
+    head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+    writer.write(f"{head}content-length: {len(data)}\r\n\r\n".encode() + data)
+    received: list[float] = []
+    done = False
+    while not done:
+        block = await reader.read(1 << 16)
+        now = time.monotonic()
+        if not block:
+            raise ConnectionError("the stream was cut off")
+        for part in block.split(b'"text":"')[1:]:
+            received += [now] * len(part.partition(b'"')[0])
+        done = b"[DONE]" in block
+    writer.close()
+    return received
+
+
+def load(port: int, streams: int, tokens: int) -> dict[str, Any]:
+    """The load generator: all streams at once. Runs in a process of its own."""
+    import uvloop
+
+    async def run() -> list[list[float]]:
+        return await asyncio.gather(*(one_stream(port, i, tokens) for i in range(streams)))
+
+    begin = time.monotonic()
+    received = uvloop.run(run())
+    return {"wall_s": time.monotonic() - begin, "received": received}
+
+
+def metric(url: str, name: str) -> float:
+    text = urllib.request.urlopen(f"{url}/metrics").read().decode()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name))
+
+
+def wait_ready(url: str) -> None:
+    for _ in range(600):
+        try:
+            urllib.request.urlopen(f"{url}/ready")
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError("the gateway did not become ready")
+
+
+def percentile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def measure(streams: int, rate: float, tokens: int, port: int) -> dict[str, Any]:
+    """One run with `streams` streams that together ask for `rate` tokens a second."""
+    with tempfile.TemporaryDirectory() as folder:
+        stamps = Path(folder, "stamps.json")
+        command = [sys.executable, "-m", "benchmarks.null_engine", "serve", "--port", str(port)]
+        command += ["--step-s", str(streams / rate), "--stamps", str(stamps)]
+        gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        url = f"http://127.0.0.1:{port}"
+        try:
+            wait_ready(url)
+            process = psutil.Process(gateway.pid)
+            # Warms up; these stamps come first and are cut off below.
+            start_load(port, 8, 20, Path(folder, "warm.json")).wait()
+            idle_bytes = process.memory_info().rss
+            before, writes = process.cpu_times(), metric(url, "vllm:generation_tokens_total")
+            result = Path(folder, "result.json")
+            child = start_load(port, streams, tokens, result)
+            peak = idle_bytes
+            while child.poll() is None:
+                peak = max(peak, process.memory_info().rss)
+                time.sleep(0.2)
+            after = process.cpu_times()
+            counted = metric(url, "vllm:generation_tokens_total") - writes
+            found = json.loads(result.read_text())
+        finally:
+            gateway.terminate()
+            gateway.wait(20)
+        sent = {int(seed): times for seed, times in json.loads(stamps.read_text()).items()}
+    assert counted == streams * tokens, f"{counted} tokens, not {streams * tokens}"
+    received = found["received"]
+    assert all(len(times) == tokens for times in received)
+    added = [
+        arrived - left
+        for seed, times in enumerate(received)
+        for left, arrived in zip(sent[seed][-tokens:], times, strict=True)
+    ]
+    writes_seen = sum(len(set(times)) for times in received)
+    cpu_s = after.user + after.system - before.user - before.system
+    return {
+        "streams": streams,
+        "tokens": streams * tokens,
+        "asked_tokens_per_s": rate,
+        "tokens_per_s": round(streams * tokens / found["wall_s"]),
+        "gateway_cpu_s": round(cpu_s, 2),
+        "tokens_per_cpu_s": round(streams * tokens / cpu_s),
+        "reads_per_token": round(writes_seen / (streams * tokens), 3),
+        "added_p50_ms": round(percentile(added, 0.5) * 1e3, 2),
+        "added_p99_ms": round(percentile(added, 0.99) * 1e3, 2),
+        "kib_per_stream": round((peak - idle_bytes) / streams / 1024, 1),
+    }
+
+
+def start_load(port: int, streams: int, tokens: int, result: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "benchmarks.gateway", "--load", str(port)]
+    options = {"--streams": streams, "--tokens": tokens, "--result": result}
+    return subprocess.Popen([*command, *(str(x) for pair in options.items() for x in pair)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--rate", type=float, nargs="+", default=[8000, 40000])
+    parser.add_argument("--tokens", type=int, default=300, help="of each stream")
+    parser.add_argument("--port", type=int, default=8311)
+    parser.add_argument("--json", type=Path, help="also write the last line to this file")
+    parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.load:
+        args.result.write_text(json.dumps(load(args.load, args.streams[0], args.tokens)))
+        return
+    runs = [measure(s, r, args.tokens, args.port) for s in args.streams for r in args.rate]
+    names = list(runs[0])
+    print("  ".join(names))
+    for run in runs:
+        print("  ".join(f"{run[name]:>{len(name)}}" for name in names))
+    versions = {p: __import__(p).__version__ for p in ("uvicorn", "uvloop", "msgspec")}
+    machine = {"python": platform.python_version(), "machine": platform.machine(), **versions}
+    line = json.dumps({"benchmark": "gateway", **machine, "runs": runs})
+    print(line)
+    if args.json:
+        args.json.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
