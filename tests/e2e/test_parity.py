@@ -136,3 +136,20 @@ def test_the_schedule_changes_no_token(model: Any, answers: list[list[int]], var
     assert found == answers[few]
     if "retraction" in variant:
         assert engine.stats().num_preemptions > 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nan_in_one_of_32_rows_fails_that_request_alone(
+    checkpoint: Path, answers: list[list[int]], depth: int
+) -> None:
+    asked = prompts()
+    broken = next(t for t in range(VOCAB_SIZE) if not any(t in p for p in asked + answers))
+    model = load_model(checkpoint, torch.float32, CPU, 128)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[broken] = float("nan")
+    asked[17] = [*asked[17], broken]
+    engine = assemble(EngineConfig.of(**(BASE | {"overlap_depth": depth})), model, CPU)
+    outputs = run(engine, [GenerateRequest(i, ids, GREEDY) for i, ids in enumerate(asked)])
+    assert (outputs[17][-1].finish_reason, outputs[17][-1].token_ids) == ("error", [])
+    for i in set(range(NUM_PROMPTS)) - {17}:
+        assert [t for o in outputs[i] for t in o.token_ids] == answers[i]

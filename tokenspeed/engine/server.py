@@ -14,15 +14,17 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import zmq
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import messages as m
-from tokenspeed.engine.build import build_engine
-from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.wire import Decoder, decode_config, encode
 from tokenspeed.errors import ModelLoadError, RequestError
+
+if TYPE_CHECKING:
+    from tokenspeed.engine.engine import Engine
 
 HEARTBEAT_S = 0.25
 STATS_S = 0.25
@@ -96,7 +98,7 @@ class Heart(threading.Thread):
 class Loop:
     """Carries messages between the boxes and the engine until `Shutdown`."""
 
-    def __init__(self, engine: Engine, inbox: Inbox, outbox: Outbox) -> None:
+    def __init__(self, engine: "Engine", inbox: Inbox, outbox: Outbox) -> None:
         self._engine, self._inbox, self._outbox = engine, inbox, outbox
         self._stats_sent_s = 0.0
         self._sent = m.EngineStats()
@@ -161,7 +163,11 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
         context.destroy(linger=LINGER_MS)
 
 
-def _load(config: EngineConfig, outbox: Outbox) -> Engine:
+def _load(config: EngineConfig, outbox: Outbox) -> "Engine":
+    outbox.send(m.Loading(0.0, "starting"))
+    # Only now, because it takes seconds and the heart should beat from the first moment on.
+    from tokenspeed.engine.build import build_engine
+
     engine = build_engine(
         config, progress=lambda fraction, what: outbox.send(m.Loading(fraction, what))
     )

@@ -25,6 +25,7 @@ from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.execution.sequence import Sequence
 from tokenspeed.layers.batch import ForwardBatch
 
+SMALL_STEP = 16  # tokens up to which our kernels' own threads do the work and torch needs but one
 LOGITS_BLOCK = 64  # rows of vocabulary-wide logits held at a time for prompt logprobs
 
 Caches = list[tuple[torch.Tensor, ...]]
@@ -98,9 +99,9 @@ class Runner:
         """Starts the plan's step; `words` must not change until it is over."""
         step = self._prepare(PlanView(words))
         if self._thread is not None:
-            return self._thread.submit(self._run, step)
+            return self._thread.submit(self._run_threaded, step)
         done: InFlight = Future()
-        done.set_result(self._run(step))
+        done.set_result(self._run_threaded(step))
         return done
 
     def close(self) -> None:
@@ -119,6 +120,16 @@ class Runner:
             binds.append(_Bind(slot, sequence, outputs))
         owners = [owner for slot in plan.slots.tolist() if (owner := self._owners[slot])]
         return _Step(plan, binds, [o[0] for o in owners], [o[1] for o in owners])
+
+    def _run_threaded(self, step: _Step) -> StepOutput:
+        if self._batcher.device.type != "cpu" or len(step.plan.tokens) > SMALL_STEP:
+            return self._run(step)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._run(step)
+        finally:
+            torch.set_num_threads(num_threads)
 
     @torch.inference_mode()
     def _run(self, step: _Step) -> StepOutput:

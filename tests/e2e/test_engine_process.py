@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: MIT
+"""The engine process over real sockets: starts, serves, survives junk and signals, and leaves."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine import messages as m
+from tokenspeed.engine.wire import Decoder, encode, encode_config
+from tokenspeed.execution.sampling_params import SamplingParams
+
+WAIT_S = 60.0
+PARENT = (
+    "import subprocess, sys; child = subprocess.Popen(sys.argv[1:]); "
+    "print(child.pid, flush=True); child.wait()"
+)
+
+
+class Peer:
+    """The gateway's end of both sockets, and the process behind them."""
+
+    def __init__(self, folder: Path, where: Path, *, wrap: str | None = None, **options: Any):
+        inbox, self.outbox = f"ipc://{where}/in", f"ipc://{where}/out"
+        self.context = zmq.Context()
+        self.pull = self.context.socket(zmq.PULL)
+        self.pull.bind(self.outbox)
+        self.push = self.context.socket(zmq.PUSH)
+        self.push.linger = 0
+        self.push.connect(inbox)
+        self.decoder = Decoder(m.Up)
+        config = EngineConfig.of(
+            model=str(folder),
+            dtype="float32",
+            page_size=16,
+            num_pages=64,
+            max_num_seqs=8,
+            **options,
+        )
+        command = [sys.executable, "-m", "tokenspeed.engine.server", "--config"]
+        command += [encode_config(config), "--inbox", inbox, "--outbox", self.outbox]
+        if wrap is not None:
+            command = [sys.executable, "-c", wrap, *command]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def send(self, *messages: Any) -> None:
+        for message in messages:
+            self.push.send(message if isinstance(message, bytes) else encode(message))
+
+    def receive(self, *kinds: type, timeout_s: float = WAIT_S) -> Any:
+        """The next message of one of the kinds; others are passed over."""
+        end = time.monotonic() + timeout_s
+        while (left := end - time.monotonic()) > 0:
+            if self.pull.poll(int(left * 1000) + 1):
+                message = self.decoder.decode(self.pull.recv())
+                if isinstance(message, kinds):
+                    return message
+        raise TimeoutError(f"no {kinds} within {timeout_s} s")
+
+    def answer(self, request_id: int) -> list[m.TokenOutput]:
+        found: list[m.TokenOutput] = []
+        while not found or found[-1].finish_reason is None:
+            found += [o for o in self.receive(m.Outputs).outputs if o.request_id == request_id]
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.context.destroy(linger=0)
+
+
+def request(request_id: int, prompt: list[int], **params: Any) -> m.GenerateRequest:
+    return m.GenerateRequest(request_id, prompt, SamplingParams(temperature=0.0, **params))
+
+
+@pytest.fixture(scope="module")
+def peer(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
+    found = Peer(folder, tmp_path_factory.mktemp("ipc"), max_model_len=256)
+    yield found
+    found.close()
+
+
+def test_it_loads_and_says_so(peer: Peer) -> None:
+    assert peer.receive(m.Loading).fraction == 0.0
+    ready = peer.receive(m.Ready)
+    assert ready == m.Ready(max_model_len=256, vocab_size=258, num_pages=64, page_size=16)
+
+
+def test_it_answers_and_tells_what_it_did(peer: Peer) -> None:
+    peer.send(request(2**64 - 1, [1, 2, 3], max_tokens=20))
+    outputs = peer.answer(2**64 - 1)
+    assert len([t for o in outputs for t in o.token_ids]) == 20
+    assert outputs[-1].finish_reason == "length"
+    assert outputs[-1].queue_s >= 0
+    assert outputs[-1].prefill_s > 0
+    stats = peer.receive(m.StatsMessage).stats
+    while stats.num_running:
+        stats = peer.receive(m.StatsMessage).stats
+    assert stats.num_steps >= 20
+
+
+def test_bad_requests_are_rejected_and_junk_is_dropped(peer: Peer) -> None:
+    peer.send(b"", b"\x01", b"\xff" * 50, encode(m.Fatal("not yours")))
+    peer.send(request(5, []), request(6, [999]), request(7, [1] * 256))
+    rejected = [peer.receive(m.Rejected) for _ in range(3)]
+    assert [r.request_id for r in rejected] == [5, 6, 7]
+    assert [r.field for r in rejected] == ["prompt"] * 3
+    assert rejected[2].code == "context_length_exceeded"
+    peer.send(m.AbortRequest(12345), m.FlushCache(), request(8, [1, 2], max_tokens=2))
+    assert peer.answer(8)[-1].finish_reason == "length"
+
+
+def test_an_aborted_request_falls_silent(peer: Peer) -> None:
+    peer.send(request(20, [1, 2, 3], max_tokens=200))
+    peer.receive(m.Outputs)
+    peer.send(m.AbortRequest(20), request(21, [4], max_tokens=60))
+    late, outputs = 0, []
+    while not outputs or outputs[-1].finish_reason is None:
+        batch = peer.receive(m.Outputs).outputs
+        outputs += [o for o in batch if o.request_id == 21]
+        late += sum(o.request_id == 20 for o in batch if outputs)
+    assert late == 0
+
+
+def test_heartbeats_go_on_while_idle(peer: Peer) -> None:
+    while (beat := peer.receive(m.Heartbeat)).has_work:
+        pass
+    later = peer.receive(m.Heartbeat, timeout_s=5.0)
+    assert not later.has_work
+    assert later.num_steps == beat.num_steps > 0
+    assert later.monotonic_s > beat.monotonic_s
+
+
+def test_signals_are_the_gateways_business_and_shutdown_ends_it(peer: Peer) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        peer.process.send_signal(number)
+    peer.send(request(30, [1], max_tokens=3))
+    assert peer.answer(30)[-1].finish_reason == "length"
+    peer.send(m.Shutdown())
+    assert peer.process.wait(WAIT_S) == 0
+
+
+def test_a_model_that_cannot_be_loaded_is_fatal(tmp_path: Path) -> None:
+    peer = Peer(tmp_path, tmp_path)
+    try:
+        assert "config.json" in peer.receive(m.Fatal).message
+        assert peer.process.wait(WAIT_S) == 1
+    finally:
+        peer.close()
+
+
+def test_it_dies_with_its_parent(folder: Path, tmp_path: Path) -> None:
+    peer = Peer(folder, tmp_path, wrap=PARENT)
+    try:
+        assert peer.process.stdout is not None
+        child = int(peer.process.stdout.readline())
+        peer.receive(m.Heartbeat)
+        peer.process.kill()
+        peer.process.wait()
+        end = time.monotonic() + 5.0
+        while _alive(child) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not _alive(child)
+    finally:
+        peer.close()
+
+
+def _alive(process: int) -> bool:
+    """Whether a process runs; one that waits to be reaped by somebody else does not."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
