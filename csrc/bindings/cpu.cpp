@@ -5,7 +5,6 @@
 // word. Kernels run without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -192,8 +191,8 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
                            const Tensor& positions, const Tensor& cache_index, Tensor& key_cache,
                            Tensor& value_cache, bool interleaved) {
     RopeParams rotate_q = rope_params(q, "q", cos_sin, positions, interleaved);
-    RopeParams rotate_k = rope_params(k, "k", cos_sin, positions, interleaved);
     expect_shape(k, "k", {q.size(0), kAny, q.size(2)}, 2);
+    RopeParams rotate_k = rope_params(k, "k", cos_sin, positions, interleaved);
     expect_shape(v, "v", {q.size(0), k.size(1), kAny}, 1);
     expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2)});
     expect_shape(value_cache, "value_cache",

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tokenspeed import _cpu
-from tokenspeed.kernels.registry import Ask, register
+from tokenspeed.kernels.registry import Ask, Kernel, register
 
 MAX_LINEAR_ROWS = 16  # up to here reading the weight costs the most, and our kernel reads it once
 
@@ -27,7 +27,7 @@ def _exchange(_: Ask) -> str | None:
     return f"torch {torch.__version__} has no DLPack exchange API"
 
 
-for _op, _kernel in {
+_WIDE: dict[str, Kernel] = {
     "rms_norm": _cpu.rms_norm,
     "add_rms_norm": _cpu.add_rms_norm,
     "rope_append_gqa": _cpu.rope_append_gqa,
@@ -37,19 +37,12 @@ for _op, _kernel in {
     "silu_mul": _cpu.silu_mul,
     "moe": _cpu.moe,
     "linear": linear,
-}.items():
-    register(
-        _op,
-        "cpu",
-        _kernel,
-        devices=("cpu",),
-        dtypes=(torch.float32, torch.bfloat16),
-        requires=_exchange,
-    )
-
-for _op, _kernel in {
+}
+_FLOAT32: dict[str, Kernel] = {
     "route": _cpu.route,
     "sample": _cpu.sample,
     "apply_penalties": _cpu.apply_penalties,
-}.items():
-    register(_op, "cpu", _kernel, devices=("cpu",), dtypes=(torch.float32,), requires=_exchange)
+}
+for _ops, _dtypes in ((_WIDE, (torch.float32, torch.bfloat16)), (_FLOAT32, (torch.float32,))):
+    for _op, _kernel in _ops.items():
+        register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_dtypes, requires=_exchange)
