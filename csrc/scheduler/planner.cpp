@@ -26,16 +26,11 @@ std::span<const int32_t> Scheduler::next_plan() {
     }
     sections_.clear();
     left_out_ = nullptr;
-    while (true) {
-        budget_ = options_.max_num_batched_tokens;
-        plan_decodes();
-        plan_prefills();
-        if (!step_.rows.empty() || !in_flight_.empty() || running_.empty()) break;
-        // Everybody waits for somebody's pages, and no step will bring any back.
-        Request* victim = retractable();
-        TS_CHECK(victim != nullptr);
-        retract(*victim);
-    }
+    budget_ = options_.max_num_batched_tokens;
+    plan_decodes();
+    plan_prefills();
+    // S1 makes room for whole known sequences, and a decoding request without a page retracts until
+    // it has one: somebody can always run, unless a step in flight has to bring pages back first.
     if (step_.rows.empty()) {
         TS_CHECK(!in_flight_.empty() || live_.empty());
         return {};

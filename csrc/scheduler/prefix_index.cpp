@@ -8,8 +8,9 @@
 namespace tokenspeed {
 
 namespace {
-constexpr int kLeafSearch = 4;  // kept pages passed over because others build on them
-}
+constexpr int kLeafSearch = 4;     // kept pages passed over because others build on them
+constexpr int kSiblingSearch = 8;  // branches looked at, the newest first
+}  // namespace
 
 PrefixIndex::PrefixIndex(PagePool& pool, int page_size, HashKey key,
                          std::unique_ptr<EvictionPolicy> policy)
@@ -79,6 +80,7 @@ bool PrefixIndex::keep(PageId page) {
 }
 
 void PrefixIndex::reused(PageId page) {
+    entries_[page].superseded = false;
     policy_->removed(page);
     --num_kept_;
 }
@@ -141,20 +143,26 @@ void PrefixIndex::detach(PageId page) {
 // A conversation goes on from the parent of `page`: what an earlier turn sampled there instead
 // (its thinking, say, which the next prompt leaves out) will not be asked for again.
 void PrefixIndex::supersede_siblings(PageId page) {
-    for (PageId old = entries_[page].next_sibling; old != kNoPage;
-         old = entries_[old].next_sibling) {
-        if (entries_[old].generated && pool_.num_users(old) == 0) supersede(old);
+    PageId old = entries_[page].next_sibling;
+    for (int i = 0; i < kSiblingSearch && old != kNoPage; ++i) {
+        if (entries_[old].generated && can_supersede(old)) supersede(old);
+        old = entries_[old].next_sibling;
     }
 }
 
-// Marks a branch from its top down; stops at pages in use.
+bool PrefixIndex::can_supersede(PageId page) const {
+    return pool_.num_users(page) == 0 && !entries_[page].superseded;
+}
+
+// Marks a branch from its top down; stops at pages in use or already marked.
 void PrefixIndex::supersede(PageId top) {
     walk_.assign(1, top);
     for (size_t i = 0; i < walk_.size(); ++i) {
         policy_->superseded(walk_[i]);
+        entries_[walk_[i]].superseded = true;
         for (PageId child = entries_[walk_[i]].first_child; child != kNoPage;
              child = entries_[child].next_sibling) {
-            if (pool_.num_users(child) == 0) walk_.push_back(child);
+            if (can_supersede(child)) walk_.push_back(child);
         }
     }
 }

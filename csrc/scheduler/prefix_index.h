@@ -75,6 +75,7 @@ class PrefixIndex : public PageKeeper {
         PageId next_sibling = kNoPage, previous_sibling = kNoPage;
         bool published = false;
         bool generated = false;
+        bool superseded = false;
     };
 
     int probe(Hash128 hash) const;
@@ -82,6 +83,7 @@ class PrefixIndex : public PageKeeper {
     void attach(PageId page, PageId parent);
     void detach(PageId page);
     void supersede_siblings(PageId page);
+    bool can_supersede(PageId page) const;
     void supersede(PageId top);
 
     PagePool& pool_;

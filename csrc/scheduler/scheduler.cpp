@@ -9,6 +9,8 @@ namespace tokenspeed {
 
 namespace {
 
+constexpr int kReservedOutputs = 4096;  // tokens a request's vector has room for from the start
+
 void require(bool condition, const char* message) {
     if (!condition) throw std::invalid_argument(message);
 }
@@ -76,6 +78,7 @@ void Scheduler::submit(const NewRequest& request) {
     fresh->prompt_logprobs = request.prompt_logprobs;
     fresh->stop_ids.assign(request.stop_ids.begin(), request.stop_ids.end());
     std::ranges::sort(fresh->stop_ids);
+    fresh->tokens.reserve(std::min<int64_t>(limit, num_prompt + kReservedOutputs));
     fresh->tokens.assign(request.prompt.begin(), request.prompt.end());
     fresh->root = index_.root(request.salt);
     log_.submit(request);

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""What the control plane costs, through its Python binding: steps and admissions at long contexts.
+
+Decode: `next_plan` + `commit` with many decoding requests, whose lengths are spread over one page,
+at a long and at a short context. Admission: `submit` + the `next_plan` that admits a prompt which is
+fully cached, alone and beside the decoding requests. Runs no model: results are made of zeros.
+
+    python benchmarks/scheduler.py [--requests 256] [--long 80000] [--short 8000] [--steps 640]
+"""
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenspeed._scheduler import Scheduler
+
+PAGE_SIZE = 64
+ROOM = 4096  # tokens each decoding request may still generate
+
+
+def result_for(plan: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The StepResult of a model that always says 5."""
+    num_rows = int(plan[5])
+    rows = plan[16 : 16 + 6 * num_rows].reshape(num_rows, 6)
+    sampled = rows[:, 1] & 1
+    body = np.stack([rows[:, 0], np.zeros_like(sampled), sampled], axis=1).ravel()
+    num_ids = int(sampled.sum())
+    total = 8 + len(body) + num_ids
+    header = [0x53525354, 1, total, int(plan[3]), int(plan[4]), num_rows, num_ids, 0]
+    return np.concatenate([np.array(header), body, np.full(num_ids, 5)]).astype(np.int32)
+
+
+def prompt(seed: int, length: int) -> NDArray[np.int32]:
+    return np.random.default_rng(seed).integers(10, 100_000, length, dtype=np.int32)
+
+
+def make(num_requests: int, context: int) -> Scheduler:
+    pages_each = (context + ROOM) // PAGE_SIZE + 1
+    return Scheduler(
+        num_pages=(num_requests + 2) * pages_each,
+        page_size=PAGE_SIZE,
+        max_num_seqs=num_requests + 1,
+        max_num_batched_tokens=16384,
+        max_model_len=context + ROOM,
+        hash_key=bytes(range(16)),
+    )
+
+
+def decoding(num_requests: int, context: int) -> Scheduler:
+    """A scheduler with `num_requests` distinct requests, all past their prefill."""
+    scheduler = make(num_requests, context)
+    for i in range(num_requests):
+        scheduler.submit(i, prompt(i, context - i % PAGE_SIZE), max_tokens=ROOM)
+    while True:
+        plan = scheduler.next_plan()
+        assert plan is not None
+        scheduler.commit(result_for(plan))
+        if int(plan[5]) == int(plan[6]) == num_requests:
+            return scheduler
+
+
+def time_steps(scheduler: Scheduler, num_steps: int) -> NDArray[np.float64]:
+    """Microseconds of next_plan + commit, one per step."""
+    times = np.empty(num_steps)
+    for i in range(num_steps):
+        start = time.perf_counter()
+        plan = scheduler.next_plan()
+        planned = time.perf_counter()
+        assert plan is not None
+        result = result_for(plan)
+        resumed = time.perf_counter()
+        scheduler.commit(result)
+        times[i] = planned - start + time.perf_counter() - resumed
+    return times * 1e6
+
+
+def time_admissions(scheduler: Scheduler, context: int, repeats: int) -> NDArray[np.float64]:
+    """Microseconds of submit + the next_plan that admits a fully cached prompt."""
+    tokens = prompt(1 << 20, context)
+    times = np.empty(repeats + 1)
+    for i in range(repeats + 1):
+        request_id = (1 << 32) + i
+        start = time.perf_counter()
+        scheduler.submit(request_id, tokens, max_tokens=1)
+        plan = scheduler.next_plan()
+        times[i] = time.perf_counter() - start
+        assert plan is not None
+        done = False
+        while not done:
+            updates = scheduler.commit(result_for(plan))
+            done = request_id in updates.request_ids
+            plan = plan if done else scheduler.next_plan()
+            assert plan is not None
+        hit = updates.num_cached[updates.request_ids == request_id][0]
+        assert i == 0 or hit == (context - 1) // PAGE_SIZE * PAGE_SIZE
+    return times[1:] * 1e6
+
+
+def summary(times: NDArray[np.float64]) -> dict[str, float]:
+    median, p99 = np.percentile(times, [50, 99])
+    return {"median_us": round(float(median), 1), "p99_us": round(float(p99), 1)}
+
+
+def measure(num_requests: int, long: int, short: int, steps: int) -> dict[str, Any]:
+    busy = decoding(num_requests, long)
+    figures: dict[str, Any] = {
+        "decode_long": summary(time_steps(busy, steps)),
+        "decode_short": summary(time_steps(decoding(num_requests, short), steps)),
+        "admit_alone": summary(time_admissions(make(1, long), long, 100)),
+        "admit_beside": summary(time_admissions(busy, long, 100)),
+    }
+    ratio = figures["decode_long"]["median_us"] / figures["decode_short"]["median_us"]
+    return figures | {"long_over_short": round(ratio, 3)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--long", type=int, default=80_000)
+    parser.add_argument("--short", type=int, default=8_000)
+    parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument("--json", type=Path, help="also write the last line to this file")
+    args = parser.parse_args()
+    figures = measure(args.requests, args.long, args.short, args.steps)
+    labels = {
+        "decode_long": f"next_plan + commit, {args.requests} decoding at {args.long} tokens",
+        "decode_short": f"next_plan + commit, {args.requests} decoding at {args.short} tokens",
+        "admit_alone": f"admit {args.long} cached tokens, nothing else running",
+        "admit_beside": f"admit {args.long} cached tokens beside {args.requests} decoding",
+    }
+    print(f"{'':58} {'median us':>10} {'p99 us':>10}")
+    for name, label in labels.items():
+        print(f"{label:58} {figures[name]['median_us']:10.1f} {figures[name]['p99_us']:10.1f}")
+    print(
+        f"{'median at the long context / at the short one':58} {figures['long_over_short']:10.3f}"
+    )
+    options = {key: value for key, value in vars(args).items() if key != "json"}
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    line = json.dumps({"benchmark": "scheduler", **options, **versions, **figures})
+    print(line)
+    if args.json:
+        args.json.write_text(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
