@@ -6,7 +6,7 @@ known one that would change the answer and is not served yet is refused by name,
 """
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -14,6 +14,25 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.text.detokenizer import check_stop
 from tokenspeed.text.tokenizer import Tokenizer
+
+# Only for the OpenAPI document: what can come in is wider and is checked where it is used.
+Refused = Annotated[Any, msgspec.Meta(extra_json_schema={"type": "null"})]
+Messages = Annotated[
+    list[dict[str, Any]],
+    msgspec.Meta(
+        extra_json_schema={
+            "minItems": 1,
+            "items": {
+                "type": "object",
+                "required": ["role", "content"],
+                "properties": {
+                    "role": {"enum": ["system", "user", "assistant"]},
+                    "content": {"type": "string"},
+                },
+            },
+        }
+    ),
+]
 
 _SALT = re.compile(r"[A-Za-z0-9._:=+/-]{1,256}")
 _MASK = 2**64 - 1
@@ -58,19 +77,19 @@ class Sampling(msgspec.Struct, kw_only=True):
     best_of: int | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    logits_processors: Any = None
+    logits_processors: Refused = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    prompt_embeds: Any = None
+    structured_outputs: Refused = None
+    guided_json: Refused = None
+    guided_regex: Refused = None
+    guided_choice: Refused = None
+    guided_grammar: Refused = None
+    prompt_embeds: Refused = None
     truncate_prompt_tokens: int | None = None
     spaces_between_special_tokens: bool | None = None
-    repetition_detection: Any = None
-    kv_transfer_params: Any = None
-    vllm_xargs: Any = None
+    repetition_detection: Refused = None
+    kv_transfer_params: Refused = None
+    vllm_xargs: Refused = None
 
     def refusals(self) -> dict[str, bool]:
         """Which fields ask for something that is not served."""
@@ -99,7 +118,7 @@ class Sampling(msgspec.Struct, kw_only=True):
 class ChatRequest(Sampling, kw_only=True):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -113,12 +132,12 @@ class ChatRequest(Sampling, kw_only=True):
     continue_final_message: bool | None = None
     chat_template: str | None = None
     echo: bool | None = None
-    functions: Any = None
-    function_call: Any = None
+    functions: Refused = None
+    function_call: Refused = None
     thinking_token_budget: int | None = None
     modalities: list[str] | None = None
-    audio: Any = None
-    web_search_options: Any = None
+    audio: Refused = None
+    web_search_options: Refused = None
 
     def refusals(self) -> dict[str, bool]:
         names = (

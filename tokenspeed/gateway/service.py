@@ -20,6 +20,7 @@ from tokenspeed.gateway.app import Call, check_depth
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_client import EngineClient
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.openai_schema import Messages
 from tokenspeed.gateway.sse import encode_json
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     tools: list[dict[str, Any]] | None = None
     add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
