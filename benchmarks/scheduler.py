@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What the control plane costs, through its Python binding: steps and admissions at long contexts.
 
-Decode: `next_plan` + `commit` with many decoding requests, whose lengths are spread over one page,
-at a long and at a short context. Admission: `submit` + the `next_plan` that admits a prompt which is
-fully cached, alone and beside the decoding requests. Runs no model: results are made of zeros.
+Decode: `next_plan` + `commit` with many decoding requests, whose lengths are spread over one
+page, at a long and at a short context. Admission: `submit` + the `next_plan` that admits a fully
+cached prompt (its hashing and the comparison of its tokens included), alone and beside the decoding
+requests. Runs no model: every sampled id is 5. Results: benchmarks/results/scheduler.json.
 
     python benchmarks/scheduler.py [--requests 256] [--long 80000] [--short 8000] [--steps 640]
 """
