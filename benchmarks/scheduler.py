@@ -7,12 +7,14 @@ cached prompt (its hashing and the comparison of its tokens included), alone and
 requests. Runs no model: every sampled id is 5. Results: benchmarks/results/scheduler.json.
 
     python benchmarks/scheduler.py [--requests 256] [--long 80000] [--short 8000] [--steps 640]
+        [--clock wall|cpu] [--json FILE]
 """
 
 import argparse
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from numpy.typing import NDArray
 
 from tokenspeed._scheduler import Scheduler
 
+Clock = Callable[[], float]
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 PAGE_SIZE = 64
+ADMISSIONS = 100
 ROOM = 4096  # tokens each decoding request may still generate
 
 
@@ -66,31 +71,31 @@ def decoding(num_requests: int, context: int) -> Scheduler:
             return scheduler
 
 
-def time_steps(scheduler: Scheduler, num_steps: int) -> NDArray[np.float64]:
+def time_steps(scheduler: Scheduler, num_steps: int, clock: Clock) -> NDArray[np.float64]:
     """Microseconds of next_plan + commit, one per step."""
     times = np.empty(num_steps)
     for i in range(num_steps):
-        start = time.perf_counter()
+        start = clock()
         plan = scheduler.next_plan()
-        planned = time.perf_counter()
+        planned = clock()
         assert plan is not None
         result = result_for(plan)
-        resumed = time.perf_counter()
+        resumed = clock()
         scheduler.commit(result)
-        times[i] = planned - start + time.perf_counter() - resumed
+        times[i] = planned - start + clock() - resumed
     return times * 1e6
 
 
-def time_admissions(scheduler: Scheduler, context: int, repeats: int) -> NDArray[np.float64]:
+def time_admissions(scheduler: Scheduler, context: int, clock: Clock) -> NDArray[np.float64]:
     """Microseconds of submit + the next_plan that admits a fully cached prompt."""
     tokens = prompt(1 << 20, context)
-    times = np.empty(repeats + 1)
-    for i in range(repeats + 1):
+    times = np.empty(ADMISSIONS + 1)
+    for i in range(ADMISSIONS + 1):
         request_id = (1 << 32) + i
-        start = time.perf_counter()
+        start = clock()
         scheduler.submit(request_id, tokens, max_tokens=1)
         plan = scheduler.next_plan()
-        times[i] = time.perf_counter() - start
+        times[i] = clock() - start
         assert plan is not None
         done = False
         while not done:
@@ -108,13 +113,13 @@ def summary(times: NDArray[np.float64]) -> dict[str, float]:
     return {"median_us": round(float(median), 1), "p99_us": round(float(p99), 1)}
 
 
-def measure(num_requests: int, long: int, short: int, steps: int) -> dict[str, Any]:
+def measure(num_requests: int, long: int, short: int, steps: int, clock: Clock) -> dict[str, Any]:
     busy = decoding(num_requests, long)
     figures: dict[str, Any] = {
-        "decode_long": summary(time_steps(busy, steps)),
-        "decode_short": summary(time_steps(decoding(num_requests, short), steps)),
-        "admit_alone": summary(time_admissions(make(1, long), long, 100)),
-        "admit_beside": summary(time_admissions(busy, long, 100)),
+        "decode_long": summary(time_steps(busy, steps, clock)),
+        "decode_short": summary(time_steps(decoding(num_requests, short), steps, clock)),
+        "admit_alone": summary(time_admissions(make(1, long), long, clock)),
+        "admit_beside": summary(time_admissions(busy, long, clock)),
     }
     ratio = figures["decode_long"]["median_us"] / figures["decode_short"]["median_us"]
     return figures | {"long_over_short": round(ratio, 3)}
@@ -126,9 +131,12 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=80_000)
     parser.add_argument("--short", type=int, default=8_000)
     parser.add_argument("--steps", type=int, default=640)
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: of the thread"
+    )
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     args = parser.parse_args()
-    figures = measure(args.requests, args.long, args.short, args.steps)
+    figures = measure(args.requests, args.long, args.short, args.steps, CLOCKS[args.clock])
     labels = {
         "decode_long": f"next_plan + commit, {args.requests} decoding at {args.long} tokens",
         "decode_short": f"next_plan + commit, {args.requests} decoding at {args.short} tokens",
