@@ -55,7 +55,7 @@ void Scheduler::plan_decodes() {
         // `request` itself can be retracted, so there is a victim, and it stands at or after i.
         Request* victim = retractable();
         TS_CHECK(victim != nullptr);
-        if (holdings(victim->state)->slot.leased()) {
+        if (holdings(victim->state)->slot.leased() && !mutant(Mutant::kK2RetractInFlight)) {
             left_out_ = victim;
             ++i;
         } else {
@@ -139,7 +139,8 @@ bool Scheduler::reads_cache(const Request& request) const {
 void Scheduler::match(Request& request) {
     hits_.clear();
     if (!reads_cache(request)) return;
-    const int most = (request.known() - 1) / options_.page_size;
+    const int last = mutant(Mutant::kK3ResumesAtEnd) ? 0 : 1;
+    const int most = (request.known() - last) / options_.page_size;
     int run = 0;  // pages [run, k) are all there
     int boundary = 0;
     for (int k = 0; k < most && group_.first_needed(most) >= run; ++k) {
@@ -187,6 +188,9 @@ bool Scheduler::admit(Request& request) {
     const int64_t headroom = firm ? 0 : std::ssize(running_);
     const int64_t room = pool_.num_available() - std::ranges::count_if(hits_, unused) -
                          ledger_.soft - ledger_.firm - headroom;
+    if (mutant(Mutant::kK11HitsLeak) && room < fresh && num_hits > 0) {
+        new SealedPage(pool_.share_kept(hits_[0]));
+    }
     if (room < fresh) return false;
     PageList pages;
     pages.reserve(pages_for(request.limit - 1));
@@ -208,8 +212,14 @@ void Scheduler::bind(const Request& request, const Holdings& held) {
     const int32_t slot = held.slot.id();
     const auto low = static_cast<int32_t>(request.id);
     const auto high = static_cast<int32_t>(request.id >> 32);
-    for (int32_t word : {slot, low, high, request.known()}) sections_.binds.push_back(word);
-    for (int i = 0; i < held.pages.size(); ++i) add_delta(held, i);
+    const bool again = request.num_cached >= 0;
+    const int32_t known = mutant(Mutant::kK15BindForgets) ? request.num_prompt : request.known();
+    for (int32_t word : {slot, low, high, known}) {
+        if (!again || !mutant(Mutant::kK15BindDropped)) sections_.binds.push_back(word);
+    }
+    for (int i = 0; i < held.pages.size() && !mutant(Mutant::kK15TableNotSent); ++i) {
+        add_delta(held, i);
+    }
 }
 
 void Scheduler::add_delta(const Holdings& held, int index) {
@@ -253,12 +263,18 @@ void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
         {&request, held.slot.id(), start, num_tokens, sample, slots_.lease(held.slot)});
     held.scheduled = end;
     budget_ -= num_tokens;
+    if (mutant(Mutant::kK2LeaseDropped)) step_.rows.back().lease.release();
+    if (mutant(Mutant::kK5PublishAtPlan)) {
+        held.computed = end;
+        publish(request, held);
+    }
 }
 
 // The latest arrival that may still be retracted.
 Request* Scheduler::retractable() const {
     for (auto it = running_.rbegin(); it != running_.rend(); ++it) {
-        if ((*it)->retractions < options_.max_retractions) return *it;
+        const bool may = (*it)->retractions < options_.max_retractions;
+        if (may || mutant(Mutant::kK12NoAgeing)) return *it;
     }
     return nullptr;
 }

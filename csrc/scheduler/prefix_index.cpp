@@ -25,7 +25,7 @@ PrefixIndex::PrefixIndex(PagePool& pool, int page_size, HashKey key,
 }
 
 Hash128 PrefixIndex::root(std::span<const uint8_t> salt) const {
-    return siphash128(key_, salt.data(), salt.size());
+    return siphash128(key_, salt.data(), mutant(Mutant::kI10SaltIgnored) ? 0 : salt.size());
 }
 
 Hash128 PrefixIndex::link(Hash128 parent, std::span<const int32_t> tokens) const {
@@ -91,7 +91,7 @@ PageId PrefixIndex::give_back() {
         policy_->postpone(page);
         page = policy_->victim();
     }
-    policy_->removed(page);
+    if (!mutant(Mutant::kK4VictimStays)) policy_->removed(page);
     --num_kept_;
     table_erase(page);
     detach(page);

@@ -90,6 +90,11 @@ bool Scheduler::abort(uint64_t request_id) {
     const auto found = live_.find(request_id);
     if (found == live_.end()) return false;
     log_.abort(request_id);
+    Holdings* held = holdings(found->second->state);
+    if (mutant(Mutant::kK5PublishOnAbort) && held != nullptr) {
+        held->computed = held->scheduled;
+        publish(*found->second, *held);
+    }
     const bool moved = apply(found->second->state, Abort{}) == Verdict::kMoved;
     TS_CHECK(moved);
     leave(*found->second);
@@ -98,7 +103,7 @@ bool Scheduler::abort(uint64_t request_id) {
 
 // REQUIRES: the request has just become Draining or Finished.
 void Scheduler::leave(Request& request) {
-    ++room_version_;
+    if (!mutant(Mutant::kK12RoomUnnoticed)) ++room_version_;
     waiting_.erase(request.arrival);
     std::erase(running_, &request);
     auto node = live_.extract(request.id);
@@ -164,11 +169,13 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
     Request& request = *row.request;
     Holdings& held = *holdings(request.state);
     held.computed = row.start + row.num_tokens;
+    if (mutant(Mutant::kK3CountsPlanned)) held.computed = held.scheduled;
+    if (mutant(Mutant::kK3CountsSampled)) held.computed += row.sample;
     const bool over = std::holds_alternative<Draining>(request.state);
     if (status == kRowFailed) {
         // What the failed row read or wrote may be what is wrong: nobody shall find it again.
         for (int i = 0; i < held.pages.num_sealed(); ++i) index_.forget(held.pages.sealed(i));
-        request.tainted = true;
+        request.tainted = !mutant(Mutant::kK5PublishAfterFailure);
         if (!over) return end_running(request, Finish::kError, {});
     } else {
         if (row.sample && !over) request.tokens.push_back(ids[0]);
@@ -178,6 +185,7 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
         if (held.slot.leased()) return;
         const bool moved = apply(request.state, Drained{}) == Verdict::kMoved;
         TS_CHECK(moved);
+        if (mutant(Mutant::kK11DrainedStays)) return;
         std::erase_if(draining_, [&](const auto& other) { return other.get() == &request; });
         ++room_version_;
         return;

@@ -113,9 +113,9 @@ class Inspector {
         for (PageId page : named) {
             if (page == kNoPage) continue;
             const auto& entry = s_.index_.entries_[page];
-            for (uint64_t word :
-                 {pages.of(page), entry.hash.low, uint64_t(entry.generated), pages.of(entry.parent),
-                  pages.of(entry.first_child), pages.of(entry.next_sibling)}) {
+            for (uint64_t word : {pages.of(page), entry.hash.low, uint64_t(entry.generated),
+                                  uint64_t(entry.superseded), pages.of(entry.parent),
+                                  pages.of(entry.first_child), pages.of(entry.next_sibling)}) {
                 digest.add(word);
             }
         }
