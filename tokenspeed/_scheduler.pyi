@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 FINISH_NONE: int  # 0: still running
 FINISH_STOP: int  # 1: a stop token id
 FINISH_LENGTH: int  # 2: max_tokens or the context
-FINISH_ERROR: int  # 3: the row failed (NaN) or was retracted too often to ever fit
+FINISH_ERROR: int  # 3: the row failed (NaN)
 
 class Scheduler:
     """Single-threaded. Raises `ValueError` for impossible options."""
@@ -23,7 +23,7 @@ class Scheduler:
         max_num_partial_prefills: int = 4,
         overlap_depth: int = 0,
         enable_prefix_caching: bool = True,
-        hash_key: bytes = ...,  # 16 secret bytes that key the prefix hashes
+        hash_key: bytes | None = None,  # 16 secret bytes that key the prefix hashes; None: random
         record_events: bool = False,
     ) -> None: ...
     def submit(
@@ -33,7 +33,7 @@ class Scheduler:
         *,
         max_tokens: int,
         min_tokens: int = 0,
-        stop_ids: NDArray[np.int32] = ...,
+        stop_ids: NDArray[np.int32] | None = None,
         salt: bytes = b"",
         read_cache: bool = True,
         prompt_logprobs: bool = False,
@@ -42,7 +42,10 @@ class Scheduler:
     def abort(self, request_id: int) -> bool:
         """Ends a request in any state; False if it is unknown or over. No update follows it."""
     def next_plan(self) -> NDArray[np.int32] | None:
-        """The next step's Plan (csrc/scheduler/plan.h), or None when nothing can run now."""
+        """The next step's Plan (csrc/scheduler/plan.h), or None when nothing can run now.
+
+        `ValueError`: more than overlap_depth steps are not committed yet.
+        """
     def commit(self, result: NDArray[np.int32]) -> Updates:
         """Takes the StepResult of the oldest plan in flight. `ValueError`: malformed or late."""
     def has_work(self) -> bool:
@@ -53,7 +56,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises `RuntimeError` naming the first broken invariant. O(everything); for tests."""
     def events(self) -> bytes:
-        """The event log since construction (record_events=True)."""
+        """The event log since construction, prompts included; empty unless record_events=True."""
 
 class Updates:
     """What one commit produced: one entry per request that got tokens or ended, flat arrays."""
@@ -78,4 +81,7 @@ class Stats:
     num_steps: int
 
 def replay(events: bytes) -> list[NDArray[np.int32]]:
-    """Re-runs an event log on a fresh scheduler; returns every plan it made, in order."""
+    """Re-runs an event log on a fresh scheduler; returns every plan it made, in order.
+
+    `ValueError`: not an event log, or cut short.
+    """

@@ -12,8 +12,6 @@ import numpy as np
 
 from tokenspeed import _scheduler
 
-UNWRITTEN = -9
-
 
 class Row(NamedTuple):
     slot: int
@@ -64,6 +62,7 @@ class FakeDevice:
         self.outputs: dict[int, list[int]] = {}
         self.finish: dict[int, int] = {}
         self.num_cached: dict[int, int] = {}
+        self.first_row: dict[int, int] = {}  # request -> number of plans made before
 
     def run(self, max_steps: int = 10_000) -> None:
         while self.scheduler.has_work():
@@ -95,6 +94,8 @@ class FakeDevice:
         for slot, low, high, _ in plan[at + 4 * num_deltas :].reshape(num_binds, 4).tolist():
             self.bound[slot] = (low & 0xFFFFFFFF) | high << 32
         self.rows += rows
+        for row in rows:
+            self.first_row.setdefault(self.bound[row.slot], len(self.plans))
         return self._result(plan, rows, tokens)
 
     def _result(self, plan: np.ndarray, rows: list[Row], tokens: list[int]) -> np.ndarray:

@@ -259,3 +259,56 @@ def test_a_short_prompt_passes_a_long_one_within_two_steps() -> None:
     device.step()
     device.step()
     assert len(device.outputs[2]) == 1
+
+
+def test_requests_are_admitted_in_order_of_arrival() -> None:
+    scheduler = make(num_pages=14, max_num_seqs=3)
+    device = FakeDevice(scheduler, 0)
+    lengths = [30, 3, 25, 2, 12, 1, 20]
+    for i, length in enumerate(lengths):
+        scheduler.submit(i, prompt(length, i), max_tokens=6)
+    device.run()
+    assert list(device.first_row) == list(range(len(lengths)))
+
+
+def test_a_retracted_request_comes_back_before_later_arrivals() -> None:
+    scheduler = make(num_pages=8, max_num_seqs=3, enable_prefix_caching=False)
+    device = FakeDevice(scheduler, 0)
+    for i in range(8):
+        scheduler.submit(i, prompt(4, i), max_tokens=20)
+    device.run()
+    assert scheduler.stats().num_preemptions > 0
+    assert list(device.finish) == list(range(8))
+
+
+def test_reused_ids_are_new_requests() -> None:
+    scheduler = make(overlap_depth=1)
+    device = FakeDevice(scheduler, 1)
+    scheduler.submit(1, prompt(20), max_tokens=9)
+    device.step()
+    device.step()
+    assert scheduler.abort(1)  # a step in flight still reads its pages
+    device.outputs.clear()
+    scheduler.submit(1, prompt(7, 5), max_tokens=4)
+    device.run()
+    assert device.outputs[1] == expected_output(prompt(7, 5), 4)
+
+
+def test_flush_drops_only_what_no_request_uses() -> None:
+    scheduler = make()
+    device = FakeDevice(scheduler, 0)
+    scheduler.submit(1, prompt(40), max_tokens=2)
+    device.run()
+    cached = scheduler.stats().num_cached_pages
+    assert cached == 10
+    scheduler.submit(2, prompt(40), max_tokens=9)
+    device.step()
+    assert scheduler.flush_cache() == 1
+    device.run()
+    assert device.outputs[2] == expected_output(prompt(40), 9)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float32])
+def test_arrays_of_another_type_are_refused(dtype: type) -> None:
+    with pytest.raises(TypeError):
+        make().submit(1, prompt(4).astype(dtype), max_tokens=2)
