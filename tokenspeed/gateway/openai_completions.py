@@ -13,15 +13,30 @@ from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call
 from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.openai_chat import prompt_logprobs, token_text
-from tokenspeed.gateway.openai_schema import CompletionRequest, check_served, sampling_params
+from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.sse import encode_json, stream
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 256
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_DECODER = msgspec.json.Decoder(CompletionRequest)
 _MIN_LOGPROB = -9999.0
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    """POST /v1/completions."""
+
+    prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+    # Refused while it is not served:
+    suffix: str | None = None
+
+    def refusals(self) -> dict[str, bool]:
+        return Sampling.refusals(self) | {"suffix": bool(self.suffix)}
+
+
+_DECODER = msgspec.json.Decoder(CompletionRequest)
 
 
 async def completions(service: Service, call: Call) -> None:

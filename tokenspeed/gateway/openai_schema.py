@@ -165,20 +165,7 @@ class ChatRequest(Sampling, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class CompletionRequest(Sampling, kw_only=True):
-    """POST /v1/completions."""
-
-    prompt: str | list[Any]
-    logprobs: int | None = None
-    echo: bool | None = None
-    # Refused while it is not served:
-    suffix: str | None = None
-
-    def refusals(self) -> dict[str, bool]:
-        return Sampling.refusals(self) | {"suffix": bool(self.suffix)}
-
-
-def check_served(request: ChatRequest | CompletionRequest) -> None:
+def check_served(request: Sampling) -> None:
     """Raises 400 for the first field that asks for what is not served, and for a malformed salt."""
     for name, refused in request.refusals().items():
         if refused:

@@ -2,29 +2,36 @@
 """The route table: every path, its handler and who may call it. Nothing else adds a route."""
 
 from functools import partial
+from typing import Any
 
+from tokenspeed.gateway import small_routes as small
 from tokenspeed.gateway.app import RouteSpec
 from tokenspeed.gateway.openai_chat import chat_completions
-from tokenspeed.gateway.openai_completions import completions
-from tokenspeed.gateway.openai_schema import ChatRequest, CompletionRequest
+from tokenspeed.gateway.openai_completions import CompletionRequest, completions
+from tokenspeed.gateway.openai_schema import ChatRequest
 from tokenspeed.gateway.openapi import openapi_route
-from tokenspeed.gateway.service import DetokenizeRequest, Service, TokenizeRequest
+from tokenspeed.gateway.service import Service
 
 
 def route_table(service: Service) -> list[RouteSpec]:
     """All routes, those for administration too (see `RouteSpec.admin`)."""
-    chat, text = partial(chat_completions, service), partial(completions, service)
+
+    def on(method: str, path: str, handler: Any, summary: str, **rest: Any) -> RouteSpec:
+        return RouteSpec(method, path, partial(handler, service), summary, **rest)
+
+    chat, text = {"body": ChatRequest}, {"body": CompletionRequest}
+    to_ids, to_text = {"body": small.TokenizeRequest}, {"body": small.DetokenizeRequest}
     table = [
-        RouteSpec("POST", "/v1/chat/completions", chat, "Answer a conversation", ChatRequest),
-        RouteSpec("POST", "/v1/completions", text, "Continue a text", CompletionRequest),
-        RouteSpec("GET", "/v1/models", service.models, "The models served"),
-        RouteSpec("GET", "/v1/models/{model:path}", service.models, "One model"),
-        RouteSpec("POST", "/tokenize", service.tokenize, "Text to ids", TokenizeRequest),
-        RouteSpec("POST", "/detokenize", service.detokenize, "Ids to text", DetokenizeRequest),
-        RouteSpec("GET", "/version", service.version, "The server's version"),
-        RouteSpec("GET", "/health", service.health, "Liveness", open=True),
-        RouteSpec("GET", "/ready", service.ready, "Readiness and loading progress", open=True),
-        RouteSpec("GET", "/metrics", service.metrics_text, "Prometheus metrics", admin=True),
-        RouteSpec("POST", "/flush_cache", service.flush_cache, "Forget cached pages", admin=True),
+        on("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", **chat),
+        on("POST", "/v1/completions", completions, "Continue a text", **text),
+        on("GET", "/v1/models", small.models, "The models served"),
+        on("GET", "/v1/models/{model:path}", small.models, "One model"),
+        on("POST", "/tokenize", small.tokenize, "Text to ids", **to_ids),
+        on("POST", "/detokenize", small.detokenize, "Ids to text", **to_text),
+        on("GET", "/version", small.version, "The server's version"),
+        on("GET", "/health", small.health, "Liveness", open=True),
+        on("GET", "/ready", small.readiness, "Readiness and loading progress", open=True),
+        on("GET", "/metrics", small.metrics, "Prometheus metrics", admin=True),
+        on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", admin=True),
     ]
     return [*table, openapi_route(table)]
