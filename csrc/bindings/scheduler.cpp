@@ -74,14 +74,19 @@ void make(Scheduler* self, int num_pages, int page_size, int max_num_seqs,
     new (self) Scheduler(options, hash_key(key));
 }
 
-void submit(Scheduler& self, uint64_t request_id, const Words& prompt, int max_tokens,
-            int min_tokens, const std::optional<Words>& stop_ids, const nb::bytes& salt,
+// Any count that Python can name; what is beyond the context is the same as the context.
+int32_t clamped(int64_t count) {
+    return static_cast<int32_t>(std::clamp<int64_t>(count, INT32_MIN, INT32_MAX));
+}
+
+void submit(Scheduler& self, uint64_t request_id, const Words& prompt, int64_t max_tokens,
+            int64_t min_tokens, const std::optional<Words>& stop_ids, const nb::bytes& salt,
             bool read_cache, bool prompt_logprobs) {
     NewRequest request;
     request.id = request_id;
     request.prompt = view(prompt);
-    request.max_tokens = max_tokens;
-    request.min_tokens = min_tokens;
+    request.max_tokens = clamped(max_tokens);
+    request.min_tokens = clamped(min_tokens);
     if (stop_ids.has_value()) request.stop_ids = view(*stop_ids);
     request.salt = view(salt);
     request.read_cache = read_cache;

@@ -128,7 +128,16 @@ const Updates& Scheduler::commit(std::span<const int32_t> result) {
     }
     step.rows.clear();
     spare_steps_.push_back(std::move(step));
+    check_idle();
     return updates_;
+}
+
+// With no request left, nothing may be out.
+void Scheduler::check_idle() const {
+    if (has_work()) return;
+    TS_CHECK(pool_.num_available() == pool_.num_pages());
+    TS_CHECK(slots_.num_free() == slots_.num_slots());
+    TS_CHECK(ledger_.soft == 0 && ledger_.firm == 0 && in_flight_.empty());
 }
 
 // Looks at every word before anything changes.

@@ -163,6 +163,7 @@ class Scheduler {
     void report(const Request& request, Finish finish, std::span<const int32_t> ids);
     void end_running(Request& request, Finish finish, std::span<const int32_t> ids);
     void leave(Request& request);
+    void check_idle() const;
     Hash128 chain_at(Request& request, int page);
 
     std::span<const int32_t> page_tokens(const Request& request, int page) const {

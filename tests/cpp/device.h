@@ -58,6 +58,10 @@ struct PlanView {
     const int32_t* delta(int i) const { return &words_[deltas + i * kDeltaWords]; }
     const int32_t* bind(int i) const { return &words_[binds + i * kBindWords]; }
     int token(int at) const { return words_[tokens + at]; }
+    uint64_t request(int i) const {
+        return static_cast<uint32_t>(bind(i)[1]) | uint64_t{static_cast<uint32_t>(bind(i)[2])}
+                                                       << 32;
+    }
     int rows, tokens, deltas, binds;
 
   private:
@@ -128,7 +132,7 @@ class Device {
 inline void Device::take_binds(const PlanView& plan, const std::map<uint64_t, Truth*>& truths) {
     for (int i = 0; i < plan.num_binds(); ++i) {
         const int32_t* bind = plan.bind(i);
-        const auto id = static_cast<uint32_t>(bind[1]) | uint64_t(uint32_t(bind[2])) << 32;
+        const uint64_t id = plan.request(i);
         const auto found = truths.find(id);
         TS_CHECK(found != truths.end() && !found->second->over);
         TS_CHECK(bind[3] == found->second->known);

@@ -180,6 +180,12 @@ void Walk::plan() {
     ++count_.plans;
     plans_.emplace_back(words.begin(), words.end());
     device_.launch(words, by_id_);
+    const PlanView view(words);
+    for (int i = 0; i < view.num_binds(); ++i) {
+        const Request* request = scheduler_.find(view.request(i));
+        const bool aged = request->retractions == options_.max_retractions;
+        count_.firm += aged && options_.max_retractions > 0;
+    }
 }
 
 void Walk::commit() {
@@ -319,11 +325,12 @@ void print(const Counters& c, double seconds) {
         "%lld operations on %lld machines, %.0f per second, all invariants after each\n"
         "plans %lld, ended by length %lld, by a stop id %lld, by a failed row %lld, aborted %lld, "
         "refused %lld, malformed results %lld\n"
-        "retractions %lld, tokens hit %lld, tokens from the device %lld, drained %lld times, "
+        "retractions %lld, firm promises after them %lld, tokens hit %lld, tokens from the device "
+        "%lld, drained %lld times, "
         "leaked pages %lld\n",
         (long long)c.ops, (long long)c.num_machines, double(c.ops) / seconds, (long long)c.plans,
         (long long)c.finished, (long long)c.stopped, (long long)c.errors, (long long)c.aborts,
-        (long long)c.refused, (long long)c.malformed, (long long)c.preemptions,
+        (long long)c.refused, (long long)c.malformed, (long long)c.preemptions, (long long)c.firm,
         (long long)c.hit_tokens, (long long)c.from_device, (long long)c.drained,
         (long long)c.leaked);
 }
@@ -350,7 +357,7 @@ int main(int argc, char** argv) {
     // A walk that meets nothing proves nothing.
     const auto& c = counters;
     for (int64_t met : {c.finished, c.stopped, c.errors, c.aborts, c.refused, c.malformed,
-                        c.preemptions, c.hit_tokens, c.from_device}) {
+                        c.preemptions, c.firm, c.hit_tokens, c.from_device}) {
         TS_CHECK(met > 0);
     }
     return 0;
