@@ -423,6 +423,7 @@ nb::object linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
     p.in = x.size(1);
     expect_same(weight, "weight", p.dtype);
     expect_shape(weight, "weight", {kAny, p.in});
+    p.num_heads = 1;
     p.out_size = weight.size(0);
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
@@ -433,6 +434,26 @@ nb::object linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
         p.bias = bias->data<void>();
     }
     Tensor out = x.empty({p.num_tokens, p.out_size});
+    p.out = out.data<void>();
+    run(kernels().linear, p);
+    return out.object();
+}
+
+nb::object head_linear(const Tensor& x, const Tensor& weight) {
+    LinearParams p{};
+    p.dtype = float_type(x, "x");
+    expect_shape(x, "x", {kAny, kAny, kAny}, 2);
+    p.num_tokens = x.size(0);
+    p.num_heads = x.size(1);
+    p.in = x.size(2);
+    expect_same(weight, "weight", p.dtype);
+    expect_shape(weight, "weight", {p.num_heads, kAny, p.in});
+    p.out_size = weight.size(1);
+    p.x = x.data<void>();
+    p.x_stride = x.stride(0);
+    p.x_head_stride = x.stride(1);
+    p.weight = weight.data<void>();
+    Tensor out = x.empty({p.num_tokens, p.num_heads, p.out_size});
     p.out = out.data<void>();
     run(kernels().linear, p);
     return out.object();
@@ -510,6 +531,7 @@ NB_MODULE(_cpu, m) {
           "topk_group"_a, "group_score"_a, "norm"_a, "scale"_a);
     m.def("moe", &moe, "x"_a, "w13"_a, "w2"_a, "weights"_a, "ids"_a);
     m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none());
+    m.def("head_linear", &head_linear, "x"_a, "weight"_a);
     m.def("sample", &sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
           "position"_a);
     m.def("apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,

@@ -103,14 +103,15 @@ struct MoeParams {
     void* out;             // [num_tokens, size]
 };
 
+// A linear layer, or one for each head: head h takes its own columns of x and its own weight.
 struct LinearParams {
     DType dtype;
-    int64_t num_tokens, in, out_size;
-    const void* x;  // [num_tokens, in], rows x_stride apart
-    int64_t x_stride;
-    const void* weight;  // [out_size, in]
-    const void* bias;    // [out_size] or null
-    void* out;           // [num_tokens, out_size]
+    int64_t num_tokens, num_heads, in, out_size;
+    const void* x;  // [num_tokens, num_heads, in]
+    int64_t x_stride, x_head_stride;
+    const void* weight;  // [num_heads, out_size, in]
+    const void* bias;    // [num_heads, out_size] or null
+    void* out;           // [num_tokens, num_heads, out_size]
 };
 
 struct SampleParams {

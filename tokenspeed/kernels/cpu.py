@@ -37,6 +37,7 @@ _WIDE: dict[str, Kernel] = {
     "silu_mul": _cpu.silu_mul,
     "moe": _cpu.moe,
     "linear": linear,
+    "head_linear": _cpu.head_linear,
 }
 _FLOAT32: dict[str, Kernel] = {
     "route": _cpu.route,

@@ -50,14 +50,20 @@ class AbsorbedKv(Layer):
         num_heads, latent = shape.num_heads, shape.kv_lora_rank
         self.w_uk = self.own_parameter((num_heads, latent, shape.nope_dim), target.dtype)
         self.w_uv = self.own_parameter((num_heads, shape.value_dim, latent), target.dtype)
+        sizes = {"num_heads": num_heads, "num_inputs": shape.nope_dim, "num_outputs": latent}
+        self.up = target.kernel("head_linear", **sizes)
+        sizes = {"num_heads": num_heads, "num_inputs": latent, "num_outputs": shape.value_dim}
+        self.down = target.kernel("head_linear", **sizes)
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """[T, H, nope] -> [T, H, latent]"""
-        return per_head(q_nope, self.w_uk)
+        y: Tensor = self.up(q_nope, self.w_uk)
+        return y
 
     def expand_value(self, latent: Tensor) -> Tensor:
         """[T, H, latent] -> [T, H, value]"""
-        return per_head(latent, self.w_uv)
+        y: Tensor = self.down(latent, self.w_uv)
+        return y
 
     def sources(self) -> Iterator[Source]:
         heads, latent, nope = self.w_uk.shape
@@ -69,11 +75,6 @@ class AbsorbedKv(Layer):
         both = tensor.view(heads, -1, latent)
         self.w_uk.copy_(both[:, :nope].transpose(1, 2))
         self.w_uv.copy_(both[:, nope:])
-
-
-def per_head(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, H, K], weight [H, N, K] -> [T, H, N]: a linear layer for each head."""
-    return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
 
 
 class MlaAttention(Layer):

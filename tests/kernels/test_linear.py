@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: MIT
+"""Linear layers, one weight and one for each head, against their references."""
+
+import pytest
+import torch
+
+from tokenspeed.kernels import select
+
+SHAPES = [(1, 1, 8, 3), (1, 16, 128, 512), (3, 5, 33, 17), (16, 4, 64, 32), (17, 4, 64, 33)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [*SHAPES, (70, 8, 32, 64), (200, 2, 40, 100)])
+def test_head_linear(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    tokens, heads, size, out = shape
+    weight = torch.randn(heads, out, size).to(dtype)
+    # Queries are the front part of longer heads; what lies behind them must not be read.
+    x = torch.full((tokens, heads, size + 7), torch.nan).to(dtype)
+    x[..., :size] = torch.randn(tokens, heads, size).to(dtype)
+    kernel = select("head_linear", dtype=dtype, backend="cpu")
+    expected = torch.einsum("thk,hnk->thn", x[..., :size].double(), weight.double())
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    found = kernel(x[..., :size], weight)
+    assert found.shape == (tokens, heads, out)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    reference = select("head_linear", dtype=dtype, backend="reference")(x[..., :size], weight)
+    torch.testing.assert_close(reference.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+    kernel = select("head_linear", backend="cpu")
+    x, weight = torch.randn(16, 4, 48), torch.randn(4, 24, 48)
+    whole = kernel(x, weight)
+    assert all(torch.equal(kernel(x[i : i + 1], weight)[0], whole[i]) for i in range(16))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "name"),
+    [
+        (torch.zeros(2, 3), torch.zeros(3, 4, 5), "x"),
+        (torch.zeros(2, 3, 5), torch.zeros(2, 4, 5), "weight"),
+        (torch.zeros(2, 3, 5), torch.zeros(3, 4, 6), "weight"),
+        (torch.zeros(2, 3, 5), torch.zeros(3, 4, 5).bfloat16(), "weight"),
+    ],
+)
+def test_wrong_shapes_are_named(x: torch.Tensor, weight: torch.Tensor, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{name}\b"):
+        select("head_linear", backend="cpu")(x, weight)
