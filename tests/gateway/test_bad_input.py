@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Bad input, over every route: a typed 4xx that names the field, and a server none the worse."""
 
+import asyncio
 import itertools
 import json
+from types import SimpleNamespace
 
+import httpx
 import pytest
 
 from tests.gateway.harness import TOKENIZER, gateway
+from tests.gateway.test_processes import server
 from tokenspeed.engine.messages import GenerateRequest
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -38,20 +42,37 @@ async def raw(g, path: str, field: str, value: str):
     return await g.http.post(path, content=body.encode(), headers=JSON)
 
 
+async def send_numbers(g, path: str) -> dict[tuple[str, str], int]:
+    """The statuses of the whole matrix of numeric fields and values."""
+    statuses = {}
+    for field, value in itertools.product(NUMBERS, RAW_VALUES):
+        reply = await raw(g, path, field, value)
+        statuses[field, value[:20]] = reply.status_code
+        assert reply.status_code in (200, 400), (field, value[:40], reply.text[:300])
+        if reply.status_code == 400:
+            error = reply.json()["error"]
+            assert error["param"] in {field, *OWN_NAMES.get(field, ())}, (field, value, error)
+            assert error["type"] == "invalid_request_error"
+            assert len(error["message"]) <= 600
+    assert (await g.http.post(path, json=BODIES[path])).status_code == 200
+    return statuses
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_numeric_fields_reach_the_real_engine(path):
+    with server(real=True) as s:
+        async with httpx.AsyncClient(base_url=s.url, timeout=120) as http:
+            before = (await http.post(path, json={**BODIES[path], "temperature": 0})).json()
+            await send_numbers(SimpleNamespace(http=http), path)
+            after = (await http.post(path, json={**BODIES[path], "temperature": 0})).json()
+    assert before["choices"] == after["choices"]
+
+
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 async def test_numeric_fields(path):
-    statuses = {}
     async with gateway() as g:
-        for field, value in itertools.product(NUMBERS, RAW_VALUES):
-            reply = await raw(g, path, field, value)
-            statuses[field, value[:20]] = reply.status_code
-            assert reply.status_code in (200, 400), (field, value[:40], reply.text[:300])
-            if reply.status_code == 400:
-                error = reply.json()["error"]
-                assert error["param"] in {field, *OWN_NAMES.get(field, ())}, (field, value, error)
-                assert error["type"] == "invalid_request_error"
-                assert len(error["message"]) <= 600
-        assert (await g.post(path, BODIES[path])).status_code == 200
+        statuses = await send_numbers(g, path)
     # The matrix bites: these have no meaning anywhere.
     for field in ("temperature", "top_p", "min_p", "repetition_penalty"):
         for value in ("NaN", "Infinity", "-1", "1e400", "1e308", '"1"', "[]"):
@@ -235,8 +256,6 @@ async def test_the_engines_refusal_is_the_answer():
     async with gateway() as g:
         g.client.paused = True
         for body in (BODIES[TEXT], {**BODIES[TEXT], "stream": True}):
-            import asyncio
-
             task = asyncio.create_task(g.post(TEXT, body))
             while not g.client._open:
                 await asyncio.sleep(0.001)
@@ -258,8 +277,6 @@ async def test_a_template_that_loops_costs_one_request():
 
 
 async def test_duplicate_and_strange_request_ids():
-    import asyncio
-
     async with gateway() as g:
         replies = await asyncio.gather(
             *(g.post(TEXT, BODIES[TEXT], headers={"x-request-id": "same"}) for _ in range(8))

@@ -107,9 +107,10 @@ async def test_tokenize_and_back():
         chat = await g.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]})
         both = await g.post("/tokenize", {"prompt": "x", "messages": []})
         wrong = await g.post("/detokenize", {"tokens": [-1]})
+        many = await g.post("/detokenize", {"tokens": [1] * 300_000})
     assert made["count"] == len(made["tokens"]) == len(made["token_strs"])
     assert made["max_model_len"] == 4096
     assert back == {"prompt": "héllo"}
     assert chat.json()["count"] > 1
     assert both.json()["error"]["param"] == "prompt"
-    assert wrong.json()["error"]["param"] == "tokens"
+    assert wrong.json()["error"]["param"] == many.json()["error"]["param"] == "tokens"

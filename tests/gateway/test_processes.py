@@ -24,13 +24,14 @@ BODY = {"prompt": "hello world", "max_tokens": 4000, "stream": True}
 
 
 class Server:
-    """A gateway process and the engine process that it started."""
+    """A gateway process and the engine process that it started; `real` serves the demo model."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, real: bool = False) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "benchmarks.null_engine", "serve"]
+        module = ["tokenspeed"] if real else ["benchmarks.null_engine"]
+        command = [sys.executable, "-m", *module, "serve"]
         self.process = subprocess.Popen(
             [*command, "--port", str(self.port), *flags],
             cwd=ROOT,
@@ -54,7 +55,7 @@ class Server:
 
     def engine(self) -> psutil.Process:
         children = psutil.Process(self.process.pid).children()
-        (found,) = [c for c in children if "null_engine" in " ".join(c.cmdline())]
+        (found,) = [c for c in children if "--inbox" in c.cmdline()]
         return found
 
     def gauge(self, name: str) -> float:
@@ -64,9 +65,9 @@ class Server:
 
 
 @contextmanager
-def server(*flags: str):
+def server(*flags: str, real: bool = False):
     """A ready server; whatever happens, no process of it is left."""
-    made = Server(*flags)
+    made = Server(*flags, real=real)
     try:
         made.wait_ready()
         family = psutil.Process(made.process.pid).children(recursive=True)
@@ -121,8 +122,10 @@ def limits(number: int) -> httpx.Limits:
     return httpx.Limits(max_connections=number)
 
 
-async def test_kill_of_the_engine_under_32_streams():
-    with server("--step-s", "0.02") as s:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])
+async def test_kill_of_the_engine_under_32_streams(real):
+    flags = ("--max-num-seqs", "32") if real else ("--step-s", "0.02")
+    with server(*flags, real=real) as s:
         async with httpx.AsyncClient(limits=limits(64)) as client:
             tasks = await start_streams(client, s.url, 32)
             s.engine().kill()
@@ -139,10 +142,12 @@ async def test_kill_of_the_engine_under_32_streams():
         assert s.process.wait(10) == 1
 
 
-async def test_sigterm_under_32_streams_loses_nothing():
-    with server("--step-s", "0.005") as s:
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])
+async def test_sigterm_under_32_streams_loses_nothing(real):
+    flags = ("--max-num-seqs", "32") if real else ("--step-s", "0.005")
+    with server(*flags, real=real) as s:
         async with httpx.AsyncClient(limits=limits(64), timeout=30) as client:
-            tasks = await start_streams(client, s.url, 32, max_tokens=300)
+            tasks = await start_streams(client, s.url, 32, max_tokens=300, ignore_eos=True)
             s.process.terminate()
             while (await client.get(f"{s.url}/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
@@ -261,10 +266,11 @@ async def storm(s: Server, number: int) -> None:
             break
         await asyncio.sleep(0.05)
     assert left == 0
+    assert s.gauge("vllm:kv_cache_usage_perc") == 0
     assert process.num_fds() <= before + 2
     async with httpx.AsyncClient() as client:
         reply = await client.post(s.url + TEXT, json={"prompt": "hello", "max_tokens": 2})
-        assert reply.json()["choices"][0]["text"] == "hello"
+        assert reply.json()["usage"]["completion_tokens"] == 2
 
 
 async def test_200_disconnects_at_random_phases(shared):
@@ -274,6 +280,13 @@ async def test_200_disconnects_at_random_phases(shared):
 @pytest.mark.full
 async def test_2000_disconnects_at_random_phases(shared):
     await storm(shared, 2000)
+
+
+@pytest.mark.full
+async def test_2000_disconnects_leave_no_page_and_no_slot_of_the_real_engine():
+    with server(real=True) as s:
+        await storm(s, 2000)
+        assert s.gauge("vllm:generation_tokens_total") > 100
 
 
 def exchange(port: int, data: bytes, timeout_s: float = 5.0) -> bytes:

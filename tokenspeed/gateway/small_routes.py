@@ -12,6 +12,8 @@ from tokenspeed.gateway.openai_schema import Messages
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.sse import encode_json
 
+MAX_TOKENS = 1 << 18  # that are made text at once; it holds up everybody else
+
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /tokenize: `prompt`, or `messages` through the chat template."""
@@ -112,6 +114,8 @@ async def detokenize(service: Service, call: Call) -> None:
     request = await call.decode(_DETOKENIZE)
     service.model_name(request.model)
     tokenizer = service.tokenizer_or_refuse()
+    if len(request.tokens) > MAX_TOKENS:
+        raise RequestError(f"tokens: at most {MAX_TOKENS}", field="tokens")
     if request.tokens and not (
         min(request.tokens) >= 0 and max(request.tokens) < tokenizer.vocab_size
     ):
