@@ -49,7 +49,8 @@ def ours(model: str, dtype: str, longest: int) -> Generate:
 
 def transformers(model: str, dtype: str, longest: int) -> Generate:
     """The same checkpoint in transformers, with its default attention."""
-    logging.set_verbosity_error()
+    log: Any = logging
+    log.set_verbosity_error()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         resolve_model(model), dtype=getattr(torch, dtype)
     )

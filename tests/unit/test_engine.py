@@ -20,6 +20,11 @@ VOCAB = 101
 Collected = dict[int, list[TokenOutput]]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def engine_of(model: FakeModel | None = None, **options: Any) -> Engine:
     defaults = {"num_pages": 64, "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     config = EngineConfig.of(**(defaults | {"max_model_len": 128} | options))
@@ -144,6 +149,12 @@ def test_stop_ids_end_a_request(depth: int) -> None:
     assert (last.finish_reason, last.stop_token_id) == ("stop", stop)
     engine.add_request(request(2, [5, 6], stop=[stop], max_tokens=30))
     assert ids_of(drain(engine)[2]) == path[: first + 1]
+
+
+def test_a_stop_id_beyond_the_vocabulary_never_comes() -> None:
+    engine = engine_of()
+    engine.add_request(request(1, [5, 6], stop=[VOCAB, 2**31], min_tokens=2, max_tokens=4))
+    assert drain(engine)[1][-1].finish_reason == "length"
 
 
 def test_min_tokens_holds_a_stop_back() -> None:

@@ -32,7 +32,6 @@ def check(request: GenerateRequest, limits: Limits) -> NDArray[np.int32]:
     _check_length(len(prompt), params.max_tokens, limits.max_model_len)
     for name, ids in params.token_ids().items():
         _ids(name, ids, limits)
-    _ids("stop_token_ids", request.stop_ids, limits)
     for name in ("logprobs", "prompt_logprobs"):
         asked = getattr(params, name)
         if asked is not None and asked > limits.max_logprobs:

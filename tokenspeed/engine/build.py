@@ -9,18 +9,20 @@ import torch
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.engine import Engine
-from tokenspeed.engine.messages import Ready
+from tokenspeed.engine.messages import GenerateRequest, Ready
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
 from tokenspeed.execution.runner import Runner
 from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hub import resolve_model
 
 Progress = Callable[[float, str], None]  # share of the whole start-up, what is being done
 
-WEIGHTS_SHARE = 0.95  # of the start-up, as the progress counts it
+WEIGHTS_SHARE, READY_SHARE = 0.95, 0.97  # of the start-up, as the progress counts it
+WARM_UP_TOKENS = 40
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,7 +48,24 @@ def build_engine(
         progress=lambda fraction: tell(fraction * WEIGHTS_SHARE, "loading weights"),
     )
     tell(WEIGHTS_SHARE, "allocating the KV cache")
-    return assemble(config, model, device)
+    engine = assemble(config, model, device)
+    tell(READY_SHARE, "warming up")
+    warm_up(engine)
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Answers one request of ours, so that the first client finds everything loaded.
+
+    What kernels refuse, such as a combination of dtypes, is a `ValueError` here and now.
+    """
+    longest = engine.ready.max_model_len
+    length = min(WARM_UP_TOKENS, longest - 1)
+    params = SamplingParams(max_tokens=min(2, longest - length), seed=0, prompt_logprobs=0)
+    engine.add_request(GenerateRequest(0, [0] * length, params))
+    while engine.has_work():
+        engine.step()
+    engine.flush_cache()
 
 
 def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Engine:

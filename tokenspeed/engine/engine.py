@@ -77,13 +77,15 @@ class Engine:
         """Queues a request. `RequestError`: it cannot be served as asked; nothing has changed."""
         params = request.params
         prompt = check(request, self._limits)
+        # A tokenizer may name an end that this model has no logit for.
+        stop_ids = [token for token in request.stop_ids if token < self._limits.vocab_size]
         try:
             self._scheduler.submit(
                 request.request_id,
                 prompt,
                 max_tokens=params.max_tokens or self._limits.max_model_len - len(prompt),
                 min_tokens=params.min_tokens,
-                stop_ids=np.array(request.stop_ids, np.int32),
+                stop_ids=np.array(stop_ids, np.int32),
                 salt=request.salt,
                 read_cache=params.prompt_logprobs is None,
                 prompt_logprobs=params.prompt_logprobs is not None,
@@ -91,7 +93,7 @@ class Engine:
         except ValueError as error:
             raise RequestError(str(error)) from None
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
-        sequence = Sequence(prompt, params, request.stop_ids, seed)
+        sequence = Sequence(prompt, params, stop_ids, seed)
         self._live[request.request_id] = _Live(sequence)
         self._runner.add(request.request_id, sequence)
 
