@@ -15,14 +15,6 @@ from tokenspeed.layers.cache_spec import CacheSpec
 MODULUS = 1_000_003
 
 
-def prefix_hash(ids: list[int]) -> int:
-    """The state after `ids`."""
-    state = 1
-    for token in ids:
-        state = (state * 131 + token + 1) % MODULUS
-    return state
-
-
 class FakeModel:
     """`CausalLM`'s interface over a hash."""
 
@@ -53,10 +45,17 @@ class FakeModel:
             assert torch.equal(entries[:, 1], positions), "foreign or unwritten KV was read"
             ids = entries[:, 0].tolist()
             count = starts[row + 1] - starts[row]
-            for end in range(ends[row] - count + 1, ends[row] + 1):
-                poisoned = self.fail_on is not None and self.fail_on in ids[:end]
-                hidden.append(float("nan") if poisoned else prefix_hash(ids[:end]))
+            hidden += self._states(ids)[-count:]
         return torch.tensor(hidden, dtype=torch.float64)[:, None]
+
+    def _states(self, ids: list[int]) -> list[float]:
+        """The hash after each token; NaN from the poisoned token on."""
+        states, state, poisoned = [], 1, False
+        for token in ids:
+            state = (state * 131 + token + 1) % MODULUS
+            poisoned = poisoned or token == self.fail_on
+            states.append(float("nan") if poisoned else float(state))
+        return states
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[L, 1] -> [L, vocab_size] float32 in [0, 8), a function of state and token."""
@@ -68,6 +67,9 @@ class FakeModel:
         """What greedy decoding must give, computed without pages."""
         ids = list(prompt)
         for _ in range(count):
-            state = torch.tensor([[float(prefix_hash(ids))]], dtype=torch.float64)
-            ids.append(int(self.logits(state).argmax()))
+            ids.append(int(self.logits(self.states(ids)[-1:]).argmax()))
         return ids[len(prompt) :]
+
+    def states(self, ids: list[int]) -> torch.Tensor:
+        """[len(ids), 1] float64: the hidden states of one sequence, computed without pages."""
+        return torch.tensor(self._states(ids), dtype=torch.float64)[:, None]

@@ -200,35 +200,59 @@ def test_a_failed_row_ends_its_request_alone(depth: int) -> None:
     assert drain(engine)[99][0].num_cached_tokens == 0
 
 
-@pytest.mark.parametrize("depth", [0, 1])
-def test_abort_at_any_moment_leaves_nothing(depth: int) -> None:
-    dice = random.Random(depth)
-    model = FakeModel(VOCAB)
-    engine = engine_of(model, overlap_depth=depth, num_pages=40, max_num_batched_tokens=16)
-    asked = prompts(60, seed=2)
+def storm(count: int, seed: int) -> None:
+    """Random traffic over a random engine: arrivals, aborts, retractions, shared prefixes.
+
+    Every request that was not aborted must get exactly its own greedy tokens.
+    """
+    dice, model = random.Random(seed), FakeModel(VOCAB)
+    engine = engine_of(
+        model,
+        overlap_depth=dice.randrange(2),
+        page_size=dice.choice((1, 4, 16)),
+        num_pages=160,
+        max_model_len=96,
+        max_num_seqs=dice.choice((1, 3, 8)),
+        max_num_batched_tokens=dice.choice((8, 17, 64)),
+        enable_prefix_caching=dice.random() < 0.8,
+    )
+    asked = prompts(count, seed=seed)
+    arrivals = iter(enumerate(asked))
     outputs: Collected = {}
+    live: set[int] = set()
     aborted: set[int] = set()
-    waiting = list(enumerate(asked))
-    while waiting or engine.has_work():
-        for request_id, prompt in waiting[: dice.randrange(3)]:
+    arriving = True
+    while arriving or engine.has_work():
+        for request_id, prompt in itertools.islice(arrivals, dice.randrange(4)):
             engine.add_request(request(request_id, prompt, max_tokens=12))
-        waiting = [
-            entry
-            for entry in waiting
-            if entry[0] not in engine._live and entry[0] not in outputs and entry[0] not in aborted
-        ]
-        if dice.random() < 0.3 and engine._live:
-            victim = dice.choice(sorted(engine._live))
-            engine.abort(victim)
+            live.add(request_id)
+            arriving = request_id < count - 1
+        if live and dice.random() < 0.1:
+            victim = dice.choice(sorted(live))
+            live.remove(victim)
             aborted.add(victim)
+            engine.abort(victim)
         for output in engine.step():
-            assert output.request_id not in aborted
+            assert output.request_id in live
             outputs.setdefault(output.request_id, []).append(output)
+            if output.finish_reason is not None:
+                live.remove(output.request_id)
     check_idle(engine)
-    assert len(aborted) > 5
-    for request_id, prompt in enumerate(asked):
-        if request_id not in aborted:
-            assert ids_of(outputs[request_id]) == model.greedy(prompt, 12)
+    assert len(aborted) > count // 30
+    for request_id in set(range(count)) - aborted:
+        assert ids_of(outputs[request_id]) == model.greedy(asked[request_id], 12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic_gets_its_own_tokens(seed: int) -> None:
+    storm(60, seed)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(100, 150))
+def test_much_random_traffic_gets_its_own_tokens(seed: int) -> None:
+    storm(1000, seed)
 
 
 def test_logprobs_of_output_and_prompt() -> None:
@@ -238,8 +262,7 @@ def test_logprobs_of_output_and_prompt() -> None:
     engine.add_request(request(1, prompt, max_tokens=4, logprobs=2, prompt_logprobs=1))
     outputs = drain(engine)[1]
     sequence = prompt + ids_of(outputs)
-    state = torch.tensor([[float(h)] for h in map(_hash_of_prefix(sequence), range(1, 24))])
-    expected = model.logits(state.double()).log_softmax(-1)
+    expected = model.logits(model.states(sequence[:-1])).log_softmax(-1)
     read = outputs[0].prompt_logprobs
     assert read is not None
     assert read[0] is None
@@ -252,12 +275,6 @@ def test_logprobs_of_output_and_prompt() -> None:
         chosen = [float(expected[position, token]) for token in entry.token_ids]
         assert entry.logprobs == pytest.approx(chosen, abs=1e-5)
     assert all(o.prompt_logprobs is None for o in outputs[1:])
-
-
-def _hash_of_prefix(sequence: list[int]) -> Any:
-    from tests.fake_model import prefix_hash
-
-    return lambda end: prefix_hash(sequence[:end])
 
 
 REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
