@@ -202,6 +202,8 @@ async def test_requests_that_cannot_be_served(path, change, status, code):
         assert reply.status_code == status, reply.text
         assert reply.json()["error"]["code"] == (code or "context_length_exceeded")
         assert len(reply.content) < 1200
+        if reply.json()["error"]["code"] == "context_length_exceeded":
+            assert reply.json()["error"]["param"] in ("prompt", "messages")
         if status == 503:
             assert int(reply.headers["retry-after"]) >= 1
         assert not [s for s in g.client.sent if isinstance(s, GenerateRequest)]

@@ -145,8 +145,8 @@ async def test_kill_of_the_engine_under_32_streams(real):
 @pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.full)])
 async def test_sigterm_under_32_streams_loses_nothing(real):
     flags = ("--max-num-seqs", "32") if real else ("--step-s", "0.005")
-    with server(*flags, real=real) as s:
-        async with httpx.AsyncClient(limits=limits(64), timeout=30) as client:
+    with server(*flags, "--drain-timeout-s", "120", real=real) as s:
+        async with httpx.AsyncClient(limits=limits(64), timeout=120) as client:
             tasks = await start_streams(client, s.url, 32, max_tokens=300, ignore_eos=True)
             s.process.terminate()
             while (await client.get(f"{s.url}/ready")).status_code == 200:
@@ -168,7 +168,9 @@ async def test_drain_ends_at_its_deadline():
             tasks = await start_streams(client, s.url, 2)
             begin = time.monotonic()
             s.process.terminate()
-            await asyncio.gather(*tasks)
+            for text, _, error in await asyncio.gather(*tasks):
+                assert error is None
+                assert json.loads(text.split("\n\n")[-3][6:])["error"]["code"] == "draining"
         assert s.process.wait(10) == 0
         assert time.monotonic() - begin < 5.0
 

@@ -250,6 +250,11 @@ class EngineClient:
             self._finished(request, m.TokenOutput(request_id, [], "stop"), time.monotonic())
             self._send_abort(request_id)
 
+    def fail_open(self, error: Exception) -> None:
+        """Answers every open HTTP request with `error`, after what has already arrived for it."""
+        for mailbox in self._mailboxes:
+            mailbox.fail(error)
+
     def flush_cache(self) -> None:
         """Asks the engine to forget cached pages. Raises 503 if it does not listen."""
         self.check_room(0)
@@ -345,9 +350,8 @@ class EngineClient:
         self.dead.set()
         if not self._closing:
             log.error("the engine process ended with status %s", status)
-        for request in self._open.values():
-            request.mailbox.fail(EngineDeadError("the engine stopped before the answer was whole"))
         self._open.clear()
+        self.fail_open(EngineDeadError("the engine stopped before the answer was whole"))
 
     async def _tick(self) -> None:
         while True:

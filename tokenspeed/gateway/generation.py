@@ -189,7 +189,9 @@ class Generation(AbstractContextManager["Generation"]):
         }
 
 
-def room_left(max_tokens: int | None, prompts: Sequence[list[int]], max_model_len: int) -> int:
+def room_left(
+    max_tokens: int | None, prompts: Sequence[list[int]], max_model_len: int, field: str
+) -> int:
     """`max_tokens`, but no more than the longest prompt leaves room for.
 
     Raises `context_length_exceeded` for a prompt that leaves room for no token.
@@ -199,7 +201,7 @@ def room_left(max_tokens: int | None, prompts: Sequence[list[int]], max_model_le
         raise RequestError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt"
             f" has {longest} tokens. Please reduce the length of the prompt.",
-            field="prompt",
+            field=field,
             code="context_length_exceeded",
         )
     room = max_model_len - longest

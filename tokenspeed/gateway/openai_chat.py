@@ -37,6 +37,7 @@ async def chat_completions(service: Service, call: Call) -> None:
             request.max_tokens if max_tokens is None else max_tokens,
             [prompt],
             limits.max_model_len,
+            "messages",
         ),
         logprobs=request.num_logprobs(),
         tokenizer=service.tokenizer,

@@ -56,7 +56,7 @@ async def completions(service: Service, call: Call) -> None:
     asked = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     params = sampling_params(
         request,
-        max_tokens=room_left(asked, prompts, limits.max_model_len),
+        max_tokens=room_left(asked, prompts, limits.max_model_len, "prompt"),
         logprobs=request.logprobs,
         tokenizer=service.tokenizer,
         vocab_size=limits.vocab_size,

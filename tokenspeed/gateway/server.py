@@ -21,6 +21,7 @@ import uvicorn
 import uvloop
 
 from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.gateway.api_error import overloaded
 from tokenspeed.gateway.app import Application, RouteSpec
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_client import ENGINE_COMMAND, EngineClient
@@ -147,6 +148,7 @@ async def _until_the_end(
     elif not died:
         client.draining = True
         await _drain(client, stop_now, options.drain_timeout_s)
+        client.fail_open(overloaded("the server is shutting down", "draining", 2))
     for server in servers:
         server.should_exit = True
         server.force_exit = stop_now.is_set()
@@ -164,7 +166,8 @@ async def _first_of(event: asyncio.Event, timeout_s: float) -> None:
 
 async def _drain(client: EngineClient, stop_now: asyncio.Event, timeout_s: float) -> None:
     """Waits until no request is open, the deadline passes, a second signal comes or all is lost."""
-    log.warning("draining %d requests", client.num_open)
+    if client.num_open:
+        log.warning("draining %d requests", client.num_open)
     deadline = asyncio.get_running_loop().time() + timeout_s
     while client.num_open and not client.dead.is_set() and not stop_now.is_set():
         if asyncio.get_running_loop().time() >= deadline:

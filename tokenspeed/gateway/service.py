@@ -48,7 +48,9 @@ class Service:
             )
         return asked
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def encode(
+        self, text: str, add_special_tokens: bool, field_name: str = "prompt"
+    ) -> list[int]:
         """Ids. Refuses a text that cannot fit the context before it is encoded."""
         tokenizer = self.tokenizer_or_refuse()
         ready = self.client.ready
@@ -56,7 +58,7 @@ class Service:
             raise RequestError(
                 f"This model's maximum context length is {ready.max_model_len} tokens. However,"
                 f" your prompt has {len(text)} characters, which cannot fit.",
-                field="prompt",
+                field=field_name,
                 code="context_length_exceeded",
             )
         if len(text) < _SHORT_TEXT:
@@ -92,7 +94,7 @@ class Service:
 
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(self._threads, render)
-        return await self.encode(text, add_special_tokens)
+        return await self.encode(text, add_special_tokens, "messages")
 
     def tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:
