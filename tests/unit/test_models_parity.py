@@ -14,6 +14,7 @@ from tokenspeed.kernels import force_backend
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.models.hub import DEMO_FOLDER
 
 TOLERANCE = 1e-4
 
@@ -172,3 +173,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_variants_equal_transformers(variant: str, tmp_path: Path) -> None:
     family, changes = VARIANTS[variant]
     check_family(make_checkpoint(tmp_path, family, **changes))
+
+
+def test_the_bundled_model_equals_transformers() -> None:
+    check_family(DEMO_FOLDER)

@@ -34,12 +34,13 @@ class GqaAttention(Layer):
         super().__init__()
         self.shape, self.cos_sin = shape, cos_sin
         self.scale = shape.head_dim**-0.5
-        self.q_size = shape.num_heads * shape.head_dim
-        self.kv_size = shape.num_kv_heads * shape.head_dim
-        parts = {"q_proj": self.q_size, "k_proj": self.kv_size, "v_proj": self.kv_size}
+        q_size = shape.num_heads * shape.head_dim
+        kv_size = shape.num_kv_heads * shape.head_dim
+        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        self.parts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         self.qkv_proj = Linear(target, shape.hidden_size, parts, bias=shape.bias, split="rows")
         self.o_proj = Linear(
-            target, self.q_size, {"o_proj": shape.hidden_size}, bias=shape.bias, split="columns"
+            target, q_size, {"o_proj": shape.hidden_size}, bias=shape.bias, split="columns"
         )
         self.spec = ModuleSpec(outputs={"tp": Partial()})
         self.flows = (("qkv_proj", "o_proj"),)
@@ -65,8 +66,9 @@ class GqaAttention(Layer):
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
         keys, values = cache
-        q, k, v = self.qkv_proj(x).split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k, v = (t.unflatten(-1, (-1, self.shape.head_dim)) for t in (q, k, v))
+        num_tokens = x.shape[0]
+        heads = self.qkv_proj(x).view(num_tokens, -1, self.shape.head_dim)
+        q, k, v = torch.split_with_sizes(heads, self.parts, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q = self.rope_append(
@@ -82,5 +84,5 @@ class GqaAttention(Layer):
             batch.kv_len,
             self.scale,
         )
-        out: Tensor = self.o_proj(y.flatten(1))
+        out: Tensor = self.o_proj(y.view(num_tokens, -1))
         return out

@@ -112,6 +112,9 @@ class MlaAttention(Layer):
             (*query, "kv_b_proj", "o_proj"),
             ("a_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"),
         )
+        self.parts = [] if rank is None else [rank]
+        self.parts += [shape.kv_lora_rank, shape.rope_dim]
+        self.head_parts = [shape.nope_dim, shape.rope_dim]
         self._choose_kernels(target)
 
     def _choose_kernels(self, target: Target) -> None:
@@ -127,17 +130,12 @@ class MlaAttention(Layer):
         return CacheSpec(((self.shape.kv_lora_rank + self.shape.rope_dim,),), dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
-        shape = self.shape
-        kv = [shape.kv_lora_rank, shape.rope_dim]
-        if shape.q_lora_rank is None:
-            q = self.q_proj(x)
-            latent, k_pe = self.a_proj(x).split(kv, dim=-1)
-        else:
-            q_a, latent, k_pe = self.a_proj(x).split([shape.q_lora_rank, *kv], dim=-1)
-            q = self.q_proj(self.q_a_layernorm(q_a))
-        q_nope, q_pe = q.unflatten(-1, (shape.num_heads, -1)).split(
-            [shape.nope_dim, shape.rope_dim], dim=-1
-        )
+        shape, num_tokens = self.shape, x.shape[0]
+        parts = torch.split_with_sizes(self.a_proj(x), self.parts, 1)
+        latent, k_pe = parts[-2:]
+        q = self.q_proj(x if shape.q_lora_rank is None else self.q_a_layernorm(parts[0]))
+        heads = q.view(num_tokens, shape.num_heads, -1)
+        q_nope, q_pe = torch.split_with_sizes(heads, self.head_parts, 2)
         q_pe = self.rope_append(
             q_pe,
             k_pe,
@@ -158,5 +156,5 @@ class MlaAttention(Layer):
             batch.kv_len,
             shape.softmax_scale,
         )
-        out: Tensor = self.o_proj(self.kv_b_proj.expand_value(y).flatten(1))
+        out: Tensor = self.o_proj(self.kv_b_proj.expand_value(y).reshape(num_tokens, -1))
         return out

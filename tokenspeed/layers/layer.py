@@ -7,6 +7,7 @@ Parameters are born on the meta device; the loader allocates and fills them. Kno
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,18 @@ class Layer(nn.Module):
 
     spec: ModuleSpec = ModuleSpec()
     flows: tuple[tuple[str, ...], ...] = ()
+
+    def __call__(self, *args: Any) -> Any:
+        """`forward` without the hooks of `nn.Module`, which cost more than a small kernel."""
+        return self.forward(*args)
+
+    def settle(self) -> None:
+        """Makes parameters and children plain attributes: found at once, not by `__getattr__`.
+
+        Called when the parameters are in place; assigning one later undoes it for that one.
+        """
+        self.__dict__.update(self._parameters)
+        self.__dict__.update(self._modules)
 
     def sources(self) -> Iterator[Source]:
         """The checkpoint tensors that fill this module's own parameters, each exactly once."""

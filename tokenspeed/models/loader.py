@@ -169,3 +169,6 @@ def _allocate(model: CausalLM, plan: SpmdPlan) -> None:
             needs = f"the weights need {num_bytes / 2**30:.1f} GiB"
             raise ModelLoadError(f"out of memory on {model.target.device}: {needs}") from error
         setattr(module, name, nn.Parameter(empty, requires_grad=False))
+    for module in model.modules():
+        if isinstance(module, Layer):
+            module.settle()
