@@ -116,9 +116,14 @@ def test_how_many_pages(options: dict[str, int], expected: int) -> None:
         SPECS,
         max_model_len=100,
         max_num_seqs=4,
-        device=CPU,
     )
     assert chosen == expected
+
+
+@pytest.mark.parametrize("option", ["num_pages", "kv_cache_memory_bytes"])
+def test_more_than_there_is_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match="are free"):
+        choose_num_pages(CacheOptions(**{option: 2**50}), SPECS, max_model_len=100, max_num_seqs=4)
 
 
 def test_the_context_length_follows_the_cache() -> None:

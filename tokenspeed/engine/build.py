@@ -79,7 +79,6 @@ def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Eng
         specs,
         max_model_len=longest,
         max_num_seqs=options.max_num_seqs,
-        device=device,
     )
     max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
     scheduler = Scheduler(
@@ -114,6 +113,6 @@ def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Eng
 
 
 def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: cuda was asked for, but this machine has no usable GPU")
-    return torch.device("cpu" if name == "auto" else name)
+    if name == "cuda":
+        raise ValueError("device: this release has kernels for the CPU only; leave it at auto")
+    return torch.device("cpu")

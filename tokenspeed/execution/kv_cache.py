@@ -50,20 +50,25 @@ def choose_num_pages(
     *,
     max_model_len: int,
     max_num_seqs: int,
-    device: torch.device,
 ) -> int:
     """`num_pages`, or as many as `kv_cache_memory_bytes` or a share of the free memory holds.
 
     Left to itself it never takes more than every slot at its full length could use twice over:
-    once running, once remembered.
+    once running, once remembered. `ValueError` if the machine has not as much memory as was asked.
     """
-    if options.num_pages is not None:
-        return options.num_pages
-    one_page = page_bytes(specs, options.page_size)
-    if options.kv_cache_memory_bytes is not None:
-        return options.kv_cache_memory_bytes // one_page
-    most = 2 * max_num_seqs * pages_of(max_model_len, options.page_size)
-    return min(most, int(free_memory(device) * FREE_MEMORY_SHARE) // one_page)
+    one_page, free = page_bytes(specs, options.page_size), free_memory()
+    asked = options.num_pages
+    if asked is None and options.kv_cache_memory_bytes is not None:
+        asked = options.kv_cache_memory_bytes // one_page
+    if asked is None:
+        most = 2 * max_num_seqs * pages_of(max_model_len, options.page_size)
+        return min(most, int(free * FREE_MEMORY_SHARE) // one_page)
+    if asked * one_page > free:
+        raise ValueError(
+            f"a KV cache of {asked} pages takes {asked * one_page} bytes, and {free} are free: "
+            "lower num_pages or kv_cache_memory_bytes"
+        )
+    return asked
 
 
 def fit_max_model_len(asked: int | None, longest: int, num_pages: int, page_size: int) -> int:
@@ -88,10 +93,8 @@ def pages_of(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that could still be allocated on the device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def free_memory() -> int:
+    """Bytes that this machine could still give; half of what it has where it does not say."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = next(line.split()[1] for line in file if line.startswith("MemAvailable"))
