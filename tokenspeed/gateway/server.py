@@ -56,6 +56,8 @@ def serve(
         template = ChatTemplate.from_folder(folder, tokenizer.special_tokens, given)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(listener) for listener in _listeners(options)]
+        if options.uds is not None:
+            stack.callback(Path(options.uds).unlink, missing_ok=True)
         return uvloop.run(_run(config, options, command, keys, tokenizer, template, sockets))
 
 
@@ -87,9 +89,9 @@ async def _run(
 
 
 def _servers(options: ServerOptions, keys: Keys, table: list[RouteSpec]) -> list["_Server"]:
-    loopback = options.uds is None and _is_loopback(options.host)
+    local = _is_loopback(options.host)
 
-    def server(routes: list[RouteSpec]) -> _Server:
+    def server(routes: list[RouteSpec], loopback: bool) -> _Server:
         app = Application(routes, keys, loopback=loopback, max_body=options.max_body_bytes)
         return _Server(
             uvicorn.Config(
@@ -107,9 +109,10 @@ def _servers(options: ServerOptions, keys: Keys, table: list[RouteSpec]) -> list
         )
 
     if options.admin_port is None:
-        return [server(table)]
+        return [server(table, local and options.uds is None)]
     public = [spec for spec in table if not spec.admin]
-    return [server(public), server([spec for spec in table if spec.admin or spec.open])]
+    admin = [spec for spec in table if spec.admin or spec.open]
+    return [server(public, local and options.uds is None), server(admin, local)]
 
 
 class _Server(uvicorn.Server):
