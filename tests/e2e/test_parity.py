@@ -138,6 +138,23 @@ def test_the_schedule_changes_no_token(model: Any, answers: list[list[int]], var
         assert engine.stats().num_preemptions > 0
 
 
+def test_seeded_tokens_do_not_depend_on_the_batch(model: Any) -> None:
+    def sampled(**options: Any) -> list[list[int]]:
+        engine = assemble(EngineConfig.of(**(BASE | options)), model, CPU)
+        requests = [
+            GenerateRequest(
+                i, ids, SamplingParams(max_tokens=16, seed=i, top_p=0.9, presence_penalty=0.5)
+            )
+            for i, ids in enumerate(prompts()[:12])
+        ]
+        outputs = run(engine, requests)
+        return [[t for o in outputs[i] for t in o.token_ids] for i in range(len(requests))]
+
+    together = sampled()
+    assert sampled(max_num_seqs=1) == together
+    assert sampled(max_num_batched_tokens=7, max_num_seqs=7, overlap_depth=1) == together
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_nan_in_one_of_32_rows_fails_that_request_alone(
     checkpoint: Path, answers: list[list[int]], depth: int

@@ -277,6 +277,39 @@ def test_logprobs_of_output_and_prompt() -> None:
     assert all(o.prompt_logprobs is None for o in outputs[1:])
 
 
+EXTREMES: dict[str, list[Any]] = {
+    "temperature": [0.0, 1e-300, 1e-6, 1.0, 100.0],
+    "top_k": [-1, 0, 1, VOCAB, 2**31 - 1],
+    "top_p": [1e-300, 1e-6, 0.5, 1.0],
+    "min_p": [0.0, 1e-300, 1.0],
+    "repetition_penalty": [0.01, 1.0, 100.0],
+    "presence_penalty": [-2.0, 0.0, 2.0],
+    "frequency_penalty": [-2.0, 0.0, 2.0],
+    "seed": [None, 0, -(2**63), 2**63 - 1],
+    "logit_bias": [None, {}, {0: -100, 1: 100.0}, dict.fromkeys(range(VOCAB), -100.0)],
+    "allowed_token_ids": [None, [0], [3, 3, 3], list(range(VOCAB))],
+    "bad_words_token_ids": [None, [], [[0], [1, 2]], [[i] for i in range(VOCAB)]],
+    "min_tokens": [0, 6],
+    "logprobs": [None, 0, 20],
+    "prompt_logprobs": [None, 0, 20],
+}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_no_parameters_take_the_engine_down(depth: int) -> None:
+    dice = random.Random(depth)
+    engine = engine_of(overlap_depth=depth, num_pages=400)
+    count = 150
+    for request_id in range(count):
+        params = {name: dice.choice(values) for name, values in EXTREMES.items()}
+        engine.add_request(request(request_id, [1, 2, 3], stop=[5], max_tokens=6, **params))
+    outputs = drain(engine)
+    reasons = [outputs[request_id][-1].finish_reason for request_id in range(count)]
+    assert set(reasons) <= {"stop", "length", "error"}
+    nothing_allowed = reasons.count("error")
+    assert 0 < nothing_allowed < count // 2
+
+
 REFUSED: list[tuple[str, dict[str, Any], str | None, str]] = [
     ("empty", {"prompt": []}, "prompt", "empty_prompt"),
     ("too long", {"prompt": [1] * 128}, "prompt", "context_length_exceeded"),

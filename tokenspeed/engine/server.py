@@ -9,6 +9,7 @@ then sends `Shutdown`; if the gateway dies, the heartbeat thread ends this proce
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import threading
@@ -42,7 +43,13 @@ class Outbox:
         self._socket.connect(address)
 
     def send(self, message: m.Up) -> None:
+        """Waits while the gateway is behind."""
         self._socket.send(encode(message))
+
+    def offer(self, message: m.Up) -> None:
+        """Drops the message if the gateway is behind."""
+        with contextlib.suppress(zmq.Again):
+            self._socket.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
         self._socket.close()
@@ -87,7 +94,7 @@ class Heart(threading.Thread):
                 os._exit(1)
             steps = self.engine.num_steps if self.engine else 0
             work = self.engine.has_work() if self.engine else False
-            outbox.send(m.Heartbeat(steps, work, time.monotonic()))
+            outbox.offer(m.Heartbeat(steps, work, time.monotonic()))  # must reach getppid again
         outbox.close()
 
     def stop(self) -> None:
