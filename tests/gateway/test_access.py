@@ -10,7 +10,7 @@ from tokenspeed.config import ServerOptions
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.gateway.app import Application
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.server import _servers
+from tokenspeed.gateway.server import _public_name, _servers
 
 KEYS = ("first-key", "second-key")
 OPEN = {"/health", "/ready"}
@@ -108,6 +108,12 @@ async def test_without_keys_only_loopback_names_are_served(host, status):
     async with gateway(keys=KEYS) as g:
         headers = {"host": host, "x-api-key": "first-key"}
         assert (await g.http.get("/v1/models", headers=headers)).status_code == 200
+
+
+def test_a_folders_path_is_not_its_name(tmp_path):
+    assert _public_name(str(tmp_path)) == tmp_path.name
+    assert _public_name("org/model") == "org/model"
+    assert _public_name("demo") == "demo"
 
 
 async def test_no_cors_headers():

@@ -48,7 +48,9 @@ def serve(
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     keys = Keys(options.api_key)
-    folder = resolve_model(config.model.tokenizer or config.model.model, config.model.revision)
+    folder = resolve_model(config.model.model, config.model.revision)
+    if config.model.tokenizer is not None:
+        folder = resolve_model(config.model.tokenizer)
     tokenizer = None if config.model.skip_tokenizer_init else Tokenizer.from_folder(folder)
     template = None
     if tokenizer is not None:
@@ -70,7 +72,7 @@ async def _run(
     template: ChatTemplate | None,
     sockets: list[socket.socket],
 ) -> int:
-    names = config.model.served_model_name or (config.model.model,)
+    names = config.model.served_model_name or (_public_name(config.model.model),)
     metrics = Metrics(names[0])
     client = EngineClient(config, options, metrics, command)
     worker = TemplateWorker(template) if template else None
@@ -86,6 +88,12 @@ async def _run(
     finally:
         await client.close()
         service.close()
+
+
+def _public_name(model: str) -> str:
+    """A folder is known by its last part: clients need not learn where it lies."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_dir() else model
 
 
 def _servers(options: ServerOptions, keys: Keys, table: list[RouteSpec]) -> list["_Server"]:
