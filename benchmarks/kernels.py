@@ -2,7 +2,7 @@
 """Times every CPU kernel against its torch reference, at sizes of real decode and prefill steps.
 
 Knows ops and sizes, no engine. Reference and kernel run in turn, so that a busy machine slows both;
-what counts is the ratio of the first quintiles. Weights rotate through more memory than the caches hold.
+what counts is the ratio of the first quintiles. Weights rotate through more memory than caches hold.
 Run: python benchmarks/kernels.py [--only NAME] [--seconds S]. The last line is JSON.
 """
 
@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def moe_case(tokens: int, size: int, inner: int, experts: int, top_k: int) -> Ca
     w2 = [rand(experts, size, inner, scale=inner**-0.5) for _ in range(count)]
     x, weights = rand(tokens, size), torch.rand(tokens, top_k)
     ids = torch.rand(tokens, experts).topk(top_k)[1].int()
-    used = len(ids.unique()) * 3 * inner * size * 2
+    used = len(torch.unique(ids)) * 3 * inner * size * 2
     name = f"T={tokens} {size}x{inner} top {top_k} of {experts}"
     return Case("moe", name, lambda i: (x, w13[i], w2[i], weights, ids), count, bytes=used)
 
@@ -110,6 +111,10 @@ def small_cases(tokens: int) -> Iterator[Case]:
     yield Case("route", f"T={tokens} 4 of 16", lambda i: (logits, bias, 4, *rule), 1, f32)
 
 
+def _same(arguments: tuple[object, ...], _: int) -> tuple[object, ...]:
+    return arguments
+
+
 def sample_cases(rows: int) -> Iterator[Case]:
     logits = torch.randn(rows, 32768) * 3
     for name, t, k, p in [
@@ -120,7 +125,7 @@ def sample_cases(rows: int) -> Iterator[Case]:
         ones = torch.ones(rows)
         settings = (ones * t, ones.int() * k, ones * p, ones * 0, ones.long(), ones.long())
         arguments = (logits, *settings)
-        yield Case("sample", f"B={rows} V=32768 {name}", lambda i, a=arguments: a, 1, torch.float32)
+        yield Case("sample", f"B={rows} V=32768 {name}", partial(_same, arguments), 1, torch.float32)
 
 
 def all_cases(only: str) -> Iterator[Case]:

@@ -109,32 +109,44 @@ class Worker {
             result.sum[i] = 0.0f;
         }
         const int64_t last = visible(p_, s_, item_, item_.first + item_.count - 1);
-        const int64_t end = min_of(last, (span + 1) * kSpan);
-        for (int64_t start = span * kSpan; start < end; start += kBlock) {
-            block(start, min_of(kBlock, end - start), result);
+        const int64_t start = span * kSpan;
+        const int64_t count = min_of(last - start, kSpan);
+        locate(start, count);
+        for (int64_t i = 0; i < count; i += kBlock) {
+            block(start, i, min_of(kBlock, count - i), count, result);
         }
     }
 
   private:
-    void block(int64_t start, int64_t count, const Partial& result) {
-        locate(start, count);
+    // The keys start + [at, at + count) of a span that has `of` keys. Rows scattered over pages
+    // defeat the hardware's prefetching: values are fetched while keys are packed, and the next
+    // block's keys while values are.
+    void block(int64_t start, int64_t at, int64_t count, int64_t of, const Partial& result) {
+        const KV* const* const keys = keys_ + at;
+        const KV* const* const values = values_ + at;
         for (int64_t lane = 0; lane < div_ceil(count, kPanel) * kPanel; lane += kLanes) {
-            pack_lanes<P, KV>([&](int64_t i) { return keys_[lane + i]; },
-                              min_of<int64_t>(kLanes, max_of<int64_t>(0, count - lane)), s_.key_dim,
+            const int64_t lanes = min_of<int64_t>(kLanes, max_of<int64_t>(0, count - lane));
+            pack_lanes<P, KV>([&](int64_t i) { return keys[lane + i]; }, lanes, s_.key_dim,
                               key_panels_ + lane / kPanel * kPanel * key_words_, lane % kPanel);
+            for (int64_t i = 0; i < lanes && p_.values != p_.keys; ++i) {
+                prefetch(values[lane + i], p_.value_dim);
+            }
         }
         for (int64_t n = 0; n < count; n += kPanel) {
             panel_product<P>(item_.count, queries_, key_words_, key_panels_ + n * key_words_,
                              key_words_, scores_ + n, kBlock, false);
         }
-        for (int64_t i = 0; i < item_.count; ++i) soften(i, start, count, result);
+        for (int64_t i = 0; i < item_.count; ++i) soften(i, start + at, count, result);
         const int64_t value_words = div_ceil(count, P::kPerWord);
         const int64_t panel_words = kBlock / P::kPerWord * kPanel;
         for (int64_t k = 0; k < value_words; ++k) {
-            const int64_t odd = k * P::kPerWord + 1;
-            pack_depth<P>(values_[k * P::kPerWord],
-                          P::kPerWord == 2 && odd < count ? values_[odd] : nullptr, p_.value_dim,
-                          value_panels_ + k * kPanel, panel_words);
+            const int64_t first = k * P::kPerWord, odd = first + 1;
+            pack_depth<P>(values[first], P::kPerWord == 2 && odd < count ? values[odd] : nullptr,
+                          p_.value_dim, value_panels_ + k * kPanel, panel_words);
+            for (int64_t i = 0; i < P::kPerWord; ++i) {
+                const int64_t next = at + kBlock + first + i;
+                if (next < of) prefetch(keys_[next], s_.key_dim);
+            }
         }
         for (int64_t n = 0; n < s_.value_pad; n += kPanel) {
             panel_product<P>(item_.count, weights_, kBlock / P::kPerWord,
@@ -143,20 +155,21 @@ class Worker {
         }
     }
 
-    // Where the keys and values of a block stand.
+    // Where the keys and values of a span stand.
     void locate(int64_t start, int64_t count) {
         const int32_t* const pages = p_.page_table + p_.slots[item_.row] * p_.max_pages;
         const KV* const keys = static_cast<const KV*>(p_.keys) + item_.head * s_.key_dim;
         const KV* const values = static_cast<const KV*>(p_.values) + item_.head * p_.value_dim;
         int64_t page = start / p_.page_size, offset = start % p_.page_size;
-        for (int64_t i = 0; i < count; ++i, ++offset) {
-            if (offset == p_.page_size) {
-                offset = 0;
-                ++page;
-            }
+        for (int64_t i = 0; i < count; ++page, offset = 0) {
             const int64_t token = pages[page] * p_.page_size + offset;
-            keys_[i] = keys + token * p_.key_stride;
-            values_[i] = values + token * p_.value_stride;
+            const KV* key = keys + token * p_.key_stride;
+            const KV* value = values + token * p_.value_stride;
+            const int64_t end = min_of(count, i + p_.page_size - offset);
+            for (; i < end; ++i, key += p_.key_stride, value += p_.value_stride) {
+                keys_[i] = key;
+                values_[i] = value;
+            }
         }
     }
 
@@ -208,8 +221,8 @@ class Worker {
     uint32_t* value_panels_;  // [value_pad / kPanel] panels of kBlock / kPerWord
     float* scores_;           // [count, kBlock]
     uint32_t* weights_;       // [count, kBlock] elements
-    const KV* keys_[kBlock];
-    const KV* values_[kBlock];
+    const KV* keys_[kSpan];
+    const KV* values_[kSpan];
 };
 
 // total <- total and the span after it.

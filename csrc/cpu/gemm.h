@@ -180,20 +180,32 @@ inline void pack_lanes(const Row& row, int64_t count, int64_t size, uint32_t* pa
 template <class P, typename From>
 inline void pack_depth(const From* a, const From* b, int64_t size, uint32_t* panels,
                        int64_t panel_words) {
-    for (int64_t n = 0; n < size; n += kLanes) {
+    const auto put = [&](int64_t n, VecU words) {
+        __builtin_memcpy(panels + n / kPanel * panel_words + n % kPanel, &words, sizeof(words));
+    };
+    int64_t n = 0;
+    if constexpr (P::kPerWord == 2) {
+        for (; n + 2 * kLanes <= size; n += 2 * kLanes) {
+            const VecHH even = load_raw<VecHH>(a + n);
+            const VecHH odd = b != nullptr ? load_raw<VecHH>(b + n) : VecHH{};
+            put(n, interleave<false>(even, odd));
+            put(n + kLanes, interleave<true>(even, odd));
+        }
+    }
+    for (; n < size; n += kLanes) {
         VecU words = bit_cast<VecU>(load_at(a, n, size));
         if constexpr (P::kPerWord == 2) {
             words >>= 16;
             if (b != nullptr) words |= bit_cast<VecU>(load_at(b, n, size));
         }
-        __builtin_memcpy(panels + n / kPanel * panel_words + n % kPanel, &words, sizeof(words));
+        put(n, words);
     }
 }
 
 // ---- Dots ------------------------------------------------------------------------------------
 
 // out(m, n, sum) for m < kM, n < kN: dot products of rows a + m * a_stride and b + n * b_stride.
-template <class P, int kM, int kN, typename A, typename B, typename Out>
+template <class P, int kM, int kN, bool kFetch, typename A, typename B, typename Out>
 inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride, int64_t size,
                      const Out& out) {
     constexpr int64_t kStep = kLanes * P::kPerWord;
@@ -212,14 +224,34 @@ inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride,
     int64_t k = 0;
     for (; k + kStep <= size; k += kStep) {
         step([&](const auto* row) { return words<P>(row + k); });
+        // The rows of the tile after this one, while this one is multiplied.
+#pragma GCC unroll 8
+        for (int n = 0; n < kN && kFetch; ++n) {
+            __builtin_prefetch(b + (n + kN) * b_stride + k);
+        }
     }
     if (k < size) {
         step([&](const auto* row) { return words_part<P>(row + k, size - k); });
     }
+    if constexpr (kM * kN % kLanes == 0) {
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) {
+        for (int first = 0; first < kM * kN; first += kLanes) {
+            Vec some[kLanes];
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) some[i] = sums[(first + i) / kN][(first + i) % kN];
+            float totals[kLanes];
+            store(totals, reduce_add_all(some));
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+                out((first + i) / kN, (first + i) % kN, totals[i]);
+            }
+        }
+    } else {
 #pragma GCC unroll 8
-        for (int n = 0; n < kN; ++n) out(m, n, reduce_add(sums[m][n]));
+        for (int m = 0; m < kM; ++m) {
+#pragma GCC unroll 8
+            for (int n = 0; n < kN; ++n) out(m, n, reduce_add(sums[m][n]));
+        }
     }
 }
 
@@ -236,8 +268,12 @@ inline void dot_product(int64_t rows, const A* a, int64_t a_stride, const W* wei
     const auto tile = [&]<int kN>(std::integral_constant<int, kN>, int64_t n) {
         const W* const w = weight + n * size;
         const auto rows_of = [&]<int kM>(std::integral_constant<int, kM>, int64_t m) {
-            dot_tile<P, kM, kN>(a + m * a_stride, a_stride, w, size, size,
-                                [&](int i, int j, float sum) { out(m + i, n + j, sum); });
+            const auto put = [&](int i, int j, float sum) { out(m + i, n + j, sum); };
+            if (m == 0) {
+                dot_tile<P, kM, kN, true>(a, a_stride, w, size, size, put);
+            } else {
+                dot_tile<P, kM, kN, false>(a + m * a_stride, a_stride, w, size, size, put);
+            }
         };
         int64_t m = 0;
         for (; m + 4 <= rows; m += 4) rows_of(std::integral_constant<int, 4>{}, m);

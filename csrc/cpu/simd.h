@@ -15,7 +15,7 @@
 #include "kernels.h"
 #include "thread_pool.h"
 
-#ifdef TS_ISA_avx512bf16
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -82,10 +82,26 @@ inline V load_raw(const T* from) {
     return value;
 }
 
-inline Vec load(const float* from) { return load_raw<Vec>(from); }
-inline Vec load(const bf16* from) {
-    return bit_cast<Vec>(__builtin_convertvector(load_raw<VecH>(from), VecU) << 16);
+// 16 bits to 32 and back (the low half). GCC's own conversion takes several steps for the first.
+inline VecU widen(VecH half) {
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16)
+    return bit_cast<VecU>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)));
+#elif defined(TS_ISA_avx2)
+    return bit_cast<VecU>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(half)));
+#else
+    return __builtin_convertvector(half, VecU);
+#endif
 }
+inline VecH narrow(VecU word) {
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16)
+    return bit_cast<VecH>(_mm512_cvtepi32_epi16(bit_cast<__m512i>(word)));
+#else
+    return __builtin_convertvector(word, VecH);
+#endif
+}
+
+inline Vec load(const float* from) { return load_raw<Vec>(from); }
+inline Vec load(const bf16* from) { return bit_cast<Vec>(widen(load_raw<VecH>(from)) << 16); }
 inline float load_one(const float* from) { return *from; }
 inline float load_one(const bf16* from) {
     return bit_cast<float>(static_cast<uint32_t>(from->bits) << 16);
@@ -99,7 +115,7 @@ inline VecH to_bf16(Vec value) {
     const VecU bits = bit_cast<VecU>(value);
     const VecU rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
     const VecU quiet = (bits >> 16) | 0x40;
-    return __builtin_convertvector(value != value ? quiet : rounded, VecH);
+    return narrow(value != value ? quiet : rounded);
 #endif
 }
 inline void store(float* to, Vec value) { __builtin_memcpy(to, &value, sizeof(value)); }
@@ -141,24 +157,6 @@ inline void store_at(T* to, int64_t i, int64_t n, Vec value) {
     } else {
         store_part(to + i, value, n - i);
     }
-}
-
-// Sum and largest of the lanes, by halves: always in the same order.
-inline float reduce_add(Vec value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-    }
-    return lanes[0];
-}
-inline float reduce_max(Vec value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) lanes[i] = max_of(lanes[i], lanes[i + half]);
-    }
-    return lanes[0];
 }
 
 // 2^x, within 2e-7 of the value; 0 below 2^-126; NaN stays. REQUIRES: x < 128 or NaN.
@@ -212,14 +210,25 @@ inline Vec log(Vec x) {
 
 namespace detail {
 
-constexpr int transpose_lane(int lane, int step, bool second) {
+constexpr int exchange_lane(int lane, int step, bool second) {
     if (second) return (lane & step) == 0 ? lane + step : kLanes + lane;
     return (lane & step) == 0 ? lane : kLanes + lane - step;
 }
 
+// Blocks of kStep lanes: a's even ones with b's even ones, or the odd ones.
 template <int kStep, bool kSecond, int... kLane>
 inline VecU exchange(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(a, b, transpose_lane(kLane, kStep, kSecond)...);
+    return __builtin_shufflevector(a, b, exchange_lane(kLane, kStep, kSecond)...);
+}
+
+// Within each 128 bits, the low (or high) pieces of kPiece lanes of a and b in turn.
+constexpr int unpack_lane(int lane, int piece, bool high) {
+    const int quad = lane / 4 * 4, place = lane % 4 / piece;
+    return quad + (high ? 2 : 0) + place / 2 * piece + lane % piece + place % 2 * kLanes;
+}
+template <int kPiece, bool kHigh, int... kLane>
+inline VecU unpack(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, unpack_lane(kLane, kPiece, kHigh)...);
 }
 
 template <int kStep>
@@ -232,17 +241,94 @@ inline void transpose_step(VecU (&rows)[kLanes]) {
         rows[i] = exchange<kStep, false>(a, b, Lanes{});
         rows[i + kStep] = exchange<kStep, true>(a, b, Lanes{});
     }
-    if constexpr (kStep > 1) transpose_step<kStep / 2>(rows);
+    if constexpr (kStep > 4) transpose_step<kStep / 2>(rows);
+}
+
+// The 4 x 4 blocks on the 128-bit pieces of four rows.
+inline void transpose_quads(VecU& r0, VecU& r1, VecU& r2, VecU& r3) {
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+    const VecU low01 = unpack<1, false>(r0, r1, Lanes{}), high01 = unpack<1, true>(r0, r1, Lanes{});
+    const VecU low23 = unpack<1, false>(r2, r3, Lanes{}), high23 = unpack<1, true>(r2, r3, Lanes{});
+    r0 = unpack<2, false>(low01, low23, Lanes{});
+    r1 = unpack<2, true>(low01, low23, Lanes{});
+    r2 = unpack<2, false>(high01, high23, Lanes{});
+    r3 = unpack<2, true>(high01, high23, Lanes{});
+}
+
+// Lane i and lane i ^ kStep exchanged.
+template <int kStep, int... kLane>
+inline Vec swap_lanes(Vec v, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
+}
+template <int kStep>
+inline Vec swap_lanes(Vec v) {
+    return swap_lanes<kStep>(v, std::make_integer_sequence<int, kLanes>{});
+}
+
+template <int kStep = kLanes / 2>
+inline float add_lanes(Vec v) {
+    v += swap_lanes<kStep>(v);
+    if constexpr (kStep > 1) return add_lanes<kStep / 2>(v);
+    return v[0];
+}
+
+template <int kStep = kLanes / 2>
+inline float max_lanes(Vec v) {
+    v = max_of(v, swap_lanes<kStep>(v));
+    if constexpr (kStep > 1) return max_lanes<kStep / 2>(v);
+    return v[0];
+}
+
+template <int kStep>
+inline void fold(Vec (&v)[kLanes]) {
+    using Lanes = std::make_integer_sequence<int, kLanes>;
+#pragma GCC unroll 16
+    for (int i = 0; i < kStep; ++i) {
+        const VecU a = bit_cast<VecU>(v[i]), b = bit_cast<VecU>(v[i + kStep]);
+        v[i] = bit_cast<Vec>(exchange<kStep, false>(a, b, Lanes{})) +
+               bit_cast<Vec>(exchange<kStep, true>(a, b, Lanes{}));
+    }
+    if constexpr (kStep > 1) fold<kStep / 2>(v);
 }
 
 }  // namespace detail
 
-// rows[i][j] <-> rows[j][i].
-inline void transpose(VecU (&rows)[kLanes]) { detail::transpose_step<kLanes / 2>(rows); }
+// Sum and largest of the lanes, by halves: always in the same order.
+inline float reduce_add(Vec v) { return detail::add_lanes(v); }
+inline float reduce_max(Vec v) { return detail::max_lanes(v); }
 
-inline void prefetch(const void* address, int64_t bytes) {
-    const char* const line = static_cast<const char*>(address);
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i);
+// Lane i of the result is reduce_add(v[i]), to the bit; v is used up.
+inline Vec reduce_add_all(Vec (&v)[kLanes]) {
+    detail::fold<kLanes / 2>(v);
+    return v[0];
+}
+
+// rows[i][j] <-> rows[j][i].
+inline void transpose(VecU (&rows)[kLanes]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLanes; i += 4) {
+        detail::transpose_quads(rows[i], rows[i + 1], rows[i + 2], rows[i + 3]);
+    }
+    if constexpr (kLanes > 4) detail::transpose_step<kLanes / 2>(rows);
+}
+
+// a[0], b[0], a[1], b[1], ... of 16-bit lanes: the first half (low) and the second.
+using VecHH = uint16_t __attribute__((vector_size(kLanes * 4)));
+template <bool kHigh, int... kLane>
+inline VecU interleave(VecHH a, VecHH b, std::integer_sequence<int, kLane...>) {
+    return bit_cast<VecU>(__builtin_shufflevector(
+        a, b, (kLane / 2 + (kHigh ? kLanes : 0) + kLane % 2 * 2 * kLanes)...));
+}
+template <bool kHigh>
+inline VecU interleave(VecHH a, VecHH b) {
+    return interleave<kHigh>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+}
+
+// Asks for the cache lines of `count` elements.
+template <typename T>
+inline void prefetch(const T* from, int64_t count) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(from + i);
 }
 
 template <typename T>
