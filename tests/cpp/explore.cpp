@@ -37,7 +37,7 @@ class Explorer {
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         const int stuck = count_stuck();
         std::printf(
-            "%-34s %8zu states %9zu edges, %6zu merges checked, depth %2d, drain %2d, %d stuck, "
+            "%-44s %8zu states %9zu edges, %6zu merges checked, depth %2d, drain %2d, %d stuck, "
             "%.1f s\n",
             scenario_.name.c_str(), nodes_.size(), num_edges_, num_merges_, nodes_.back().depth,
             longest_drain_, stuck, took.count());

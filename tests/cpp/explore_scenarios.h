@@ -56,6 +56,15 @@ inline std::vector<Scenario> quick_scenarios() {
 inline std::vector<Scenario> full_scenarios() {
     std::vector<Scenario> all;
     for (int depth : {0, 1}) {
+        SchedulerOptions three = tight_options(4, 1, depth);
+        three.max_num_seqs = 3;
+        all.push_back({at_depth("3x4 crowd, pages of 1, three slots", depth),
+                       three,
+                       {{.prompt = {1}, .max_tokens = 3},
+                        {.prompt = {2}, .max_tokens = 2},
+                        {.prompt = {1}, .max_tokens = 2, .salt = {7}}}});
+        three.page_size = 2;
+        three.max_num_batched_tokens = 4;
         all.push_back({at_depth("3x4 turns, pages of 2", depth),
                        tight_options(4, 2, depth),
                        {{.prompt = {1, 2, 3}, .max_tokens = 3},
@@ -71,9 +80,6 @@ inline std::vector<Scenario> full_scenarios() {
                        {{.prompt = {1, 2, 3, 4, 5}, .max_tokens = 2},
                         {.prompt = {1, 2, 3, 4, 6}, .max_tokens = 2},
                         {.prompt = {1, 2, 3}, .max_tokens = 4}}});
-        SchedulerOptions three = tight_options(4, 2, depth);
-        three.max_num_seqs = 3;
-        three.max_num_batched_tokens = 4;
         all.push_back({at_depth("3x4 salts and options, three slots", depth),
                        three,
                        {{.prompt = {1, 2, 3}, .max_tokens = 3, .min_tokens = 2},
