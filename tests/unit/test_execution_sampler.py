@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.sampler import Sampler, Sequence
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
-from tokenspeed.execution.sequence import Sequence
 
 VOCAB = 12
 SLOTS = 4

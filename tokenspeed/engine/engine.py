@@ -26,7 +26,7 @@ from tokenspeed.engine.messages import EngineStats, GenerateRequest, Ready, Toke
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.plan_view import Words
 from tokenspeed.execution.runner import InFlight, PromptLogprobs, StepOutput
-from tokenspeed.execution.sequence import Sequence
+from tokenspeed.execution.sampler import Sequence
 
 REASONS = {FINISH_NONE: None, FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 FAILED = "the model's numbers for this request are not finite, or no token was allowed"

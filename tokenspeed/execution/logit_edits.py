@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tokenspeed.execution.sequence import Sequence
+from tokenspeed.execution.sampling_params import SamplingParams
 
 NEVER = float("-inf")
 
@@ -28,29 +28,31 @@ class LogitEdits:
 
     @classmethod
     def of(
-        cls, sequence: Sequence, output_ids: list[int], device: torch.device
-    ) -> "LogitEdits | None":
-        """The request's edits, or None if it asks for none."""
-        params = sequence.params
-        min_position = sequence.prompt_len + params.min_tokens
+        cls,
+        params: SamplingParams,
+        prompt_len: int,
+        stop_ids: list[int],
+        output_ids: list[int],
+        device: torch.device,
+    ) -> "LogitEdits":
+        """The edits of a request that has produced `output_ids` so far."""
+        min_position = prompt_len + params.min_tokens
         bias = params.logit_bias or {}
         words = params.bad_words_token_ids or []
         phrases: dict[int, list[list[int]]] = {}
         for word in words:
             if len(word) > 1:
                 phrases.setdefault(word[-2], []).append(word)
-        edits = cls(
+        return cls(
             allowed=_ids(params.allowed_token_ids or [], device),
             bias_ids=_ids(list(bias), device),
             bias=torch.tensor(list(bias.values()), dtype=torch.float32, device=device),
-            stop_ids=_ids(sequence.stop_ids if params.min_tokens else [], device),
+            stop_ids=_ids(stop_ids if params.min_tokens else [], device),
             min_position=min_position,
             banned=_ids([word[0] for word in words if len(word) == 1], device),
             phrases=phrases,
             outputs=list(output_ids) if phrases else [],
         )
-        asked = (edits.allowed, edits.banned, edits.bias_ids, edits.stop_ids)
-        return edits if phrases or any(ids is not None for ids in asked) else None
 
     def apply(self, row: torch.Tensor, position: int) -> None:
         """In place on `row` [vocab_size], the logits of the token at `position`."""

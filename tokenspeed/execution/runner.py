@@ -20,9 +20,8 @@ from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.logprobs import LogprobsReader
 from tokenspeed.execution.plan_view import ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView, Words
-from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.sampler import Sampler, Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
-from tokenspeed.execution.sequence import Sequence
 from tokenspeed.layers.batch import ForwardBatch
 
 SMALL_STEP = 16  # tokens up to which our kernels' own threads do the work and torch needs but one

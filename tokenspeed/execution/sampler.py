@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Logits -> ids under per-slot parameters that stay on the device between steps.
+"""`Sampler`: logits -> ids under per-slot parameters that stay on the device between steps.
 
 `bind` resets everything a slot holds, so nothing of its last request is left; parameters are then
 gathered by slot, never rebuilt. Knows slots and positions; refuses to know pages and when a request
 ends.
 """
+
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,13 +15,33 @@ from numpy.typing import NDArray
 
 from tokenspeed.execution.logit_edits import LogitEdits
 from tokenspeed.execution.logprobs import LogprobsReader
-from tokenspeed.execution.sampling_params import TokenLogprobs
-from tokenspeed.execution.sequence import Sequence
+from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.kernels.registry import select
 
 GREEDY_BELOW = 1e-5  # temperatures that would overflow float32 logits
 LEAST_TOP_P = 1e-6  # float32 must not round it to 0
 NO_PENALTIES = (1.0, 0.0, 0.0)
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A request's tokens and how its next ones are chosen.
+
+    `output_ids` grows at each commit. When the request is bound to a slot again (it had been
+    retracted), sampler state is rebuilt from these tokens alone.
+    """
+
+    prompt_ids: NDArray[np.int32]
+    params: SamplingParams
+    stop_ids: list[int]
+    seed: int  # the request's own, or one drawn for it; noise is a function of (seed, position)
+    output_ids: list[int] = field(default_factory=list)
+    arrived_s: float = field(default_factory=time.monotonic)
+    started_s: float | None = None  # when a step first took it up
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.prompt_ids)
 
 
 class Penalties:
@@ -81,9 +104,10 @@ class Sampler:
         for held in (self._edits, self._num_logprobs):
             held.pop(slot, None)
         self._penalised.discard(slot)
-        edits = LogitEdits.of(sequence, output_ids, self._device)
-        if edits is not None:
-            self._edits[slot] = edits
+        if params.edits_logits:
+            self._edits[slot] = LogitEdits.of(
+                params, sequence.prompt_len, sequence.stop_ids, output_ids, self._device
+            )
         if params.logprobs is not None:
             self._num_logprobs[slot] = params.logprobs
         factors = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)

@@ -77,6 +77,12 @@ class SamplingParams:
             "stop_token_ids": self.stop_token_ids or [],
         }
 
+    @property
+    def edits_logits(self) -> bool:
+        """Whether single logits are to be changed (see `execution/logit_edits.py`)."""
+        lists = (self.logit_bias, self.allowed_token_ids, self.bad_words_token_ids)
+        return self.min_tokens > 0 or any(lists)
+
     def all_stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
         """The ids that end the request: the model's unless `ignore_eos`, and `stop_token_ids`."""
         return sorted({*([] if self.ignore_eos else eos_ids), *(self.stop_token_ids or [])})
