@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Rotary position embeddings: frequencies of every supported scaling, and their shared table.
 
-Knows nothing of the configuration file's spelling; `models/hf_config.py` reads that.
+Knows nothing of the configuration file's spelling; `models/decoder_config.py` reads that.
 Sources: RoFormer (arXiv:2104.09864), YaRN (arXiv:2309.00071), Llama 3.1 and DeepSeek-V2 releases.
 """
 
