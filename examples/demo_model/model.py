@@ -15,6 +15,14 @@ from shape import Shape
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# The head shares the embedding. A large embedding is heard beside what the blocks add to it, and
+# a small gain before the head undoes its size there.
+EMBEDDING_SCALE = 32.0
+
+
+def is_head_norm(name: str) -> bool:
+    return name == "model.norm.weight" or "shared_head.norm" in name
+
 
 def linear(fan_in: int, fan_out: int) -> nn.Linear:
     return nn.Linear(fan_in, fan_out, bias=False)
@@ -222,8 +230,12 @@ class DemoModel(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight")):
                 nn.init.zeros_(parameter)  # every block starts as the identity
-            elif name.endswith(("embed_tokens.weight", "gate.weight")):
+            elif name.endswith("gate.weight"):
                 nn.init.normal_(parameter, std=c.initializer_range)
+            elif name.endswith("embed_tokens.weight"):
+                nn.init.normal_(parameter, std=c.initializer_range * EMBEDDING_SCALE)
+            elif is_head_norm(name):
+                nn.init.constant_(parameter, 1 / EMBEDDING_SCALE)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, length + 2] ids to the two mean losses in nats per token."""

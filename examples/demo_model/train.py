@@ -9,12 +9,13 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import streams
 import torch
 import workers
-from model import DemoModel, Router
+from model import EMBEDDING_SCALE, DemoModel, Router, is_head_norm
 from shape import Shape
 from torch import Tensor, nn
 
@@ -28,12 +29,19 @@ MUON_LR, ADAM_LR, BIAS_RATE, MTP_WEIGHT = 0.02, 3e-3, 1e-3, 0.2
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     hidden: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    rest: list[dict[str, Any]] = []
     for name, parameter in model.named_parameters():
-        is_hidden = name.endswith("_proj.weight") or "proj_with_mqa" in name
-        (hidden if is_hidden else rest).append(parameter)
+        if name.endswith("_proj.weight") or "proj_with_mqa" in name:
+            hidden.append(parameter)
+            continue
+        scale = 1.0
+        if "embed_tokens" in name:
+            scale = EMBEDDING_SCALE
+        elif is_head_norm(name):
+            scale = 1 / EMBEDDING_SCALE
+        rest.append({"params": [parameter], "lr": ADAM_LR * scale})
     muon = torch.optim.Muon(hidden, lr=MUON_LR, weight_decay=0.1, momentum=0.95)
-    adam = torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0)
+    adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:
             group["base_lr"] = group["lr"]
