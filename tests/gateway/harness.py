@@ -88,6 +88,8 @@ class _Ended:
 
 
 class _Empty:
+    closed = False
+
     def recv(self, flags: int) -> bytes:
         import zmq
 

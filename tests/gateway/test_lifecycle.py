@@ -297,6 +297,11 @@ async def test_metrics_after_some_requests():
     assert float(lines["vllm:time_to_first_token_seconds_count" + of]) == 2
     assert float(lines["vllm:inter_token_latency_seconds_count" + of]) == 8
     assert float(lines["vllm:num_requests_waiting" + of]) == 0
+    blocks = '{block_size="64",engine="0",model_name="null",num_gpu_blocks="65536"}'
+    assert float(lines["vllm:cache_config_info" + blocks]) == 1
+    assert float(lines["vllm:request_prefill_kv_computed_tokens_sum" + of]) == 8
+    assert float(lines["vllm:corrupted_requests_total" + of]) == 0
+    assert float(lines["process_resident_memory_bytes"]) > 1e6
     for bound in ("0.001", "0.0125", "0.0143", "0.025", "+Inf"):
         labels = f'{{engine="0",le="{bound}",model_name="null"}}'
         assert "vllm:inter_token_latency_seconds_bucket" + labels in lines

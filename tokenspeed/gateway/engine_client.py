@@ -32,6 +32,7 @@ TICK_S = 0.25
 STALL_S = 60.0  # a client that takes nothing for so long is dropped
 MAX_UNREAD = 16384  # outputs that may wait for one slow client
 _SEND_LIMIT = 4096  # messages that may wait for the engine
+_MESSAGES_AT_ONCE = 64  # before the event loop serves others
 
 log = logging.getLogger("tokenspeed.gateway")
 
@@ -269,7 +270,7 @@ class EngineClient:
 
     def _receive(self) -> None:
         """Empties the outbox. The descriptor signals changes, not messages: read until empty."""
-        while True:
+        for _ in range(0 if self._pull.closed else _MESSAGES_AT_ONCE):
             try:
                 data = self._pull.recv(zmq.NOBLOCK)
             except zmq.Again:
@@ -279,6 +280,8 @@ class EngineClient:
                 self._deliver(message.outputs)
             elif message is not None:
                 self._take(message)
+        if not self._pull.closed:
+            asyncio.get_running_loop().call_soon(self._receive)  # after what else is due
 
     def _deliver(self, outputs: list[m.TokenOutput]) -> None:
         now = time.monotonic()
@@ -305,6 +308,7 @@ class EngineClient:
         self.metrics.ttft.observe(now - request.arrived)
         self.metrics.counters["prompt_tokens"] += request.num_prompt
         self.metrics.counters["prompt_tokens_cached"] += output.num_cached_tokens
+        self.metrics.computed.observe(request.num_prompt - output.num_cached_tokens)
 
     def _finished(self, request: _Open, output: m.TokenOutput, now: float) -> None:
         metrics = self.metrics
@@ -313,6 +317,7 @@ class EngineClient:
         if output.prefill_s:
             metrics.queue.observe(output.queue_s)
             metrics.prefill.observe(output.prefill_s)
+            metrics.inference.observe(now - request.arrived - output.queue_s)
         metrics.prompt_tokens.observe(request.num_prompt)
         metrics.generation_tokens.observe(request.num_tokens)
         if request.first:
@@ -338,6 +343,8 @@ class EngineClient:
                 self.loading = message
             case m.Ready():
                 self.ready = message
+                pages, size = str(message.num_pages), str(message.page_size)
+                self.metrics.cache = {"num_gpu_blocks": pages, "block_size": size}
                 self._beat = self._moved = time.monotonic()
             case m.Fatal():
                 self._fatal = message.message

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -67,6 +67,7 @@ class Metrics(Collector):
     def __init__(self, model_name: str) -> None:
         self._label = model_name
         self.stats = EngineStats()
+        self.cache: dict[str, str] = {}  # what the KV cache is like, once it is known
         self.counters: Counter[str] = Counter()  # names of vLLM, without `_total`
         self.finished: Counter[str] = Counter()  # by finish reason
         self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words
@@ -77,12 +78,15 @@ class Metrics(Collector):
         self.queue = Histogram(LATENCY, "Seconds in the queue")
         self.prefill = Histogram(LATENCY, "Seconds of prefill")
         self.decode = Histogram(LATENCY, "Seconds from the first token to the last")
+        self.inference = Histogram(LATENCY, "Seconds from the first step to the last token")
+        self.computed = Histogram(TOKENS, "Prompt tokens of a request that no cache held")
         self.prompt_tokens = Histogram(TOKENS, "Prompt tokens of a request")
         self.generation_tokens = Histogram(TOKENS, "Generated tokens of a request")
         self.params_n = Histogram(COUNT, "The field n")
         self.params_max_tokens = Histogram(TOKENS, "The field max_tokens")
         self.started = time.time()
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._registry.register(self)
 
     def text(self) -> bytes:
@@ -100,6 +104,8 @@ class Metrics(Collector):
             "request_queue_time_seconds": self.queue,
             "request_prefill_time_seconds": self.prefill,
             "request_decode_time_seconds": self.decode,
+            "request_inference_time_seconds": self.inference,
+            "request_prefill_kv_computed_tokens": self.computed,
             "request_prompt_tokens": self.prompt_tokens,
             "request_generation_tokens": self.generation_tokens,
             "request_params_n": self.params_n,
@@ -116,9 +122,14 @@ class Metrics(Collector):
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=["model_name", "engine"])
             gauge.add_metric([self._label, "0"], value)
             yield gauge
+        labels = ["model_name", "engine", *self.cache]
+        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache", labels=labels)
+        info.add_metric([self._label, "0", *self.cache.values()], 1)
+        yield info
 
     def _counters(self) -> Iterator[Metric]:
         stats = {
+            "corrupted_requests": self.finished["error"],
             "num_preemptions": self.stats.num_preemptions,
             "prefix_cache_queries": self.stats.prefix_queries,
             "prefix_cache_hits": self.stats.prefix_hits,
