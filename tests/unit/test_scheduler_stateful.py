@@ -7,6 +7,7 @@ The reference knows prompts and hashes; it has no pages, no slots and no batches
 
 from collections import deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -346,3 +347,15 @@ AnyOrder.TestCase.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, derandomize=True, database=None
 )
 TestAnyOrder = AnyOrder.TestCase
+
+
+def test_the_control_plane_has_no_threads(repository: Path) -> None:
+    """One thread calls it and it starts none, so there is nothing to race with."""
+    sources = list((repository / "csrc" / "scheduler").glob("*.*"))
+    assert len(sources) > 10
+    for path in sources:
+        text = path.read_text()
+        for word in ("thread", "mutex", "atomic", "future", "condition_variable", "coroutine"):
+            assert f"#include <{word}>" not in text, path
+        assert "pthread" not in text
+        assert "thread_local" not in text
