@@ -54,7 +54,7 @@ class MLP(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of the last axis; the pairs come out as halves."""
     even, odd = x[..., 0::2], x[..., 1::2]
-    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return torch.cat([even * cos - odd * sin, odd * cos + even * sin], dim=-1).type_as(x)
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, length + 1] ids to final hidden states [batch, length, hidden], main and MTP."""
         angles = torch.outer(torch.arange(tokens.shape[1] - 1).float(), self.frequencies)
-        cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+        cos, sin = angles.cos(), angles.sin()
         embedded = self.embed_tokens(tokens)
         x = embedded[:, :-1]
         for layer in self.layers[:-1]:
