@@ -119,7 +119,6 @@ class EngineClient:
         self.loading = m.Loading(0.0, "starting the engine")
         self.draining = False
         self.dead = asyncio.Event()  # set once the engine process has ended
-        self.num_aborts = 0
         self._config, self._options, self._command = config, options, command
         self._limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
         self._ids = itertools.count(secrets.randbits(62))
@@ -129,7 +128,6 @@ class EngineClient:
         self._hung = False
         self._beat = self._moved = time.monotonic()
         self._steps = -1
-        self._fatal = ""
         self._closing = False
 
     async def start(self) -> None:
@@ -241,7 +239,6 @@ class EngineClient:
     def abort(self, request_id: int) -> None:
         """Ends a request that is no longer wanted. Finished and unknown ones are ignored."""
         if self._open.pop(request_id, None) is not None:
-            self.num_aborts += 1
             self.metrics.finished["abort"] += 1
             self._send_abort(request_id)
 
@@ -347,7 +344,6 @@ class EngineClient:
                 self.metrics.cache = {"num_gpu_blocks": pages, "block_size": size}
                 self._beat = self._moved = time.monotonic()
             case m.Fatal():
-                self._fatal = message.message
                 log.error("engine: %s", message.message)
 
     async def _watch(self) -> None:

@@ -8,6 +8,7 @@ import msgspec
 from tokenspeed import __version__
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.app import Call, check_depth
+from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.openai_schema import Messages
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.sse import encode_json
@@ -79,7 +80,7 @@ async def readiness(service: Service, call: Call) -> None:
 
 
 async def metrics(service: Service, call: Call) -> None:
-    await call.reply(service.metrics.text(), kind="text/plain; version=0.0.4; charset=utf-8")
+    await call.reply(exposition(service.metrics), kind="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def version(service: Service, call: Call) -> None:

@@ -21,7 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tokenspeed.errors import ModelLoadError, RequestError
-from tokenspeed.text.tokenizer import read_json
+from tokenspeed.text.template_sources import folder_sources, given_source
 
 MAX_OUTPUT_CHARS = 32 << 20
 _ROLES = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
@@ -94,8 +94,8 @@ class ChatTemplate:
         A folder without a template gives one that refuses every conversation.
         """
         if given is not None:
-            return cls({"default": _given(given)}, special_tokens)
-        return cls(_from_folder(Path(path)), special_tokens)
+            return cls({"default": given_source(given)}, special_tokens)
+        return cls(folder_sources(Path(path)), special_tokens)
 
     def render(
         self,
@@ -146,33 +146,6 @@ def _bounded(pieces: Iterator[str]) -> str:
             raise _refused(f"the rendered prompt is longer than {MAX_OUTPUT_CHARS} characters")
         kept.append(piece)
     return "".join(kept)
-
-
-def _given(given: str) -> str:
-    if "{%" in given or "{{" in given:
-        return given
-    try:
-        return Path(given).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"cannot read the chat template {given}: {error}") from None
-
-
-def _from_folder(folder: Path) -> dict[str, str]:
-    """`chat_template.jinja` (and its siblings) come before the entry in `tokenizer_config.json`."""
-    found: dict[str, str] = {}
-    entry = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(entry, str):
-        found["default"] = entry
-    elif isinstance(entry, list):
-        try:
-            found = {str(e["name"]): str(e["template"]) for e in entry}
-        except (KeyError, TypeError):
-            raise ModelLoadError(f"chat_template in {folder} is malformed") from None
-    if (folder / "chat_template.jinja").is_file():
-        found["default"] = _given(str(folder / "chat_template.jinja"))
-    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[file.stem] = _given(str(file))
-    return found
 
 
 def normalize(
