@@ -2,7 +2,7 @@
 """Times every CPU kernel against its torch reference, at sizes of real decode and prefill steps.
 
 Knows ops and sizes, no engine. Reference and kernel run in turn, so that a busy machine slows both;
-what counts is the ratio of the first quintiles. Weights rotate through more memory than caches hold.
+what counts is the ratio of the first quintiles. Weights and KV rotate through 256 MiB.
 Run: python benchmarks/kernels.py [--only NAME] [--seconds S]. The last line is JSON.
 """
 
@@ -125,7 +125,8 @@ def sample_cases(rows: int) -> Iterator[Case]:
         ones = torch.ones(rows)
         settings = (ones * t, ones.int() * k, ones * p, ones * 0, ones.long(), ones.long())
         arguments = (logits, *settings)
-        yield Case("sample", f"B={rows} V=32768 {name}", partial(_same, arguments), 1, torch.float32)
+        name = f"B={rows} V=32768 {name}"
+        yield Case("sample", name, partial(_same, arguments), 1, torch.float32)
 
 
 def all_cases(only: str) -> Iterator[Case]:

@@ -83,6 +83,8 @@ class Worker {
     // Packs the item's queries; attend() then refers to it.
     void open(const Item& item) {
         item_ = item;
+        few_ = P::kPerWord == 2 && query_len(p_, item.row) * s_.group <= 2 &&
+               p_.page_size % kLanes == 0 && p_.value_dim % kPanel == 0;
         const int64_t stride = key_words_ * P::kPerWord;
         for (int64_t i = 0; i < item.count; ++i) {
             const int64_t flat = item.first + i;
@@ -119,39 +121,141 @@ class Worker {
 
   private:
     // The keys start + [at, at + count) of a span that has `of` keys. Rows scattered over pages
-    // defeat the hardware's prefetching: values are fetched while keys are packed, and the next
+    // defeat the hardware's prefetching: values are fetched while keys are multiplied, and the next
     // block's keys while values are.
     void block(int64_t start, int64_t at, int64_t count, int64_t of, const Partial& result) {
         const KV* const* const keys = keys_ + at;
         const KV* const* const values = values_ + at;
+        fetch_ = p_.values != p_.keys ? values : nullptr;
+        fetch_count_ = count;
+        fetch_size_ = p_.value_dim;
+        if (few_) {
+            few_scores(keys, count);
+        } else {
+            panel_scores(keys, count);
+        }
+        for (int64_t i = 0; i < item_.count; ++i) soften(i, start + at, count, result);
+        fetch_ = keys + kBlock;
+        fetch_count_ = of - at - kBlock;
+        fetch_size_ = s_.key_dim;
+        if (few_) {
+            few_values(values, count, result);
+        } else {
+            panel_values(values, count, result);
+        }
+    }
+
+    // Asks for rows [first, first + count) of what is needed after the rows in work: a few at a
+    // time, since a core has few requests in flight.
+    void fetch(int64_t first, int64_t count) {
+        if (fetch_ == nullptr) return;
+        const int64_t end = min_of(first + count, fetch_count_);
+        for (int64_t i = first; i < end; ++i) prefetch(fetch_[i], fetch_size_);
+    }
+
+    void panel_scores(const KV* const* keys, int64_t count) {
         for (int64_t lane = 0; lane < div_ceil(count, kPanel) * kPanel; lane += kLanes) {
             const int64_t lanes = min_of<int64_t>(kLanes, max_of<int64_t>(0, count - lane));
             pack_lanes<P, KV>([&](int64_t i) { return keys[lane + i]; }, lanes, s_.key_dim,
                               key_panels_ + lane / kPanel * kPanel * key_words_, lane % kPanel);
-            for (int64_t i = 0; i < lanes && p_.values != p_.keys; ++i) {
-                prefetch(values[lane + i], p_.value_dim);
-            }
+            fetch(lane, lanes);
         }
         for (int64_t n = 0; n < count; n += kPanel) {
             panel_product<P>(item_.count, queries_, key_words_, key_panels_ + n * key_words_,
                              key_words_, scores_ + n, kBlock, false);
         }
-        for (int64_t i = 0; i < item_.count; ++i) soften(i, start + at, count, result);
+    }
+
+    void panel_values(const KV* const* values, int64_t count, const Partial& result) {
         const int64_t value_words = div_ceil(count, P::kPerWord);
         const int64_t panel_words = kBlock / P::kPerWord * kPanel;
         for (int64_t k = 0; k < value_words; ++k) {
             const int64_t first = k * P::kPerWord, odd = first + 1;
             pack_depth<P>(values[first], P::kPerWord == 2 && odd < count ? values[odd] : nullptr,
                           p_.value_dim, value_panels_ + k * kPanel, panel_words);
-            for (int64_t i = 0; i < P::kPerWord; ++i) {
-                const int64_t next = at + kBlock + first + i;
-                if (next < of) prefetch(keys_[next], s_.key_dim);
-            }
+            fetch(first, P::kPerWord);
         }
         for (int64_t n = 0; n < s_.value_pad; n += kPanel) {
             panel_product<P>(item_.count, weights_, kBlock / P::kPerWord,
                              value_panels_ + n / kPanel * panel_words, value_words, result.out + n,
                              s_.value_pad, true);
+        }
+    }
+
+    // For one or two query rows packing costs more than it saves: keys and values are multiplied as
+    // they stand. Sums differ in their last bits, so this is for pairs of bfloat16 only, and
+    // depends on the row of the batch alone.
+    void few_scores(const KV* const* keys, int64_t count) {
+        if constexpr (P::kPerWord == 2) {
+            if (item_.count == 1) {
+                few_scores<1>(keys, count);
+            } else {
+                few_scores<2>(keys, count);
+            }
+        }
+    }
+    template <int kM>
+    void few_scores(const KV* const* keys, int64_t count) {
+        constexpr int kN = kLanes / kM;  // keys that one reduction finishes; they stand in one page
+        const Element* const q = reinterpret_cast<const Element*>(queries_);
+        const int64_t q_stride = key_words_ * P::kPerWord;
+        int64_t n = 0;
+        for (; n + kN <= count; n += kN) {
+            fetch(n, kN);
+            dot_tile<P, kM, kN, false>(
+                q, q_stride, keys[n], p_.key_stride, s_.key_dim,
+                [&](int i, int j, float sum) { scores_[i * kBlock + n + j] = sum; });
+        }
+        for (; n < count; ++n) {
+            dot_tile<P, kM, 1, false>(
+                q, q_stride, keys[n], p_.key_stride, s_.key_dim,
+                [&](int i, int, float sum) { scores_[i * kBlock + n] = sum; });
+        }
+    }
+
+    void few_values(const KV* const* values, int64_t count, const Partial& result) {
+        if constexpr (P::kPerWord == 2) {
+            for (int64_t n = 0; n < p_.value_dim; n += kPanel) {
+                if (item_.count == 1) {
+                    few_values<1>(values, count, n, result);
+                } else {
+                    few_values<2>(values, count, n, result);
+                }
+            }
+        }
+    }
+    template <int kM>
+    void few_values(const KV* const* values, int64_t count, int64_t column, const Partial& result) {
+        static_assert(kPanelVecs % 2 == 0);
+        Vec sums[kM][kPanelVecs];
+        float* const out = result.out + column;
+        for (int m = 0; m < kM; ++m) {
+            for (int v = 0; v < kPanelVecs; ++v) {
+                sums[m][v] = load(out + m * s_.value_pad + v * kLanes);
+            }
+        }
+        for (int64_t k = 0; k < count; k += 2) {
+            if (column == 0) fetch(k, 2);
+            const KV* const even = values[k] + column;
+            const KV* const odd = k + 1 < count ? values[k + 1] + column : nullptr;
+#pragma GCC unroll 4
+            for (int v = 0; v < kPanelVecs; v += 2) {
+                const VecHH a = load_raw<VecHH>(even + v * kLanes);
+                const VecHH b = odd != nullptr ? load_raw<VecHH>(odd + v * kLanes) : VecHH{};
+                const VecU low = interleave<false>(a, b), high = interleave<true>(a, b);
+#pragma GCC unroll 2
+                for (int m = 0; m < kM; ++m) {
+                    const VecU weight =
+                        splat(load_raw<uint32_t>(weights_ + (m * kBlock + k) / P::kPerWord));
+                    sums[m][v] = P::mac(sums[m][v], weight, low);
+                    sums[m][v + 1] = P::mac(sums[m][v + 1], weight, high);
+                }
+            }
+        }
+        for (int m = 0; m < kM; ++m) {
+            for (int v = 0; v < kPanelVecs; ++v) {
+                store(out + m * s_.value_pad + v * kLanes, sums[m][v]);
+            }
         }
     }
 
@@ -216,11 +320,14 @@ class Worker {
     const Shape& s_;
     const int64_t key_words_;
     Item item_{};
-    uint32_t* queries_;       // [count, key_words]
-    uint32_t* key_panels_;    // [kBlock / kPanel] panels of key_words
-    uint32_t* value_panels_;  // [value_pad / kPanel] panels of kBlock / kPerWord
-    float* scores_;           // [count, kBlock]
-    uint32_t* weights_;       // [count, kBlock] elements
+    bool few_ = false;
+    uint32_t* queries_;                 // [count, key_words]
+    uint32_t* key_panels_;              // [kBlock / kPanel] panels of key_words
+    uint32_t* value_panels_;            // [value_pad / kPanel] panels of kBlock / kPerWord
+    float* scores_;                     // [count, kBlock]
+    uint32_t* weights_;                 // [count, kBlock] elements
+    const KV* const* fetch_ = nullptr;  // rows to ask for, while others are multiplied
+    int64_t fetch_count_ = 0, fetch_size_ = 0;
     const KV* keys_[kSpan];
     const KV* values_[kSpan];
 };

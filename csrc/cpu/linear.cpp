@@ -16,6 +16,19 @@ struct Output {
         if (p.bias != nullptr) sum += load_one(static_cast<const T*>(p.bias) + column);
         store_one(static_cast<T*>(p.out) + m * p.num_heads * p.out_size + column, sum);
     }
+
+    // `count` outputs of row m from column n on.
+    void row(int64_t m, int64_t n, int64_t count, const float* sums) const {
+        const int64_t column = head * p.out_size + n;
+        T* const out = static_cast<T*>(p.out) + m * p.num_heads * p.out_size + column;
+        for (int64_t i = 0; i < count; i += kLanes) {
+            Vec sum = load(sums + i);
+            if (p.bias != nullptr) {
+                sum += load_at(static_cast<const T*>(p.bias) + column, i, count);
+            }
+            store_at(out, i, count, sum);
+        }
+    }
 };
 
 template <typename T>
@@ -67,8 +80,7 @@ void linear_panels(const LinearParams& p) {
             panel_weight_product<P>(rows, reinterpret_cast<const uint32_t*>(a), a_words,
                                     weight_of<T>(p, head) + n * p.in, count, p.in, panel, c);
             for (int64_t m = 0; m < rows; ++m) {
-                for (int64_t j = 0; j < count; ++j)
-                    Output<T>{p, head}(first + m, n + j, c[m * kPanel + j]);
+                Output<T>{p, head}.row(first + m, n, count, c + m * kPanel);
             }
         }
     });

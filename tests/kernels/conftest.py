@@ -4,8 +4,18 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tokenspeed import _cpu
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """References are small: torch's threads would spin for longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=_cpu.available_isas())

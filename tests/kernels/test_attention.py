@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Paged attention of every backend against the references, over NaN-poisoned caches."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,11 +36,45 @@ def mla(batch: Ragged, latent: Tensor, pe: Tensor, cache: Tensor, backend: str) 
     return out
 
 
+@cache
+def gqa_case(
+    page_size: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    value_dim: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+) -> tuple[Ragged, tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Inputs and the reference's answer, made once for all instruction sets."""
+    batch = ragged(HARD_ROWS, page_size)
+    q = rand(batch.num_tokens, heads, dim, dtype=q_dtype)
+    keys = batch.cache(kv_heads, dim, dtype=kv_dtype, seed=2)
+    values = batch.cache(kv_heads, value_dim, dtype=kv_dtype, seed=3)
+    return batch, (q, keys, values), gqa(batch, q, keys, values, "reference")
+
+
+@cache
+def mla_case(
+    page_size: int,
+    heads: int,
+    latent_dim: int,
+    rope_dim: int,
+    q_dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+) -> tuple[Ragged, tuple[Tensor, Tensor, Tensor], Tensor]:
+    batch = ragged(HARD_ROWS, page_size)
+    latent = rand(batch.num_tokens, heads, latent_dim, dtype=q_dtype)
+    pe = rand(batch.num_tokens, heads, rope_dim, dtype=q_dtype, seed=4)
+    cached = batch.cache(latent_dim + rope_dim, dtype=kv_dtype, seed=5)
+    return batch, (latent, pe, cached), mla(batch, latent, pe, cached, "reference")
+
+
 @pytest.mark.parametrize(("q_dtype", "kv_dtype"), DTYPES)
 @pytest.mark.parametrize(
     ("page_size", "heads", "kv_heads", "dim", "value_dim"),
     [(16, 4, 2, 64, 64), (64, 16, 8, 128, 128), (16, 3, 3, 192, 128), (64, 7, 1, 576, 512),
-     (16, 5, 1, 24, 20), (1, 9, 3, 7, 5)],
+     (16, 5, 1, 24, 20), (1, 9, 3, 7, 5), (64, 2, 2, 40, 192), (16, 4, 2, 56, 64)],
 )  # fmt: skip
 def test_gqa_matches_the_reference(
     isa: str,
@@ -50,12 +86,10 @@ def test_gqa_matches_the_reference(
     q_dtype: torch.dtype,
     kv_dtype: torch.dtype,
 ) -> None:
-    batch = ragged(HARD_ROWS, page_size)
-    q = rand(batch.num_tokens, heads, dim, dtype=q_dtype)
-    keys = batch.cache(kv_heads, dim, dtype=kv_dtype, seed=2)
-    values = batch.cache(kv_heads, value_dim, dtype=kv_dtype, seed=3)
-    expected = gqa(batch, q, keys, values, "reference")
-    close(gqa(batch, q, keys, values, "cpu"), expected, q_dtype)
+    batch, tensors, expected = gqa_case(
+        page_size, heads, kv_heads, dim, value_dim, q_dtype, kv_dtype
+    )
+    close(gqa(batch, *tensors, "cpu"), expected, q_dtype)
 
 
 @pytest.mark.parametrize(("q_dtype", "kv_dtype"), DTYPES)
@@ -72,12 +106,8 @@ def test_mla_matches_the_reference(
     q_dtype: torch.dtype,
     kv_dtype: torch.dtype,
 ) -> None:
-    batch = ragged(HARD_ROWS, page_size)
-    latent = rand(batch.num_tokens, heads, latent_dim, dtype=q_dtype)
-    pe = rand(batch.num_tokens, heads, rope_dim, dtype=q_dtype, seed=4)
-    cache = batch.cache(latent_dim + rope_dim, dtype=kv_dtype, seed=5)
-    expected = mla(batch, latent, pe, cache, "reference")
-    close(mla(batch, latent, pe, cache, "cpu"), expected, q_dtype)
+    batch, tensors, expected = mla_case(page_size, heads, latent_dim, rope_dim, q_dtype, kv_dtype)
+    close(mla(batch, *tensors, "cpu"), expected, q_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
