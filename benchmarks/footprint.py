@@ -90,6 +90,7 @@ def touched(model: str) -> list[Path]:
             chat(url)
             flag.touch()
             chat(url)
+            flag.unlink()
         finally:
             server.terminate()
             server.wait(30)
