@@ -27,6 +27,7 @@ JSON_DEPTH = 64
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 T = TypeVar("T")
+encode_json: Callable[[object], bytes] = msgspec.json.Encoder().encode
 
 log = logging.getLogger("tokenspeed.gateway")
 

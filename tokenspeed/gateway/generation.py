@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: MIT
-"""`Generation`: the choices of one HTTP request, from ids to text. Knows no dialect and no socket.
+"""`Generation`: the choices of one HTTP request, from ids to text. Knows no dialect.
 
-A prompt with `n` answers is n requests to the engine; all their outputs come to one mailbox.
+A prompt with `n` answers is n requests to the engine; all their outputs come to one mailbox. A
+stream is one write for each wake-up, whatever arrived in between; it begins with the first token
+(or the first sign of life), so that an error before it is still an HTTP status.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Protocol
 
 from tokenspeed.engine.messages import TokenOutput
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
-from tokenspeed.gateway.api_error import ApiError
+from tokenspeed.gateway.api_error import ApiError, of_exception
+from tokenspeed.gateway.app import Call
 from tokenspeed.gateway.engine_client import EngineClient, Mailbox
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
+DONE = b"data: [DONE]\n\n"
+_STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Choice:
@@ -90,6 +96,18 @@ class Choice:
         if detokenizer.stopped is not None:
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped
         return ids[: detokenizer.num_tokens - before]
+
+
+class Dialect(Protocol):
+    """What the events of one endpoint look like."""
+
+    def chunk(self, choice: Choice) -> bytes:
+        """The events for what `choice` has gained; it is cleared afterwards."""
+        ...
+
+    def closing(self) -> bytes:
+        """The events after the last chunk, before `[DONE]`."""
+        ...
 
 
 class Generation(AbstractContextManager["Generation"]):
@@ -175,6 +193,32 @@ class Generation(AbstractContextManager["Generation"]):
         while self.num_running:
             await self.next()
         return self.choices
+
+    async def stream(self, call: Call, dialect: Dialect) -> None:
+        """Server-sent events until every choice is finished. A late error is an event, too."""
+        try:
+            while self.num_running:
+                changed = await self.next()
+                parts = [dialect.chunk(choice) for choice in changed]
+                for choice in changed:
+                    choice.clear()
+                if not self.num_running:
+                    parts += (dialect.closing(), DONE)
+                await self._write(call, b"".join(parts) if changed else b": keep-alive\n\n")
+        except Exception as error:
+            if not call.started:
+                raise
+            await self._write(call, b"data: " + of_exception(error).body() + b"\n\n" + DONE)
+        await call.send({"type": "http.response.body", "body": b""})
+
+    async def _write(self, call: Call, data: bytes) -> None:
+        if not data:
+            return  # all of it is held back, for instance as the possible start of a stop string
+        if not call.started:
+            await call.start(200, "text/event-stream; charset=utf-8", _STREAM)
+        self.mailbox.sending += 1
+        await call.send({"type": "http.response.body", "body": data, "more_body": True})
+        self.mailbox.sending += 1
 
     def usage(self) -> dict[str, object]:
         """Tokens so far, in OpenAI's shape. A prompt counts once, whatever `n` is."""

@@ -11,11 +11,10 @@ from typing import Any
 import msgspec
 
 from tokenspeed.execution.sampling_params import TokenLogprobs
-from tokenspeed.gateway.app import Call, check_depth
+from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.openai_schema import ChatRequest, check_served, sampling_params
 from tokenspeed.gateway.service import Service
-from tokenspeed.gateway.sse import encode_json, stream
 from tokenspeed.text.tokenizer import Tokenizer
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
@@ -47,7 +46,7 @@ async def chat_completions(service: Service, call: Call) -> None:
     with Generation(service.client, service.tokenizer, [prompt], params, salt) as generation:
         dialect = _Chat(request, model, generation, service.tokenizer)
         if request.stream:
-            await stream(call, generation, dialect)
+            await generation.stream(call, dialect)
         else:
             await generation.finish()
             await call.reply(dialect.whole())

@@ -10,12 +10,11 @@ import msgspec
 
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
-from tokenspeed.gateway.app import Call
+from tokenspeed.gateway.app import Call, encode_json
 from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.openai_chat import prompt_logprobs, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
 from tokenspeed.gateway.service import Service
-from tokenspeed.gateway.sse import encode_json, stream
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 256
@@ -65,7 +64,7 @@ async def completions(service: Service, call: Call) -> None:
     with Generation(service.client, service.tokenizer, prompts, params, salt) as generation:
         dialect = _Completion(request, model, generation, service.tokenizer)
         if request.stream:
-            await stream(call, generation, dialect)
+            await generation.stream(call, dialect)
         else:
             await generation.finish()
             await call.reply(dialect.whole())

@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 
 from tokenspeed import __version__
-from tokenspeed.gateway.app import Call, RouteSpec
-from tokenspeed.gateway.sse import encode_json
+from tokenspeed.gateway.app import Call, RouteSpec, encode_json
 
 _ERROR = {
     "type": "object",

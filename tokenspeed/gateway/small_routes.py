@@ -7,11 +7,10 @@ import msgspec
 
 from tokenspeed import __version__
 from tokenspeed.errors import RequestError
-from tokenspeed.gateway.app import Call, check_depth
+from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.openai_schema import Messages
 from tokenspeed.gateway.service import Service
-from tokenspeed.gateway.sse import encode_json
 
 MAX_TOKENS = 1 << 18  # that are made text at once; it holds up everybody else
 
