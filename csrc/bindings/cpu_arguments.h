@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: MIT
+// Checks of a kernel's tensors: each raises ValueError naming the argument. Knows no kernel.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "dlpack_tensor.h"
+#include "kernels.h"
+
+namespace tokenspeed::cpu {
+
+// Adds the functions of cpu_attention.cpp.
+void bind_attention(nanobind::module_& m);
+
+using python::Tensor;
+using python::Type;
+
+[[noreturn]] inline void refuse(const char* name, const std::string& why) {
+    throw nanobind::value_error((std::string(name) + ": " + why).c_str());
+}
+
+inline void expect(bool holds, const char* name, const std::string& why) {
+    if (!holds) refuse(name, why);
+}
+
+inline constexpr int64_t kAny = -1;
+
+// The tensor has these sizes (kAny: whatever it has) and is dense from axis `dense_from` on.
+inline void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
+                         int dense_from = 0) {
+    bool matches = t.ndim() == static_cast<int>(sizes.size());
+    std::string wanted;
+    int axis = 0;
+    for (const int64_t size : sizes) {
+        matches = matches && (size == kAny || t.size(axis) == size);
+        wanted += (axis++ != 0 ? ", " : "") + (size == kAny ? "any" : std::to_string(size));
+    }
+    expect(matches, name, "expected shape [" + wanted + "], got " + t.shape_text());
+    expect(t.dense_from(dense_from), name, "must be contiguous");
+}
+
+inline void expect_type(const Tensor& t, const char* name, const Type& type) {
+    expect(t.is(type), name, std::string("expected ") + type.name);
+}
+
+inline DType float_type(const Tensor& t, const char* name) {
+    if (t.is(python::kFloat32)) return DType::kFloat32;
+    expect(t.is(python::kBFloat16), name, "expected float32 or bfloat16");
+    return DType::kBFloat16;
+}
+
+inline void expect_same(const Tensor& t, const char* name, DType dtype) {
+    expect(float_type(t, name) == dtype, name, "its dtype differs from the first argument's");
+}
+
+template <typename T>
+const T* indices(const Tensor& t, const char* name, const Type& type, int64_t count,
+                 int64_t below) {
+    expect_type(t, name, type);
+    expect_shape(t, name, {count});
+    const T* const values = t.data<T>();
+    bool inside = true;
+    for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < below;
+    expect(inside, name, "an index is not in [0, " + std::to_string(below) + ")");
+    return values;
+}
+
+template <typename T>
+const T* vector_of(const Tensor& t, const char* name, const Type& type, int64_t count) {
+    expect_type(t, name, type);
+    expect_shape(t, name, {count});
+    return t.data<T>();
+}
+
+template <typename Params>
+void run(void (*kernel)(const Params&), const Params& params) {
+    nanobind::gil_scoped_release released;
+    kernel(params);
+}
+
+}  // namespace tokenspeed::cpu
