@@ -28,6 +28,7 @@ class FakeModel:
 
     def forward(self, batch: ForwardBatch, caches: list[tuple[torch.Tensor, ...]]) -> torch.Tensor:
         """[T, 1] float64: the hash of the sequence up to each token, as read from its pages."""
+        assert int(batch.token_ids.min()) >= 0, "no model can look this id up"
         cache = caches[0][0]
         page_size = cache.shape[1]
         flat = cache.view(-1, 2)

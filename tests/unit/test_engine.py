@@ -277,6 +277,36 @@ def test_logprobs_of_output_and_prompt() -> None:
     assert all(o.prompt_logprobs is None for o in outputs[1:])
 
 
+def test_a_prompt_that_fails_in_its_first_chunk_ends_there() -> None:
+    model = FakeModel(VOCAB)
+    model.fail_on = 100
+    engine = engine_of(model, max_num_batched_tokens=8)
+    prompt = [100, *range(60)]
+    for request_id in range(2):
+        engine.add_request(request(request_id, prompt, max_tokens=2))
+        last = drain(engine)[request_id][-1]
+        assert (last.finish_reason, last.num_cached_tokens) == ("error", 0)
+    assert engine.num_steps == 2  # the other chunks are not even tried
+
+
+def test_logprobs_go_to_their_own_request() -> None:
+    engine = engine_of(max_num_seqs=1)
+    for request_id in range(3):
+        engine.add_request(request(request_id, [request_id, 7], max_tokens=3, logprobs=0))
+    for outputs in drain(engine).values():
+        for output in outputs:
+            assert [e.token_ids for e in output.logprobs or ()] == [output.token_ids]
+
+
+def test_prompt_logprobs_are_whole_when_the_prompt_is_cached() -> None:
+    engine = engine_of()
+    prompt = list(range(30))
+    for request_id in range(2):
+        engine.add_request(request(request_id, prompt, max_tokens=1, prompt_logprobs=0))
+        entries = drain(engine)[request_id][0].prompt_logprobs or []
+        assert [e and e.token_ids[0] for e in entries] == [None, *prompt[1:]]
+
+
 EXTREMES: dict[str, list[Any]] = {
     "temperature": [0.0, 1e-300, 1e-6, 1.0, 100.0],
     "top_k": [-1, 0, 1, VOCAB, 2**31 - 1],

@@ -21,12 +21,17 @@ def sampler() -> Sampler:
 
 
 def bind(
-    sampler: Sampler, slot: int, outputs: list[int] | None = None, stop_ids: Any = (), **params: Any
+    sampler: Sampler,
+    slot: int,
+    outputs: list[int] | None = None,
+    stop_ids: Any = (),
+    prompt: list[int] = PROMPT,
+    **params: Any,
 ) -> None:
     params.setdefault("temperature", 0.0)
     settings = SamplingParams(**params)
     sequence = Sequence(
-        np.array(PROMPT, np.int32), settings, list(stop_ids), settings.seed or 0, outputs or []
+        np.array(prompt, np.int32), settings, list(stop_ids), settings.seed or 0, outputs or []
     )
     sampler.bind(slot, sequence, sequence.output_ids)
 
@@ -179,6 +184,14 @@ def test_a_slot_forgets_its_last_request(sampler: Sampler) -> None:
     for position in range(30):
         a, b = draw(sampler, falling(2), [0, 1], position)[0]
         assert a == b
+
+
+def test_a_slot_forgets_the_last_prompt(sampler: Sampler) -> None:
+    bind(sampler, 0, prompt=[0, 5], repetition_penalty=9.0)
+    bind(sampler, 0, prompt=[1], repetition_penalty=9.0)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, [0, 1]] = torch.tensor([4.0, 5.0])
+    assert draw(sampler, logits, [0])[0] == [0]
 
 
 def test_logprobs_come_from_the_raw_logits(sampler: Sampler) -> None:

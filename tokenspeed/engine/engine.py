@@ -87,7 +87,6 @@ class Engine:
                 min_tokens=params.min_tokens,
                 stop_ids=np.array(stop_ids, np.int32),
                 salt=request.salt,
-                read_cache=params.prompt_logprobs is None,
                 prompt_logprobs=params.prompt_logprobs is not None,
             )
         except ValueError as error:
