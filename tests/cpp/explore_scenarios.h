@@ -49,6 +49,16 @@ inline std::vector<Scenario> quick_scenarios() {
                        tight_options(3, 2, depth),
                        {{.prompt = {1, 2, 3}, .max_tokens = 3},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}}}});
+        // Only here can an older request grow into the pages that a retracted one was promised.
+        SchedulerOptions six = tight_options(6, 1, depth);
+        six.max_num_seqs = 3;
+        six.max_num_batched_tokens = 4;
+        all.push_back({at_depth("3x6 ageing, pages of 1, once", depth),
+                       six,
+                       {{.prompt = {1}, .max_tokens = 4},
+                        {.prompt = {2, 2}, .max_tokens = 2},
+                        {.prompt = {3}, .max_tokens = 3}},
+                       /*again=*/false});
     }
     return all;
 }

@@ -35,9 +35,11 @@ World::World(const Scenario& scenario, Trie& trie, Coverage& coverage)
 std::vector<Move> World::moves() const {
     std::vector<Move> all;
     for (uint32_t i = 0; i < clients_.size(); ++i) {
+        if (!live(i) && clients_[i] && !scenario_.again) continue;
         all.push_back({live(i) ? Move::kAbort : Move::kSubmit, i});
     }
-    if (scheduler_->stats().num_cached_pages > 0) all.push_back({Move::kFlush, 0});
+    if (scenario_.again && scheduler_->stats().num_cached_pages > 0)
+        all.push_back({Move::kFlush, 0});
     if (num_in_flight() <= scenario_.options.overlap_depth) all.push_back({Move::kPlan, 0});
     if (flights_.empty()) return all;
     std::vector<uint32_t> outcomes = {0};
@@ -47,7 +49,6 @@ std::vector<Move> World::moves() const {
         const size_t count = outcomes.size();
         for (uint32_t more : {Move::kStop, Move::kFail}) {
             if (more == Move::kStop && !(live && rows[row].sample)) continue;
-            if (more == Move::kFail && !scenario_.failures) continue;
             for (size_t i = 0; i < count; ++i) outcomes.push_back(outcomes[i] | more << (2 * row));
         }
     }
@@ -223,6 +224,7 @@ uint64_t World::hash() const {
     for (const Flight& flight : flights_) {
         for (const Row& row : flight.rows) digest.add(row.life->poisoned);
     }
+    for (const LifeOf& life : clients_) digest.add(!scenario_.again && life != nullptr);
     return digest.value();
 }
 

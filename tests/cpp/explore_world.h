@@ -40,7 +40,7 @@ struct Scenario {
     std::string name;
     SchedulerOptions options;
     std::vector<Spec> specs;
-    bool failures = true;  // rows may fail
+    bool again = true;  // clients submit again when they are over, and the cache is flushed
 };
 
 inline constexpr int32_t kStopId = 9;
