@@ -27,7 +27,7 @@ nb::object rms_norm(const Tensor& x, const Tensor& weight, double eps) {
     NormParams p{};
     p.dtype = float_type(x, "x");
     const int last = x.ndim() - 1;
-    expect(last == 1 || last == 2, "x", "expected [T, D] or [T, H, D], got " + x.shape_text());
+    if (last != 1 && last != 2) refuse("x", "expected [T, D] or [T, H, D], got " + x.shape_text());
     expect(x.dense_from(last), "x", "its last axis must be contiguous");
     p.num_tokens = x.size(0);
     p.num_heads = last == 2 ? x.size(1) : 1;
@@ -73,7 +73,7 @@ nb::object silu_mul(const Tensor& x) {
     SiluMulParams p{};
     p.dtype = float_type(x, "x");
     expect_shape(x, "x", {kAny, kAny}, 1);
-    expect(x.size(1) % 2 == 0, "x", "expected [T, 2I], got " + x.shape_text());
+    expect(x.size(1) % 2 == 0, "x", "expected [T, 2I], got an odd size");
     p.num_tokens = x.size(0);
     p.size = x.size(1) / 2;
     p.x = x.data<void>();
@@ -128,7 +128,7 @@ nb::object moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
     p.size = x.size(1);
     expect_same(w13, "w13", p.dtype);
     expect_shape(w13, "w13", {kAny, kAny, p.size});
-    expect(w13.size(1) % 2 == 0, "w13", "expected [E, 2I, D], got " + w13.shape_text());
+    expect(w13.size(1) % 2 == 0, "w13", "expected [E, 2I, D], got an odd size");
     p.num_experts = w13.size(0);
     p.inner = w13.size(1) / 2;
     expect_same(w2, "w2", p.dtype);
@@ -143,7 +143,7 @@ nb::object moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
     for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) {
         inside &= p.ids[i] >= 0 && p.ids[i] < p.num_experts;
     }
-    expect(inside, "ids", "an id is not in [0, " + std::to_string(p.num_experts) + ")");
+    expect(inside, "ids", "an id is not in [0, number of experts)");
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
     p.w13 = w13.data<void>();
@@ -274,7 +274,7 @@ NB_MODULE(_cpu, m) {
     m.def(
         "set_isa",
         [](const std::string& name) {
-            expect(set_isa(name.c_str()), "name", "unknown here: " + name);
+            if (!set_isa(name.c_str())) refuse("name", "unknown here: " + name);
         },
         "name"_a);
     m.def("num_threads", &num_threads);

@@ -20,7 +20,8 @@ using python::Type;
     throw nanobind::value_error((std::string(name) + ": " + why).c_str());
 }
 
-inline void expect(bool holds, const char* name, const std::string& why) {
+// A failure's text is composed only when it is needed: these run in every call.
+inline void expect(bool holds, const char* name, const char* why) {
     if (!holds) refuse(name, why);
 }
 
@@ -30,18 +31,24 @@ inline constexpr int64_t kAny = -1;
 inline void expect_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> sizes,
                          int dense_from = 0) {
     bool matches = t.ndim() == static_cast<int>(sizes.size());
-    std::string wanted;
     int axis = 0;
     for (const int64_t size : sizes) {
         matches = matches && (size == kAny || t.size(axis) == size);
-        wanted += (axis++ != 0 ? ", " : "") + (size == kAny ? "any" : std::to_string(size));
+        ++axis;
     }
-    expect(matches, name, "expected shape [" + wanted + "], got " + t.shape_text());
+    if (!matches) {
+        std::string wanted;
+        for (const int64_t size : sizes) {
+            wanted += wanted.empty() ? "" : ", ";
+            wanted += size == kAny ? "any" : std::to_string(size);
+        }
+        refuse(name, "expected shape [" + wanted + "], got " + t.shape_text());
+    }
     expect(t.dense_from(dense_from), name, "must be contiguous");
 }
 
 inline void expect_type(const Tensor& t, const char* name, const Type& type) {
-    expect(t.is(type), name, std::string("expected ") + type.name);
+    if (!t.is(type)) refuse(name, std::string("expected ") + type.name);
 }
 
 inline DType float_type(const Tensor& t, const char* name) {
@@ -62,7 +69,7 @@ const T* indices(const Tensor& t, const char* name, const Type& type, int64_t co
     const T* const values = t.data<T>();
     bool inside = true;
     for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < below;
-    expect(inside, name, "an index is not in [0, " + std::to_string(below) + ")");
+    if (!inside) refuse(name, "an index is not in [0, " + std::to_string(below) + ")");
     return values;
 }
 

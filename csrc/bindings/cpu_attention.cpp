@@ -24,7 +24,7 @@ RopeParams rope_params(const Tensor& x, const char* name, const Tensor& cos_sin,
     expect_shape(cos_sin, "cos_sin", {kAny, kAny});
     p.rot = cos_sin.size(1);
     expect(p.rot % 2 == 0 && p.rot <= p.head_dim, "cos_sin",
-           "its rows must be even and at most " + std::to_string(p.head_dim) + " long");
+           "its rows must be even and at most as long as a head");
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
     p.x_head_stride = x.stride(1);
@@ -138,7 +138,7 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     expect_shape(page_table, "page_table", {kAny, kAny});
     p.page_table = page_table.data<int32_t>();
     p.max_pages = page_table.size(1);
-    expect(slots.ndim() == 1, "slots", "expected [R], got " + slots.shape_text());
+    expect(slots.ndim() == 1, "slots", "expected [R]");
     p.num_rows = slots.size(0);
     p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);

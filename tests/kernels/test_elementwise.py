@@ -181,3 +181,18 @@ def test_wrong_arguments_are_named() -> None:
         arguments[place] = bad_value
         with pytest.raises(ValueError, match=name):
             _cpu.rope_append_gqa(*arguments)
+
+
+def test_no_tokens_are_no_work() -> None:
+    x = torch.ones(0, 8)
+    assert _cpu.rms_norm(x, torch.ones(8), 1e-6).shape == (0, 8)
+    assert _cpu.silu_mul(x).shape == (0, 4)
+    assert _cpu.linear(x, torch.ones(3, 8)).shape == (0, 3)
+    ids = torch.zeros(0, 2, dtype=torch.int32)
+    out = _cpu.moe(x, torch.ones(2, 6, 8), torch.ones(2, 8, 3), torch.ones(0, 2), ids)
+    assert out.shape == (0, 8)
+    caches = torch.ones(1, 16, 1, 8), torch.ones(1, 16, 1, 8)
+    none = torch.zeros(0, dtype=torch.int32)
+    table, start = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    q = torch.ones(0, 1, 8)
+    assert _cpu.attention_gqa(q, *caches, table, none, start, none, 1.0).shape == (0, 1, 8)
