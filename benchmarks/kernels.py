@@ -3,7 +3,8 @@
 
 Knows ops and sizes, no engine. Reference and kernel run in turn, so that a busy machine slows both;
 what counts is the ratio of the first quintiles. Weights and KV rotate through 256 MiB.
-Run: python benchmarks/kernels.py [--only NAME] [--seconds S]. The last line is JSON.
+Run: python benchmarks/kernels.py [--only NAME] [--seconds S] [--cpu-time]. The last line is JSON.
+On a busy machine use --cpu-time: one thread each, and only the time it was really running.
 """
 
 import argparse
@@ -149,7 +150,7 @@ def all_cases(only: str) -> Iterator[Case]:
         yield from (c for c in sample_cases(rows) if only in c.op)
 
 
-def measure(case: Case, seconds: float) -> dict[str, object]:
+def measure(case: Case, seconds: float, clock: Callable[[], float]) -> dict[str, object]:
     """First quintiles of interleaved calls, in microseconds: a busy machine has a long tail."""
     runs = {b: select(case.op, dtype=case.dtype, backend=b) for b in ("reference", "cpu")}
     times: dict[str, list[float]] = {backend: [] for backend in runs}
@@ -158,9 +159,9 @@ def measure(case: Case, seconds: float) -> dict[str, object]:
         arguments = case.arguments(i % case.copies)
         for backend in ("reference", "cpu") if i % 2 else ("cpu", "reference"):
             other = case.arguments((i + (backend == "cpu") * case.copies // 2) % case.copies)
-            start = time.perf_counter()
+            start = clock()
             runs[backend](*(other if case.copies > 1 else arguments))
-            times[backend].append(time.perf_counter() - start)
+            times[backend].append(clock() - start)
         i += 1
     reference, cpu = (sorted(times[b][2:])[len(times[b][2:]) // 5] * 1e6 for b in runs)
     return {
@@ -177,20 +178,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--seconds", type=float, default=0.5, help="per case")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, its CPU time")
     options = parser.parse_args()
+    clock = time.thread_time if options.cpu_time else time.perf_counter
+    if options.cpu_time:
+        torch.set_num_threads(1)
+        _cpu.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
     print(f"{_cpu.isa()}, {_cpu.num_threads()} threads; torch {torch.get_num_threads()}")
     print(f"{'op':16} {'case':34} {'reference us':>12} {'cpu us':>9} {'ratio':>6} {'GB/s':>6}")
     results = []
     for case in all_cases(options.only):
-        r = measure(case, options.seconds)
+        r = measure(case, options.seconds, clock)
         results.append(r)
         print(
             f"{r['op']:16} {r['case']:34} {r['reference_us']:>12} {r['cpu_us']:>9} "
             f"{r['ratio']:>6} {r['gb_per_s']:>6}"
         )
-    print(json.dumps({"benchmark": "kernels", "isa": _cpu.isa(), "results": results}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "kernels",
+                "isa": _cpu.isa(),
+                "cpu_time": options.cpu_time,
+                "results": results,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
