@@ -19,7 +19,8 @@ ts_explorer(explore)
 target_compile_options(explore PRIVATE -O2)
 add_test(NAME explore_build COMMAND "${CMAKE_COMMAND}" --build "${CMAKE_BINARY_DIR}" --target explore)
 add_test(NAME explore_full COMMAND explore full)
-set_tests_properties(explore_build PROPERTIES LABELS full FIXTURES_SETUP explore)
+set_tests_properties(explore_build PROPERTIES LABELS full FIXTURES_SETUP explore
+    RESOURCE_LOCK build_tree)
 set_tests_properties(explore_full PROPERTIES LABELS full FIXTURES_REQUIRED explore TIMEOUT 1200)
 
 file(GLOB compile_fail_sources CONFIGURE_DEPENDS compile_fail/*.cpp)

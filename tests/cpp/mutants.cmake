@@ -10,5 +10,6 @@ foreach(line ${mutants})
         COMMAND "${CMAKE_COMMAND}" "-DBUILD=${CMAKE_BINARY_DIR}" "-DMUTANT=mutant_${name}"
             "-DBINARY=$<TARGET_FILE:mutant_${name}>"
             -P "${CMAKE_CURRENT_SOURCE_DIR}/mutants/kill.cmake")
-    set_tests_properties(mutant_${name} PROPERTIES LABELS full TIMEOUT 1200)
+    set_tests_properties(mutant_${name} PROPERTIES LABELS full TIMEOUT 1200
+        RESOURCE_LOCK build_tree)
 endforeach()
