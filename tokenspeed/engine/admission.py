@@ -42,20 +42,22 @@ def check(request: GenerateRequest, limits: Limits) -> NDArray[np.int32]:
 
 
 def _ids(name: str, ids: list[int], limits: Limits) -> NDArray[np.int32]:
-    wrong = RequestError(
-        f"{name}: token ids must be integers in [0, {limits.vocab_size})", field=name
-    )
     if not len(ids):
         return np.empty(0, np.int32)
     try:
         array = np.asarray(ids)
     except (ValueError, OverflowError):
-        raise wrong from None
+        raise _not_ids(name, limits) from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise wrong
+        raise _not_ids(name, limits)
     if array.min() < 0 or array.max() >= limits.vocab_size:
-        raise wrong
+        raise _not_ids(name, limits)
     return array.astype(np.int32)
+
+
+def _not_ids(name: str, limits: Limits) -> RequestError:
+    message = f"{name}: token ids must be integers in [0, {limits.vocab_size})"
+    return RequestError(message, field=name)
 
 
 def _check_length(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:

@@ -24,7 +24,6 @@ from tokenspeed.execution.sampler import Sampler, Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.layers.batch import ForwardBatch
 
-SMALL_STEP = 16  # tokens up to which our kernels' own threads do the work and torch needs but one
 LOGITS_BLOCK = 64  # rows of vocabulary-wide logits held at a time for prompt logprobs
 
 Caches = list[tuple[torch.Tensor, ...]]
@@ -121,7 +120,8 @@ class Runner:
         return _Step(plan, binds, [o[0] for o in owners], [o[1] for o in owners])
 
     def _run_threaded(self, step: _Step) -> StepOutput:
-        if self._batcher.device.type != "cpu" or len(step.plan.tokens) > SMALL_STEP:
+        """Torch's threads rest during a step on the CPU: the kernels have threads of their own."""
+        if self._batcher.device.type != "cpu":
             return self._run(step)
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)

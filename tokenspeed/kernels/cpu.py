@@ -11,16 +11,25 @@ from torch.nn import functional
 from tokenspeed import _cpu
 from tokenspeed.kernels.registry import Ask, Kernel, register
 
-# Up to here reading the weight costs the most, and our kernel reads it once. Above, torch's
-# bfloat16 product is a little faster (much, with matrix units); its float32 product is slower.
-MAX_LINEAR_ROWS = 16
+# From here on a CPU with matrix tiles (AMX), which our kernel does not use, is faster in torch.
+MIN_TILED_ROWS = 17
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The compiled kernel for float32 and for a few rows, torch's product for more."""
-    if x.shape[0] <= MAX_LINEAR_ROWS or x.dtype == torch.float32:
+def _tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch's product for many bfloat16 rows, on as many threads as our kernels have."""
+    if x.shape[0] < MIN_TILED_ROWS or x.dtype != torch.bfloat16:
         return _cpu.linear(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(_cpu.num_threads())
+    try:
+        return functional.linear(x, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _linear() -> Kernel:
+    # Everywhere else two thread pools in one step would cost more than torch's product gains.
+    return _tiled_linear if torch.cpu._is_amx_tile_supported() else _cpu.linear
 
 
 def _exchange(_: Ask) -> str | None:
@@ -38,7 +47,7 @@ _WIDE: dict[str, Kernel] = {
     "attention_mla": _cpu.attention_mla,
     "silu_mul": _cpu.silu_mul,
     "moe": _cpu.moe,
-    "linear": linear,
+    "linear": _linear(),
     "head_linear": _cpu.head_linear,
 }
 _FLOAT32: dict[str, Kernel] = {
