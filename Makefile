@@ -41,7 +41,7 @@ test: build test-cpp ## the quick suites (minutes)
 
 test-cpp: setup ## the scheduler's C++ tests under ASan and UBSan
 	@$(CMAKE) -S . -B build/asan -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja -Wno-dev \
-	    -DTOKENSPEED_PYTHON=OFF -DTOKENSPEED_TESTS=ON -DTOKENSPEED_SANITIZE=ON --log-level=WARNING
+	    -DTOKENSPEED_PYTHON=OFF -DTOKENSPEED_TESTS=ON --log-level=WARNING
 	@$(CMAKE) --build build/asan -- --quiet
 	$(BIN)/ctest --test-dir build/asan --output-on-failure -LE full
 

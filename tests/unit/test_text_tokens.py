@@ -192,7 +192,7 @@ def test_malformed_folder_is_a_typed_error(tmp_path, name, content):
 
 
 def test_missing_tokenizer_is_a_typed_error(tmp_path):
-    with pytest.raises(ModelLoadError, match="no tokenizer.json"):
+    with pytest.raises(ModelLoadError, match=r"no tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)
 
 
