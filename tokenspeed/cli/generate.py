@@ -2,7 +2,6 @@
 """`tokenspeed generate`: prompts in, texts out, in one process. Knows flags, no sampling rules."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from typing import Any
@@ -44,12 +43,7 @@ def run(args: argparse.Namespace) -> int:
     from tokenspeed.llm import LLM
 
     params = SamplingParams(**sampling_options(args))
-    options = {
-        name: value
-        for group in dataclasses.asdict(config).values()
-        for name, value in group.items()
-    }
-    for output in LLM(**options).generate(prompts, params):
+    for output in LLM(config=config).generate(prompts, params):
         text = output.outputs[0].text
         if args.json:
             print(json.dumps({"prompt": output.prompt, "text": text}, ensure_ascii=False))
