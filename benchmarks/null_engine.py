@@ -115,7 +115,7 @@ class _Heart(threading.Thread):
             if os.getppid() != self._parent:
                 os._exit(1)
             work = bool(self._echo.running or self._echo.waiting)
-            socket.send(encode(m.Heartbeat(self._echo.num_steps, work, time.monotonic())))
+            socket.send(encode(m.Heartbeat(self._echo.num_steps, work)))
 
 
 def run(args: argparse.Namespace) -> int:

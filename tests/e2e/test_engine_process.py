@@ -135,7 +135,6 @@ def test_heartbeats_go_on_while_idle(peer: Peer) -> None:
     later = peer.receive(m.Heartbeat, timeout_s=5.0)
     assert not later.has_work
     assert later.num_steps == beat.num_steps > 0
-    assert later.monotonic_s > beat.monotonic_s
 
 
 def test_signals_are_the_gateways_business_and_shutdown_ends_it(peer: Peer) -> None:

@@ -223,14 +223,14 @@ async def test_a_hung_engine_ends_readiness_and_comes_back():
         begin = asyncio.get_running_loop().time()
         steps = 0
         while (await g.http.get("/ready")).status_code == 200:
-            g.client._up(m.Heartbeat(7, True, 0.0))  # alive, but no step is ever done
+            g.client._up(m.Heartbeat(7, True))  # alive, but no step is ever done
             await asyncio.sleep(0.02)
             steps += 1
         assert 0.4 < asyncio.get_running_loop().time() - begin < 1.5
         refused = await g.post(TEXT, BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_hung")
         for number in range(8, 30):
-            g.client._up(m.Heartbeat(number, True, 0.0))
+            g.client._up(m.Heartbeat(number, True))
             await asyncio.sleep(0.02)
         assert (await g.http.get("/ready")).status_code == 200
 
@@ -238,7 +238,7 @@ async def test_a_hung_engine_ends_readiness_and_comes_back():
 async def test_an_idle_engine_is_not_hung():
     async with gateway(watchdog_timeout_s=0.5) as g:
         for _ in range(40):
-            g.client._up(m.Heartbeat(7, False, 0.0))
+            g.client._up(m.Heartbeat(7, False))
             await asyncio.sleep(0.02)
             assert g.client.state == "ready"
 

@@ -23,6 +23,8 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class AbortRequest:
+    """Down: end this request, in whatever state it is."""
+
     request_id: int
 
 
@@ -117,7 +119,6 @@ class Heartbeat:
 
     num_steps: int
     has_work: bool
-    monotonic_s: float
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Heart(threading.Thread):
                 os._exit(1)
             steps = self.engine.num_steps if self.engine else 0
             work = self.engine.has_work() if self.engine else False
-            outbox.offer(m.Heartbeat(steps, work, time.monotonic()))  # must reach getppid again
+            outbox.offer(m.Heartbeat(steps, work))  # must reach getppid again
         outbox.close()
 
     def stop(self) -> None:
