@@ -10,15 +10,16 @@ from typing import Any
 
 import msgspec
 
+from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.generation import Choice, Generation, room_left
-from tokenspeed.gateway.openai_schema import ChatRequest, check_served, sampling_params
+from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.tokenizer import Tokenizer
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
-_MIN_LOGPROB = -9999.0  # JSON has no infinity
+MIN_LOGPROB = -9999.0  # JSON has no infinity
 
 
 async def chat_completions(service: Service, call: Call) -> None:
@@ -30,6 +31,9 @@ async def chat_completions(service: Service, call: Call) -> None:
     prompt = await _render(service, request)
     limits = service.client.check_room()
     max_tokens = request.max_completion_tokens
+    if max_tokens is not None and max_tokens < 1:
+        why = "max_completion_tokens: must be at least 1"
+        raise RequestError(why, field="max_completion_tokens")
     params = sampling_params(
         request,
         max_tokens=room_left(
@@ -113,7 +117,7 @@ class _Chat:
             "logprobs": None,
             "finish_reason": None,
         }
-        return self._event([first], self._prompt_extras(choice))
+        return self._event([first], prompt_extras(self._request, choice, self._tokenizer))
 
     def closing(self) -> bytes:
         if not self._usage_at_end:
@@ -121,10 +125,10 @@ class _Chat:
         return b"data: " + encode_json(self._with_usage([])) + b"\n\n"
 
     def whole(self) -> bytes:
-        choices = [self._choice(choice, delta=False) for choice in self._generation.choices]
-        return encode_json(
-            self._with_usage(choices) | self._prompt_extras(self._generation.choices[0])
-        )
+        made = self._generation.choices
+        choices = [self._choice(choice, delta=False) for choice in made]
+        extras = prompt_extras(self._request, made[0], self._tokenizer)
+        return encode_json(self._with_usage(choices) | extras)
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = self._head | {"choices": choices}
@@ -153,15 +157,6 @@ class _Chat:
             made["token_ids"] = choice.token_ids
         return made
 
-    def _prompt_extras(self, choice: Choice) -> dict[str, Any]:
-        """What is said once of the prompt, if it was asked for."""
-        extras: dict[str, Any] = {}
-        if self._request.return_token_ids:
-            extras["prompt_token_ids"] = choice.prompt_ids
-        if choice.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(choice.prompt_logprobs, self._tokenizer)
-        return extras
-
     def _token(self, position: TokenLogprobs) -> dict[str, Any]:
         """The chosen token with the likeliest ones beside it."""
         all_of_it = [
@@ -176,7 +171,7 @@ class _Chat:
         raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token)
         return {
             "token": token_text(token, self._tokenizer, as_ids=as_ids),
-            "logprob": max(logprob, _MIN_LOGPROB),
+            "logprob": max(logprob, MIN_LOGPROB),
             "bytes": list(raw),
         }
 
@@ -188,7 +183,17 @@ def token_text(token: int, tokenizer: Tokenizer | None, *, as_ids: bool) -> str:
     return tokenizer.token_text(token)
 
 
-def prompt_logprobs(
+def prompt_extras(request: Sampling, choice: Choice, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What is said once of the prompt, if it was asked for."""
+    extras: dict[str, Any] = {}
+    if request.return_token_ids:
+        extras["prompt_token_ids"] = choice.prompt_ids
+    if choice.prompt_logprobs is not None:
+        extras["prompt_logprobs"] = _prompt_logprobs(choice.prompt_logprobs, tokenizer)
+    return extras
+
+
+def _prompt_logprobs(
     positions: list[TokenLogprobs | None], tokenizer: Tokenizer | None
 ) -> list[dict[str, Any] | None]:
     """vLLM's shape: for each prompt token a map of id to logprob, rank and text; null for the
@@ -198,7 +203,7 @@ def prompt_logprobs(
         if position is None
         else {
             str(token): {
-                "logprob": max(logprob, _MIN_LOGPROB),
+                "logprob": max(logprob, MIN_LOGPROB),
                 "rank": rank,
                 "decoded_token": token_text(token, tokenizer, as_ids=False),
             }

@@ -12,14 +12,13 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, encode_json
 from tokenspeed.gateway.generation import Choice, Generation, room_left
-from tokenspeed.gateway.openai_chat import prompt_logprobs, token_text
+from tokenspeed.gateway.openai_chat import MIN_LOGPROB, prompt_extras, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_PROMPTS = 256
 _DEFAULT_MAX_TOKENS = 16  # OpenAI's
-_MIN_LOGPROB = -9999.0
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -139,7 +138,7 @@ class _Completion:
             choice.begun = True
             choice.text = self._echo(choice) + choice.text
             if self._request.return_token_ids or choice.prompt_logprobs is not None:
-                return self._event(self._choice(choice) | self._prompt_extras(choice))
+                return self._event(self._choice(choice) | self._extras(choice))
         if choice.finish_reason is None and self._plain:
             if not choice.text:
                 return b""
@@ -157,7 +156,7 @@ class _Completion:
         choices = []
         for choice in self._generation.choices:
             choice.text = self._echo(choice) + choice.text
-            choices.append(self._choice(choice) | self._prompt_extras(choice))
+            choices.append(self._choice(choice) | self._extras(choice))
         return encode_json(self._head | {"choices": choices, "usage": self._generation.usage()})
 
     def _event(self, choice: dict[str, Any]) -> bytes:
@@ -187,13 +186,8 @@ class _Completion:
             made["token_ids"] = choice.token_ids
         return made
 
-    def _prompt_extras(self, choice: Choice) -> dict[str, Any]:
-        extras: dict[str, Any] = {}
-        if self._request.return_token_ids:
-            extras["prompt_token_ids"] = choice.prompt_ids
-        if choice.prompt_logprobs is not None:
-            extras["prompt_logprobs"] = prompt_logprobs(choice.prompt_logprobs, self._tokenizer)
-        return extras
+    def _extras(self, choice: Choice) -> dict[str, Any]:
+        return prompt_extras(self._request, choice, self._tokenizer)
 
     def _logprobs(self, choice: Choice) -> dict[str, Any]:
         """Four lists of equal length: tokens, logprobs, the likeliest, offsets in the text."""
@@ -206,7 +200,7 @@ class _Completion:
         for position in choice.logprobs:
             text = self._text(position.token_ids[0])
             made["tokens"].append(text)
-            made["token_logprobs"].append(max(position.logprobs[0], _MIN_LOGPROB))
+            made["token_logprobs"].append(max(position.logprobs[0], MIN_LOGPROB))
             made["top_logprobs"].append(self._top(position))
             made["text_offset"].append(self._offsets[choice.index])
             self._offsets[choice.index] += len(text)
@@ -216,7 +210,7 @@ class _Completion:
         """The `logprobs` likeliest and the chosen token, by text."""
         pairs = list(zip(position.token_ids, position.logprobs, strict=True))
         pairs = pairs[1 : (self._request.logprobs or 0) + 1] + pairs[:1]
-        return {self._text(token): max(logprob, _MIN_LOGPROB) for token, logprob in pairs}
+        return {self._text(token): max(logprob, MIN_LOGPROB) for token, logprob in pairs}
 
     def _text(self, token: int) -> str:
         as_ids = bool(self._request.return_tokens_as_token_ids)

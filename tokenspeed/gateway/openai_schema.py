@@ -35,10 +35,13 @@ Messages = Annotated[
 ]
 
 _SALT = re.compile(r"[A-Za-z0-9._:=+/-]{1,256}")
+_TOKEN_ID = re.compile(r"-?[0-9]{1,19}")
 _MASK = 2**64 - 1
 
 
 class StreamOptions(msgspec.Struct):
+    """When a stream says how many tokens there were: at its end, or in every event."""
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
@@ -233,10 +236,9 @@ def sampling_params(
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items() if len(token) < 20}
-    except ValueError:
-        raise RequestError("logit_bias: keys must be token ids", field="logit_bias") from None
+    if not all(map(_TOKEN_ID.fullmatch, given)):
+        raise RequestError("logit_bias: keys must be token ids", field="logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _bad_words(words: list[str], tokenizer: Tokenizer | None) -> list[list[int]]:
