@@ -16,6 +16,8 @@ from tokenspeed.spmd.placement import ModuleSpec, Partial, Shard
 
 @dataclass(frozen=True)
 class GqaShape:
+    """Sizes of one grouped-query attention, in features."""
+
     hidden_size: int
     num_heads: int
     num_kv_heads: int

@@ -25,6 +25,8 @@ LORA_NORM_EPS = 1e-6  # the release's inner norms do not follow rms_norm_eps
 
 @dataclass(frozen=True)
 class MlaShape:
+    """Sizes of one latent attention, in features."""
+
     hidden_size: int
     num_heads: int
     q_lora_rank: int | None

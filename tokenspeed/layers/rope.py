@@ -53,6 +53,7 @@ class RopeConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's correction of magnitudes for a context `factor` times longer. arXiv:2309.00071."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
 
 

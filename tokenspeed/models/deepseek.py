@@ -24,6 +24,8 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class DeepseekV3ForCausalLM(CausalLM):
+    """DeepSeek V3 and R1, Kimi K2: sigmoid routing with a bias, in groups."""
+
     default_method: ClassVar[str] = "noaux_tc"
     num_mtp_layers: int = 0
 
@@ -100,6 +102,8 @@ class DeepseekV3ForCausalLM(CausalLM):
 
 
 class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM):
+    """DeepSeek V2: softmax routing, greedy or in groups."""
+
     default_method = "greedy"
 
 

@@ -15,6 +15,8 @@ from tokenspeed.models.hf_config import HfConfig
 
 
 class LlamaForCausalLM(CausalLM):
+    """Every layer the same: grouped-query attention and a gated feed-forward."""
+
     @classmethod
     def from_config(
         cls,

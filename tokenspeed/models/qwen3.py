@@ -15,6 +15,8 @@ from tokenspeed.models.hf_config import HfConfig
 
 
 class Qwen3ForCausalLM(CausalLM):
+    """Dense; `feed_forward` is what the mixture of experts replaces."""
+
     default_head_dim: int | None = 128
 
     @classmethod

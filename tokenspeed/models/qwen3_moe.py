@@ -9,6 +9,8 @@ from tokenspeed.models.qwen3 import Qwen3ForCausalLM
 
 
 class Qwen3MoeForCausalLM(Qwen3ForCausalLM):
+    """Experts in the layers that `mlp_only_layers` and `decoder_sparse_step` leave."""
+
     default_head_dim = None  # hidden_size / num_attention_heads
 
     @classmethod
