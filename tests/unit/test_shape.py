@@ -17,7 +17,7 @@ MAX_FILE, MAX_KERNEL_FILE, MAX_FUNCTION = 400, 600, 60
 
 
 def python_files() -> list[Path]:
-    return sorted(p for p in PACKAGE.rglob("*.py") if "bench" not in p.relative_to(PACKAGE).parts)
+    return sorted(PACKAGE.rglob("*.py"))
 
 
 def folder_of(path: Path) -> str:
