@@ -34,7 +34,7 @@ RAW_VALUES = (
 RAW_VALUES += ["9" * 30, "9" * 5000, "-" + "9" * 5000]
 # What a value may mean in a field is the field's business; what it may never do is a 5xx, and an
 # error always names the field.
-OWN_NAMES = {"max_completion_tokens": {"max_tokens"}, "top_logprobs": {"logprobs"}}
+OWN_NAMES = {"top_logprobs": {"logprobs"}}
 
 
 async def raw(g, path: str, field: str, value: str):
@@ -83,7 +83,15 @@ async def test_numeric_fields(path):
 
 
 LISTS = {
-    "logit_bias": ['{"x":1}', '{"1":1e9}', '{"1":NaN}', '{"-1":1}', '{"99999999":1}', "[]", "1"],
+    "logit_bias": [
+        *(f'{{"{k}":1}}' for k in ("x", "1" * 30, " 5 ", "1_0", "\u0661")),
+        '{"1":1e9}',
+        '{"1":NaN}',
+        '{"-1":1}',
+        '{"99999999":1}',
+        "[]",
+        "1",
+    ],
     "stop_token_ids": ["[-1]", "[1.5]", '["1"]', "[99999999999999999999]", "5", "[null]"],
     "allowed_token_ids": ["[]", "[-1]", "[99999999999999999999]", "{}"],
     "bad_words": ['[""]', "[1]", '"x"'],

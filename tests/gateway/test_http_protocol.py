@@ -74,3 +74,38 @@ async def test_the_second_request_of_a_connection_is_bounded_too(monkeypatch):
     assert b"HTTP/1.1 408" in late
     assert b"HTTP/1.1 431" in large
     assert b"HTTP/1.1 431" in many
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+async def test_trailers_and_extensions_of_chunks_are_bounded_and_no_headers(monkeypatch):
+    seen, answer = [], application
+
+    async def waits_for_the_body(scope, receive, send):
+        while (await receive()).get("more_body"):
+            pass
+        seen.append([name for name, _ in scope["headers"]])
+        await answer(scope, receive, send)
+
+    monkeypatch.setitem(globals(), "application", waits_for_the_body)
+    fields = b"x: y\r\n" * 6000
+    async with listening() as port:
+        few = await talk(port, CHUNKED, b"1\r\na\r\n0\r\nx-late: 1\r\n\r\n", b"end\r\n\r\n")
+        many = await talk(port, CHUNKED, b"1\r\na\r\n0\r\n", fields, fields)
+        long = await talk(port, CHUNKED, b"1\r\na\r\n0\r\nx: ", *[b"y" * 40_000] * 2)
+        extended = await talk(port, CHUNKED, b"1;", *[b"x" * 40_000] * 2)
+    assert few.startswith(b"HTTP/1.1 200 ")
+    assert seen == [[b"host", b"transfer-encoding"]]
+    for reply in (many, long, extended):
+        assert reply.startswith(b"HTTP/1.1 431 ")
+
+
+async def test_framing_and_bodies_are_no_part_of_a_head():
+    tiny = b"1\r\na\r\n" * 30_000 + b"0\r\n\r\n"
+    large = b"POST / HTTP/1.1\r\ncontent-length: 100000\r\n\r\n" + b"x" * 100_000
+    async with listening() as port:
+        # The next head begins in the very read in which a body ends; garbage makes the server end.
+        reply = await talk(port, CHUNKED + tiny + large + b"GET / HT", b"TP/1.1\r\n\r\n", b"\0\r\n")
+    assert reply.count(b"HTTP/1.1 200 ") == 3
+    assert b"HTTP/1.1 431" not in reply

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""uvicorn's HTTP/1.1 protocol with bounds on the head of a request. Knows bytes, no routes."""
+"""uvicorn's HTTP/1.1 protocol with bounds on all of a request but its body. Knows bytes, no routes.
+
+Trailers are dropped: they come when the request is on its way, too late to be headers of it.
+"""
 
 import asyncio
 from typing import Any
@@ -11,6 +14,7 @@ from tokenspeed.gateway.api_error import ApiError
 MAX_HEAD_BYTES = 64 << 10
 MAX_HEADERS = 100
 HEAD_TIMEOUT_S = 20.0
+_FRAMING = 8  # bytes of chunked framing allowed a byte of body; the smallest chunks need 5
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -18,7 +22,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0
+        self._overhead = 0  # bytes of this message that are no body, less what frames its body
+        self._reading = 0  # bytes of the read that is being parsed
         self._in_head = True
         self._deadline: asyncio.TimerHandle | None = None
 
@@ -31,17 +36,21 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._reading = len(data)
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse(431, "the request's headers are too large")
+        self._overhead += len(data)
+        if self._overhead > MAX_HEAD_BYTES:
+            self._refuse(431, "the request's headers or trailers are too large")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._in_head, self._head_bytes = True, 0
+        self._in_head = True
         if self._deadline is None:
             self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._head_is_late)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_head:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -53,10 +62,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._overhead -= (1 + _FRAMING) * len(body)
         if not self.transport.is_closing():
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._overhead = -self._reading  # what follows in this read belongs to the next message
         if not self.transport.is_closing():
             super().on_message_complete()
 
