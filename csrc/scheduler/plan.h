@@ -5,17 +5,16 @@
 // Both are one array of int32. A Plan is broadcast to other ranks byte for byte. All sections stand
 // one after the other without gaps, in the order below; counts come from the header.
 //
-//   Plan:   header[kPlanHeaderWords]
-//           rows   [num_rows]  [kRowWords]     slot, flags, start, num_tokens, num_draft,
-//           token_offset tokens [num_tokens]                ids; kTokenFromDevice = the slot's last
-//           sampled id deltas [num_deltas][kDeltaWords]   group, slot, index in the slot's page
-//           table, page copies [num_copies][kCopyWords]    source tier, source page, target tier,
-//           target page binds  [num_binds] [kBindWords]    slot, request id low, request id high,
-//           known tokens
+//   Plan:   header [kPlanHeaderWords]
+//           rows   [num_rows][kRowWords]        slot, flags, start, num_tokens, num_draft, offset
+//           tokens [num_tokens]                 ids; kTokenFromDevice: the slot's last sampled id
+//           deltas [num_deltas][kDeltaWords]    group, slot, index in the slot's page table, page
+//           copies [num_copies][kCopyWords]     source tier, source page, target tier, target page
+//           binds  [num_binds][kBindWords]      slot, request id low, high, number of known tokens
 //
-//   Result: header[kResultHeaderWords]
-//           rows   [num_rows]  [kResultRowWords]   slot, status, num_accepted    (in plan order)
-//           ids    [num_ids]                       accepted ids, ragged, in row order
+//   Result: header [kResultHeaderWords]
+//           rows   [num_rows][kResultRowWords]  slot, status, num_accepted    (in plan order)
+//           ids    [num_ids]                    accepted ids, ragged, in row order
 //
 // A row covers positions [start, start + num_tokens) of its slot's sequence. Execution applies, in
 // this order: binds (the slot's sampler state is reset and rebuilt for that request), copies,
