@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # `make serve` and `make test` do all the set-up they need.
 PYTHON ?= python3
 PORT ?= 8000
@@ -66,6 +67,7 @@ bench: build ## every benchmark that fits a laptop
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/footprint.py
 
 clean: ## remove what was built, keep .venv
 	rm -rf build tokenspeed/*.so

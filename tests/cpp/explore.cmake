@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Exploration of every interleaving within a bound, and what must not compile.
 set(EXPLORE_SOURCES explore.cpp explore_plan.cpp explore_world.cpp)
 

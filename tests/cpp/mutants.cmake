@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # One explorer for each defect that csrc/scheduler/mutant.h names; the exploration must find it.
 file(STRINGS "${PROJECT_SOURCE_DIR}/csrc/scheduler/mutant.h" mutants REGEX "^ +k[KI][0-9]+[A-Za-z]+,")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Compiles SOURCE twice: as it stands it must compile; with MUST_FAIL defined it must not, for the
 # reason that its line "// expect:" names.
 file(STRINGS "${SOURCE}" expect REGEX "^// expect: ")

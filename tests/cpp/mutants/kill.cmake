@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 # Builds an explorer with one defect and lets it explore; fails if the defect is not found.
 execute_process(COMMAND "${CMAKE_COMMAND}" --build "${BUILD}" --target "${MUTANT}"
     RESULT_VARIABLE failed OUTPUT_VARIABLE log ERROR_VARIABLE log)
