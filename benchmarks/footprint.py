@@ -5,6 +5,8 @@ Starts the real server with the demo model, warms it up, then records in both pr
 Python file of ours in which a function is called between the request and its last byte. C++ files
 cannot be traced that way: all sources that the two extension modules are built from are counted
 when the request calls into the module. Knows processes and files, nothing of what they do.
+
+    python benchmarks/footprint.py [--model demo]
 """
 
 import argparse

@@ -7,7 +7,7 @@ tokens in an event. Added latency is the time from the engine's send to the clie
 read from the machine's monotonic clock. Events per second per core is events over the gateway
 process's own CPU time (user and system), so a busy machine or a slow client cannot flatter it.
 
-    python -m benchmarks.gateway [--streams 64 256] [--rate 8000] [--tokens 300]
+    python benchmarks/gateway.py [--streams 64 256] [--rate 8000 40000] [--tokens 300]
 """
 
 import argparse
