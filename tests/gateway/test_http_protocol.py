@@ -96,7 +96,7 @@ async def test_trailers_and_extensions_of_chunks_are_bounded_and_no_headers(monk
         long = await talk(port, CHUNKED, b"1\r\na\r\n0\r\nx: ", *[b"y" * 40_000] * 2)
         extended = await talk(port, CHUNKED, b"1;", *[b"x" * 40_000] * 2)
     assert few.startswith(b"HTTP/1.1 200 ")
-    assert seen == [[b"host", b"transfer-encoding"]]
+    assert seen[0] == [b"host", b"transfer-encoding"]
     for reply in (many, long, extended):
         assert reply.startswith(b"HTTP/1.1 431 ")
 
