@@ -4,7 +4,10 @@
 What comes back is shaped like vLLM's `RequestOutput`.
 """
 
+import contextlib
 import itertools
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,6 +105,7 @@ class LLM:
         self._eos_ids = self._tokenizer.eos_ids if self._tokenizer else eos_token_ids(folder)
         self._engine = build_engine(config, folder=folder)
         self._ids = itertools.count()
+        self._unread: dict[int, list[TokenOutput]] = {}  # of requests that another call drives
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. `ValueError` if the LLM was built with `skip_tokenizer_init`."""
@@ -208,8 +212,9 @@ class LLM:
                     stop_ids = one.all_stop_ids(self._eos_ids)
                     request_id = next(self._ids)
                     choice = _Choice(request, output, one, self._detokenizer(one, ids))
-                    self._engine.add_request(GenerateRequest(request_id, ids, one, stop_ids))
-                    choices[request_id] = choice
+                    with _uninterrupted():
+                        self._engine.add_request(GenerateRequest(request_id, ids, one, stop_ids))
+                        choices[request_id] = choice
         except BaseException:
             self._abort(choices)
             raise
@@ -233,7 +238,7 @@ class LLM:
         """Steps the engine until all choices are over; yields each with the text it gained."""
         try:
             while choices:
-                for output in self._engine.step():
+                for output in self._outputs(choices):
                     choice = choices.get(output.request_id)
                     if choice is None:
                         continue
@@ -245,9 +250,26 @@ class LLM:
         finally:
             self._abort(choices)
 
+    def _outputs(self, choices: dict[int, _Choice]) -> list[TokenOutput]:
+        """What another call's steps brought for these choices, or else what the next step brings.
+
+        Several streams may be open at once; every step serves all of them.
+        """
+        kept = [self._unread.pop(request_id) for request_id in choices & self._unread.keys()]
+        if kept:
+            return list(itertools.chain.from_iterable(kept))
+        with _uninterrupted():
+            outputs = self._engine.step()
+            for output in outputs:
+                if output.request_id not in choices:
+                    self._unread.setdefault(output.request_id, []).append(output)
+        return outputs
+
     def _abort(self, choices: dict[int, _Choice]) -> None:
-        for request_id in choices:
-            self._engine.abort(request_id)
+        with _uninterrupted():
+            for request_id in choices:
+                self._engine.abort(request_id)
+                self._unread.pop(request_id, None)
 
     def _take(self, choice: _Choice, new: TokenOutput) -> str:
         """Adds what the engine says to the choice; returns the text that became certain."""
@@ -289,6 +311,23 @@ class LLM:
             text = None if self._tokenizer is None else self._tokenizer.token_text(token_id)
             found.setdefault(token_id, Logprob(logprob, rank, text))
         return found
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block is over: half a step would leave the engine of no use."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: caught.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            handler(*caught[0])
 
 
 def _one_each(

@@ -2,6 +2,7 @@
 """`LLM`: texts in, texts out, shaped like vLLM's, in one process without a socket."""
 
 import itertools
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -185,3 +186,38 @@ def test_no_socket_library_is_imported(folder: Path, python: str, repository: Pa
         "sys.exit(str(bad) if bad else 0)"
     )
     subprocess.run([python, "-c", code], check=True, cwd=repository)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_an_interrupt_in_the_middle_of_a_step_leaves_the_engine_whole(
+    folder: Path, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(str(folder), overlap_depth=depth, **OPTIONS)
+    expected = llm.generate("abc", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
+    launch, calls = llm._engine._runner.launch, itertools.count()
+
+    def interrupted(words: Any) -> Any:
+        if next(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return launch(words)
+
+    monkeypatch.setattr(llm._engine._runner, "launch", interrupted)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(["abc", "de"], GREEDY, use_tqdm=False)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert llm.generate("abc", GREEDY, use_tqdm=False)[0].outputs[0].token_ids == expected
+    assert llm._engine.stats().kv_cache_usage == 0
+    assert llm._engine.stats().num_running == 0
+
+
+def test_streams_that_are_open_at_once_lose_nothing_to_each_other(llm: LLM) -> None:
+    conversations = [[{"role": "user", "content": text}] for text in ("a", "something else")]
+    alone = ["".join(llm.stream_chat(one, GREEDY)) for one in conversations]
+    first, second = (llm.stream_chat(one, GREEDY) for one in conversations)
+    texts = [next(first), next(second)]
+    expected = llm.generate("abc", GREEDY, use_tqdm=False)[0].outputs[0].text
+    texts = [texts[0] + "".join(first), texts[1] + "".join(second)]
+    assert texts == alone
+    assert llm.generate("abc", GREEDY, use_tqdm=False)[0].outputs[0].text == expected
+    assert llm._unread == {}
