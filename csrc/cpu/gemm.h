@@ -5,8 +5,8 @@
 //   panels: B is repacked so that kPanel values of n stand side by side, then A's elements are
 //           broadcast. Pays when many rows m share one packing.
 //   dots:   both are read as they stand, along k. For few rows of A: B is read once, from memory.
-// A sum runs over k in one order, in float32, whatever the number of rows: a row of C never
-// depends on the rows beside it.
+// Each way sums over k in one order of its own, in float32, whatever the number of rows: within one
+// way a row of C never depends on the rows beside it. Between the two its last bits can differ.
 //
 // Words are 32 bits: one float, or a pair of bfloat16 with consecutive k where the machine
 // multiplies such pairs (Pairs). Elsewhere bfloat16 is widened to float.
