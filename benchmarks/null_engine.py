@@ -76,9 +76,7 @@ class Echo:
         return outputs
 
     def stats(self) -> m.EngineStats:
-        return m.EngineStats(
-            num_running=len(self.running), num_waiting=len(self.waiting), num_steps=self.num_steps
-        )
+        return m.EngineStats(num_running=len(self.running), num_waiting=len(self.waiting))
 
     def _advance(self, request_id: int, r: _Running) -> m.TokenOutput:
         prompt, params = r.request.prompt_ids, r.request.params

@@ -127,7 +127,6 @@ class Engine:
             num_preemptions=s.num_preemptions,
             prefix_queries=s.prefix_queries,
             prefix_hits=s.prefix_hits,
-            num_steps=self.num_steps,
         )
 
     def flush_cache(self) -> int:

@@ -54,7 +54,6 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
-    num_steps: int = 0
 
 
 @dataclass(frozen=True)
