@@ -10,7 +10,7 @@ from tokenspeed.config import ServerOptions
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.gateway.app import Application
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.server import _public_name, _servers
+from tokenspeed.gateway.server import _listener, _public_name, _servers
 
 KEYS = ("first-key", "second-key")
 OPEN = {"/health", "/ready"}
@@ -121,6 +121,14 @@ async def test_no_cors_headers():
         reply = await g.http.get("/v1/models", headers={"origin": "https://evil.example"})
         assert not [name for name in reply.headers if name.startswith("access-control")]
         assert (await g.http.options("/v1/models")).status_code == 405
+
+
+def test_two_listeners_never_share_a_port():
+    # Bound and not yet listening, sockets with SO_REUSEADDR would let each other in.
+    with _listener("127.0.0.1", 0) as first:
+        port = first.getsockname()[1]
+        with pytest.raises(OSError, match=f"port {port}"):
+            _listener("127.0.0.1", port)
 
 
 async def test_admin_routes_move_to_their_own_listener():

@@ -60,6 +60,14 @@ def test_impossible_options_are_refused_before_loading(
     assert flags.split()[-2].strip("-").replace("-", "_") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["chat --message hello", "generate --prompt hello"])
+def test_sampling_is_refused_before_any_weight_is_read(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command.split(), "/nonexistent", "--temperature", "-1"]) == 1
+    assert "temperature" in capsys.readouterr().err
+
+
 def test_the_parameters_page_is_up_to_date(repository: Path) -> None:
     page = (repository / "docs" / "parameters.md").read_text()
     assert page == "\n".join(parameters.lines()) + "\n", (

@@ -100,6 +100,6 @@ def in_process(args: argparse.Namespace, config: EngineConfig) -> Answer:
     from tokenspeed.execution.sampling_params import SamplingParams
     from tokenspeed.llm import LLM
 
+    params = SamplingParams(**sampling_options(args))  # refused before any weight is read
     llm = LLM(config=config)
-    params = SamplingParams(**sampling_options(args))
     return lambda messages: llm.stream_chat(messages, params)

@@ -32,6 +32,7 @@ def check(request: GenerateRequest, limits: Limits) -> NDArray[np.int32]:
     _check_length(len(prompt), params.max_tokens, limits.max_model_len)
     for name, ids in params.token_ids().items():
         _ids(name, ids, limits)
+    _check_choice(request, limits.vocab_size)
     for name in ("logprobs", "prompt_logprobs"):
         asked = getattr(params, name)
         if asked is not None and asked > limits.max_logprobs:
@@ -58,6 +59,25 @@ def _ids(name: str, ids: list[int], limits: Limits) -> NDArray[np.int32]:
 def _not_ids(name: str, limits: Limits) -> RequestError:
     message = f"{name}: token ids must be integers in [0, {limits.vocab_size})"
     return RequestError(message, field=name)
+
+
+def _check_choice(request: GenerateRequest, vocab_size: int) -> None:
+    """The first token must have a choice: not all that is allowed may be banned."""
+    params = request.params
+    banned = {word[0] for word in params.bad_words_token_ids or () if len(word) == 1}
+    if params.min_tokens:
+        banned.update(request.stop_ids)
+    if not banned:
+        return
+    field = "min_tokens" if params.min_tokens else "bad_words"
+    if params.allowed_token_ids is not None:
+        field = "allowed_token_ids"
+    if banned.issuperset(params.allowed_token_ids or range(vocab_size)):
+        raise RequestError(
+            f"{field}: bad_words and the stop tokens that min_tokens forbids leave no token to "
+            "choose",
+            field=field,
+        )
 
 
 def _check_length(num_prompt: int, max_tokens: int | None, max_model_len: int) -> None:

@@ -205,6 +205,7 @@ def _listener(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen()  # only this fails if another socket that has not begun to listen is bound
     except (OSError, OverflowError) as error:
         made.close()
         raise OSError(f"cannot listen on {host} port {port}: {error}") from None
