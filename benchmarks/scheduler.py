@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._scheduler import Scheduler
+from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView
 
 Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
@@ -32,14 +33,9 @@ ROOM = 4096  # tokens each decoding request may still generate
 
 def result_for(plan: NDArray[np.int32]) -> NDArray[np.int32]:
     """The StepResult of a model that always says 5."""
-    num_rows = int(plan[5])
-    rows = plan[16 : 16 + 6 * num_rows].reshape(num_rows, 6)
-    sampled = rows[:, 1] & 1
-    body = np.stack([rows[:, 0], np.zeros_like(sampled), sampled], axis=1).ravel()
-    num_ids = int(sampled.sum())
-    total = 8 + len(body) + num_ids
-    header = [0x53525354, 1, total, int(plan[3]), int(plan[4]), num_rows, num_ids, 0]
-    return np.concatenate([np.array(header), body, np.full(num_ids, 5)]).astype(np.int32)
+    view = PlanView(plan)
+    ids = np.where(view.flags & ROW_SAMPLE, 5, -1)
+    return view.result(ids, np.zeros(view.num_rows, np.bool_))
 
 
 def prompt(seed: int, length: int) -> NDArray[np.int32]:
@@ -67,7 +63,8 @@ def decoding(num_requests: int, context: int) -> Scheduler:
         plan = scheduler.next_plan()
         assert plan is not None
         scheduler.commit(result_for(plan))
-        if int(plan[5]) == int(plan[6]) == num_requests:
+        view = PlanView(plan)
+        if view.num_rows == len(view.tokens) == num_requests:
             return scheduler
 
 
