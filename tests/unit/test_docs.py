@@ -16,7 +16,8 @@ from tokenspeed.kernels.registry import REGISTRY
 from tokenspeed.models.registry import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [p for f in (".", "docs", "benchmarks/results") for p in sorted((ROOT / f).glob("*.md"))]
+FOLDERS = (".", "docs", "benchmarks/results", "examples/demo_model", "tokenspeed/assets/demo")
+PAGES = [page for folder in FOLDERS for page in sorted((ROOT / folder).glob("*.md"))]
 
 
 def words(page: str) -> set[str]:
