@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tokenspeed.cli import parameters
+from tokenspeed.cli import chat, parameters
 from tokenspeed.cli.main import build_parser, main
 from tokenspeed.cli.options import engine_options, flag_of, options_of
 from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.errors import TokenSpeedError
 
 
 def test_every_option_has_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +67,15 @@ def test_sampling_is_refused_before_any_weight_is_read(
 ) -> None:
     assert main([*command.split(), "/nonexistent", "--temperature", "-1"]) == 1
     assert "temperature" in capsys.readouterr().err
+
+
+def test_an_answer_that_is_cut_off_is_an_error() -> None:
+    event = b'data: {"choices": [{"delta": {"content": "half"}}]}\n'
+    assert list(chat._deltas([b": keep-alive\n", event, b"\n", b"data: [DONE]\n"])) == ["half"]
+    pieces = chat._deltas([event, b"\n"])
+    assert next(pieces) == "half"
+    with pytest.raises(TokenSpeedError, match="before the answer was whole"):
+        next(pieces)
 
 
 def test_the_parameters_page_is_up_to_date(repository: Path) -> None:

@@ -86,13 +86,16 @@ def over_http(args: argparse.Namespace) -> Answer:
 def _deltas(lines: Any) -> Iterator[str]:
     for line in lines:
         data = line.decode().removeprefix("data: ").strip()
-        if not data or data.startswith(":") or data == "[DONE]":
+        if data == "[DONE]":
+            return
+        if not data or data.startswith(":"):
             continue
         event = json.loads(data)
         if "error" in event:
             raise TokenSpeedError(event["error"]["message"])
         for choice in event["choices"]:
             yield choice["delta"].get("content") or ""
+    raise TokenSpeedError("the server ended the connection before the answer was whole")
 
 
 def in_process(args: argparse.Namespace, config: EngineConfig) -> Answer:
