@@ -33,7 +33,8 @@ inline void pause() {
 
 // `ticket_` is (epoch << 32 | next item). A chunk is claimed by a compare-and-swap on the whole
 // word, so a claim succeeds only while the job it was read for is open: run() closes the word under
-// a new epoch before it writes the next job's fields.
+// a new epoch before it writes the next job's fields. The fields are released and acquired: who has
+// read one of the next job's also sees the word closed, and its claim fails.
 class Pool {
   public:
     explicit Pool(int threads) {
@@ -53,11 +54,10 @@ class Pool {
         const std::lock_guard<std::mutex> turn(turn_);
         const uint64_t epoch = static_cast<uint64_t>(epoch_.load(std::memory_order_relaxed)) + 1;
         ticket_.store(epoch << 32 | kClosed);
-        std::atomic_thread_fence(std::memory_order_seq_cst);
-        count_.store(count, std::memory_order_relaxed);
-        chunk_.store(chunk, std::memory_order_relaxed);
-        body_.store(body, std::memory_order_relaxed);
-        context_.store(context, std::memory_order_relaxed);
+        count_.store(count, std::memory_order_release);
+        chunk_.store(chunk, std::memory_order_release);
+        body_.store(body, std::memory_order_release);
+        context_.store(context, std::memory_order_release);
         done_.store(0, std::memory_order_relaxed);
         ticket_.store(epoch << 32);
         epoch_.store(static_cast<uint32_t>(epoch));
@@ -78,12 +78,11 @@ class Pool {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);
         for (;;) {
             const int64_t begin = static_cast<uint32_t>(ticket);
-            const int64_t count = count_.load(std::memory_order_relaxed);
-            const int64_t chunk = chunk_.load(std::memory_order_relaxed);
-            const auto body = body_.load(std::memory_order_relaxed);
-            void* const context = context_.load(std::memory_order_relaxed);
+            const int64_t count = count_.load(std::memory_order_acquire);
+            const int64_t chunk = chunk_.load(std::memory_order_acquire);
+            const auto body = body_.load(std::memory_order_acquire);
+            void* const context = context_.load(std::memory_order_acquire);
             if (static_cast<uint32_t>(ticket) == kClosed || begin >= count) return;
-            std::atomic_thread_fence(std::memory_order_seq_cst);
             const int64_t end = std::min(begin + chunk, count);
             const uint64_t next = (ticket >> 32) << 32 | static_cast<uint64_t>(end);
             if (!ticket_.compare_exchange_strong(ticket, next)) continue;
