@@ -4,13 +4,14 @@
 import json
 
 import pytest
+import zmq
 
 from tests.gateway.harness import gateway
 from tokenspeed.config import ServerOptions
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.gateway.app import Application
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.server import _listener, _public_name, _servers
+from tokenspeed.gateway.server import _listener, _public_name, _servers, _unix_listener
 
 KEYS = ("first-key", "second-key")
 OPEN = {"/health", "/ready"}
@@ -131,6 +132,13 @@ def test_two_listeners_never_share_a_port():
             _listener("127.0.0.1", port)
 
 
+def test_a_unix_socket_is_taken_over_only_from_the_dead(tmp_path):
+    path = str(tmp_path / "socket")
+    with _unix_listener(path), pytest.raises(OSError, match="in use"):
+        _unix_listener(path)
+    _unix_listener(path).close()  # the first one is gone, its file is not
+
+
 async def test_admin_routes_move_to_their_own_listener():
     async with gateway() as g:
         table = list(g.app.table)
@@ -171,3 +179,15 @@ async def test_openapi_document_lists_the_route_table():
     assert {"temperature", "top_k", "logit_bias"} <= set(chat["properties"])
     assert "security" not in document["paths"]["/health"]["get"]
     assert json.dumps(document).count("$ref") > 10
+
+
+async def test_a_flush_that_the_engine_has_no_room_for_is_answered_503(monkeypatch):
+    async with gateway() as g:
+
+        def full(data: bytes, flags: int) -> None:
+            raise zmq.Again
+
+        monkeypatch.setattr(g.client, "send", full)
+        reply = await g.http.post("/flush_cache")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, "overloaded")
+        assert "retry-after" in reply.headers

@@ -256,7 +256,10 @@ class EngineClient:
     def flush_cache(self) -> None:
         """Asks the engine to forget cached pages. Raises 503 if it does not listen."""
         self.check_room(0)
-        self._push.send(encode(m.FlushCache()), zmq.NOBLOCK)
+        try:
+            self._push.send(encode(m.FlushCache()), zmq.NOBLOCK)
+        except zmq.Again:
+            raise overloaded("the engine's inbox is full", "overloaded", 1) from None
 
     def _send_abort(self, request_id: int) -> None:
         try:

@@ -7,6 +7,7 @@ readiness, lets open requests finish within the drain timeout and leaves; a seco
 
 import asyncio
 import contextlib
+import errno
 import gc
 import ipaddress
 import logging
@@ -214,16 +215,22 @@ def _listener(host: str, port: int) -> socket.socket:
 
 def _unix_listener(path: str) -> socket.socket:
     made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with contextlib.suppress(FileNotFoundError):
-        if Path(path).is_socket():
-            os.unlink(path)
     try:
+        if Path(path).is_socket() and _is_deserted(path):
+            os.unlink(path)
         made.bind(path)
         os.chmod(path, 0o600)
+        made.listen()
     except OSError as error:
         made.close()
         raise OSError(f"cannot listen on {path}: {error}") from None
     return made
+
+
+def _is_deserted(path: str) -> bool:
+    """Whether the server that made this socket is gone."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return probe.connect_ex(path) == errno.ECONNREFUSED
 
 
 def _announce(options: ServerOptions, sockets: list[socket.socket]) -> None:
