@@ -2,11 +2,12 @@
 // Matrix products on small tiles, for every kernel that multiplies. Knows memory layouts, no op.
 //
 // Two ways to form C[m][n] = sum over k of A[m][k] * B[n][k]:
+//   dots:   both are read as they stand, along k. For weights, whatever the number of rows.
 //   panels: B is repacked so that kPanel values of n stand side by side, then A's elements are
-//           broadcast. Pays when many rows m share one packing.
-//   dots:   both are read as they stand, along k. For few rows of A: B is read once, from memory.
-// Each way sums over k in one order of its own, in float32, whatever the number of rows: within one
-// way a row of C never depends on the rows beside it. Between the two its last bits can differ.
+//           broadcast. For keys and values, where many rows share one packing.
+// Each way sums over k in one order of its own, in float32, whatever the number of rows: a row of C
+// never depends on the rows beside it. Every product with a weight goes the same way, so a token's
+// numbers depend on no batch.
 //
 // Words are 32 bits: one float, or a pair of bfloat16 with consecutive k where the machine
 // multiplies such pairs (Pairs). Elsewhere bfloat16 is widened to float.
@@ -257,14 +258,13 @@ inline void dot_tile(const A* a, int64_t a_stride, const B* b, int64_t b_stride,
 
 // ---- Products with a weight --------------------------------------------------------------------
 
-inline constexpr int64_t kDotRows = 16;     // rows up to which dots win over panels
-inline constexpr int64_t kPanelRows = 128;  // rows that share one packing
+inline constexpr int64_t kDotRows = 16;  // rows of A that stay in the first cache while B passes
 
-// out(m, n, sum) for all rows m < rows of `a` and the rows n in [begin, end) of `weight`, each
-// weight row read once.
+// out(m, n, sum) for m < rows <= kDotRows and the rows n in [begin, end) of `weight`, each of which
+// is read once.
 template <class P, typename A, typename W, typename Out>
-inline void dot_product(int64_t rows, const A* a, int64_t a_stride, const W* weight, int64_t size,
-                        int64_t begin, int64_t end, const Out& out) {
+inline void dot_rows(int64_t rows, const A* a, int64_t a_stride, const W* weight, int64_t size,
+                     int64_t begin, int64_t end, const Out& out) {
     const auto tile = [&]<int kN>(std::integral_constant<int, kN>, int64_t n) {
         const W* const w = weight + n * size;
         const auto rows_of = [&]<int kM>(std::integral_constant<int, kM>, int64_t m) {
@@ -286,23 +286,22 @@ inline void dot_product(int64_t rows, const A* a, int64_t a_stride, const W* wei
     for (; n < end; ++n) tile(std::integral_constant<int, 1>{}, n);
 }
 
-// c[m][0 : kPanel] = products of `rows` <= kPanelRows rows of `a` (words, a_stride words apart)
-// with `count` <= kPanel rows of `weight`; columns past `count` are 0. `panel` has room for
-// kPanelWords * kPanel words.
-inline constexpr int64_t kPanelWords = 128;
-template <class P, typename W>
-inline void panel_weight_product(int64_t rows, const uint32_t* a, int64_t a_stride, const W* weight,
-                                 int64_t count, int64_t size, uint32_t* panel, float* c) {
-    constexpr int64_t kDepth = kPanelWords * P::kPerWord;
-    for (int64_t k = 0; k < size; k += kDepth) {
-        const int64_t depth = min_of(kDepth, size - k);
-        for (int64_t lane = 0; lane < kPanel; lane += kLanes) {
-            pack_lanes<P, W>([&](int64_t i) { return weight + (lane + i) * size + k; },
-                             min_of<int64_t>(kLanes, max_of<int64_t>(0, count - lane)), depth,
-                             panel, lane);
+// The same for any number of rows. The weight rows are read once for every kDotRows of them: ask
+// for as many at a time as fit the second cache.
+template <class P, typename A, typename W, typename Out>
+inline void dot_product(int64_t rows, const A* a, int64_t a_stride, const W* weight, int64_t size,
+                        int64_t begin, int64_t end, const Out& out) {
+    if (rows <= kDotRows) return dot_rows<P>(rows, a, a_stride, weight, size, begin, end, out);
+    // Rows a power of two apart would share a few sets of the first cache: they are set apart.
+    const int64_t stride = div_ceil(size, kLanes) * kLanes + 64;
+    A* const block = scratch_of<A>(1, kDotRows * stride);
+    for (int64_t first = 0; first < rows; first += kDotRows) {
+        const int64_t count = min_of(kDotRows, rows - first);
+        for (int64_t m = 0; m < count; ++m) {
+            copy_row(block + m * stride, a + (first + m) * a_stride, size, size);
         }
-        panel_product<P>(rows, a + k / P::kPerWord, a_stride, panel, div_ceil(depth, P::kPerWord),
-                         c, kPanel, k > 0);
+        dot_rows<P>(count, block, stride, weight, size, begin, end,
+                    [&](int64_t m, int64_t n, float sum) { out(first + m, n, sum); });
     }
 }
 

@@ -107,7 +107,9 @@ struct Grouping {
     }
 };
 
-// A block of rows of one expert times kPanel (or, for few rows, some) outputs.
+constexpr int64_t kPanelRows = 128;  // rows of a task at most
+
+// A block of rows of one expert times kPanel outputs.
 struct Task {
     int32_t expert, first, count, column;
 };
@@ -178,14 +180,8 @@ class Experts {
     void product(const Task& task, const Element* a, int64_t stride, const T* weight, int64_t count,
                  int64_t size, float* c) {
         const Element* const rows = a + task.first * stride;
-        if (task.count <= kDotRows) {
-            dot_product<P>(task.count, rows, stride, weight, size, 0, count,
-                           [&](int64_t m, int64_t n, float sum) { c[m * kPanel + n] = sum; });
-        } else {
-            panel_weight_product<P>(task.count, reinterpret_cast<const uint32_t*>(rows),
-                                    stride / P::kPerWord, weight, count, size,
-                                    scratch_of<uint32_t>(1, kPanelWords * kPanel), c);
-        }
+        dot_product<P>(task.count, rows, stride, weight, size, 0, count,
+                       [&](int64_t m, int64_t n, float sum) { c[m * kPanel + n] = sum; });
     }
 
     void up(const Task& task) {

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from tokenspeed import _cpu
 from tokenspeed.kernels import select
 
 SHAPES = [(1, 1, 8, 3), (1, 16, 128, 512), (3, 5, 33, 17), (16, 4, 64, 32), (17, 4, 64, 33)]
@@ -27,11 +28,16 @@ def test_head_linear(shape: tuple[int, int, int, int], dtype: torch.dtype) -> No
     torch.testing.assert_close(reference.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
-    kernel = select("head_linear", backend="cpu")
-    x, weight = torch.randn(16, 4, 48), torch.randn(4, 24, 48)
-    whole = kernel(x, weight)
-    assert all(torch.equal(kernel(x[i : i + 1], weight)[0], whole[i]) for i in range(16))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, dtype: torch.dtype) -> None:
+    for size, out in ((48, 24), (300, 70), (1024, 33)):
+        x = torch.randn(150, 4, size).to(dtype)
+        weights = torch.randn(4, out, size).to(dtype)
+        whole, one_weight = _cpu.head_linear(x, weights), _cpu.linear(x[:, 0], weights[0], None)
+        for begin, end in ((0, 1), (3, 5), (16, 33), (0, 16), (0, 17), (149, 150), (20, 149)):
+            assert torch.equal(_cpu.head_linear(x[begin:end], weights), whole[begin:end])
+            part = _cpu.linear(x[begin:end, 0], weights[0], None)
+            assert torch.equal(part, one_weight[begin:end])
 
 
 @pytest.mark.parametrize(

@@ -5,31 +5,9 @@ The callables are the compiled functions themselves, so that a call costs no Pyt
 """
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from tokenspeed import _cpu
 from tokenspeed.kernels.registry import Ask, Kernel, register
-
-# From here on a CPU with matrix tiles (AMX), which our kernel does not use, is faster in torch.
-MIN_TILED_ROWS = 17
-
-
-def _tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch's product for many bfloat16 rows, on as many threads as our kernels have."""
-    if x.shape[0] < MIN_TILED_ROWS or x.dtype != torch.bfloat16:
-        return _cpu.linear(x, weight, bias)
-    before = torch.get_num_threads()
-    torch.set_num_threads(_cpu.num_threads())
-    try:
-        return functional.linear(x, weight, bias)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _linear() -> Kernel:
-    # Everywhere else two thread pools in one step would cost more than torch's product gains.
-    return _tiled_linear if torch.cpu._is_amx_tile_supported() else _cpu.linear
 
 
 def _exchange(_: Ask) -> str | None:
@@ -47,7 +25,7 @@ _WIDE: dict[str, Kernel] = {
     "attention_mla": _cpu.attention_mla,
     "silu_mul": _cpu.silu_mul,
     "moe": _cpu.moe,
-    "linear": _linear(),
+    "linear": _cpu.linear,
     "head_linear": _cpu.head_linear,
 }
 _FLOAT32: dict[str, Kernel] = {
