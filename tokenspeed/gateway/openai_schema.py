@@ -114,7 +114,8 @@ class Sampling(msgspec.Struct, kw_only=True):
             "length_penalty": self.length_penalty not in (None, 1.0),
             "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
             "spaces_between_special_tokens": self.spaces_between_special_tokens is False,
-            "response_format": (self.response_format or {}).get("type", "text") != "text",
+            "response_format": self.response_format is not None
+            and self.response_format.get("type") != "text",
         }
 
 

@@ -67,7 +67,7 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
     if spec.path == "/metrics":
         anything = {"text/plain": {"schema": {"type": "string"}}}
     if spec.path.endswith("/completions"):
-        anything["text/event-stream"] = {"schema": {"type": "string"}}
+        anything["text/event-stream"] = {"schema": {}}
     made: dict[str, Any] = {
         "summary": spec.summary,
         "responses": {
