@@ -113,6 +113,11 @@ def test_bad_words_look_at_the_output_only(sampler: Sampler) -> None:
     assert draw(sampler, falling(), [0])[0] == [0]
 
 
+def test_a_phrase_may_end_where_nothing_else_is_left(sampler: Sampler) -> None:
+    bind(sampler, 0, outputs=[5], allowed_token_ids=[5], bad_words_token_ids=[[5, 5]])
+    assert draw(sampler, falling(), [0])[0] == [5]
+
+
 def test_min_tokens_masks_stop_ids_until_reached(sampler: Sampler) -> None:
     bind(sampler, 0, stop_ids=[0], min_tokens=2)
     ids = [draw(sampler, falling(), [0], len(PROMPT) + i)[0][0] for i in range(3)]

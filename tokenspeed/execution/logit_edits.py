@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`LogitEdits`: what one request's parameters do to its own row of logits before sampling.
 
-In vLLM's order: allowed_token_ids, bad_words, min_tokens, logit_bias. Knows one row, no batch.
+In this order: allowed_token_ids, bad words, min_tokens, longer phrases, logit_bias. Knows one row, no batch.
 """
 
 from dataclasses import dataclass, field
@@ -62,11 +62,11 @@ class LogitEdits:
             row[self.allowed] = kept
         if self.banned is not None:
             row[self.banned] = NEVER
-        for word in self.phrases.get(self.outputs[-1], ()) if self.outputs else ():
-            if self.outputs[1 - len(word) :] == word[:-1]:
-                row[word[-1]] = NEVER
         if self.stop_ids is not None and position < self.min_position:
             row[self.stop_ids] = NEVER
+        for word in self.phrases.get(self.outputs[-1], ()) if self.outputs else ():
+            if self.outputs[1 - len(word) :] == word[:-1]:
+                _ban_unless_last(row, word[-1])
         if self.bias_ids is not None:
             row[self.bias_ids] += self.bias
 
@@ -74,6 +74,14 @@ class LogitEdits:
         """Takes note of the id that was sampled."""
         if self.phrases:
             self.outputs.append(token_id)
+
+
+def _ban_unless_last(row: torch.Tensor, token_id: int) -> None:
+    """A phrase may be completed where nothing else is left to choose: admission cannot foresee it."""
+    kept = row[token_id].clone()
+    row[token_id] = NEVER
+    if bool(torch.isneginf(row).all()):
+        row[token_id] = kept
 
 
 def _ids(ids: list[int], device: torch.device) -> torch.Tensor | None:
