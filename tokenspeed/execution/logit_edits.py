@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """`LogitEdits`: what one request's parameters do to its own row of logits before sampling.
 
-In this order: allowed_token_ids, bad words, min_tokens, longer phrases, logit_bias. Knows one row, no batch.
+In this order: allowed_token_ids, bad words, min_tokens, longer phrases, logit_bias. Knows one row,
+no batch.
 """
 
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class LogitEdits:
 
 
 def _ban_unless_last(row: torch.Tensor, token_id: int) -> None:
-    """A phrase may be completed where nothing else is left to choose: admission cannot foresee it."""
+    """A phrase may end where nothing else is left to choose: admission cannot foresee that."""
     kept = row[token_id].clone()
     row[token_id] = NEVER
     if bool(torch.isneginf(row).all()):
