@@ -127,7 +127,7 @@ async def test_kill_of_the_engine_under_32_streams(real):
     flags = ("--max-num-seqs", "32") if real else ("--step-s", "0.02")
     with server(*flags, real=real) as s:
         async with httpx.AsyncClient(limits=limits(64)) as client:
-            tasks = await start_streams(client, s.url, 32)
+            tasks = await start_streams(client, s.url, 32, max_tokens=3000, ignore_eos=True)
             s.engine().kill()
             killed = time.monotonic()
             results = await asyncio.gather(*tasks)
