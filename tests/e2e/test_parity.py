@@ -131,9 +131,8 @@ def test_log_probabilities_within_1e_4(checkpoint: Path, model: Any) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_schedule_changes_no_token(model: Any, answers: list[list[int]], variant: str) -> None:
-    few = slice(0, 6) if "batch 1" in variant else slice(None)
-    found, engine = greedy(model, prompts()[few], **VARIANTS[variant])
-    assert found == answers[few]
+    found, engine = greedy(model, prompts(), **VARIANTS[variant])
+    assert found == answers
     if "retraction" in variant:
         assert engine.stats().num_preemptions > 0
 
