@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 DType = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+Launcher = Literal["local", "torchrun", "ray"]
 
 
 def option(default: Any, text: str, *aliases: str, low: float | None = None) -> Any:
@@ -63,8 +64,13 @@ class ParallelOptions:
     """How many devices share the model."""
 
     tensor_parallel_size: int = option(1, "devices that share each layer", "-tp", low=1)
+    expert_parallel_size: int = option(1, "devices that share the experts", "-ep", low=1)
+    attention_data_parallel_size: int = option(
+        1, "groups of devices with requests of their own, which share the experts", low=1
+    )
     pipeline_parallel_size: int = option(1, "devices that share the layers", "-pp", low=1)
     data_parallel_size: int = option(1, "engines behind one gateway", "-dp", low=1)
+    launcher: Launcher = option("local", "who starts the ranks: this process, torchrun or Ray")
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,10 @@ class EngineConfig:
                 f" < {scheduler.max_num_seqs}"
             )
         for f in dataclasses.fields(parallel):
-            if getattr(parallel, f.name) != 1:
+            if f.type is int and getattr(parallel, f.name) != 1:
                 raise ValueError(f"{f.name} must be 1 in this release: {getattr(parallel, f.name)}")
+        if parallel.launcher != "local":
+            raise ValueError(f"launcher must be local in this release: {parallel.launcher}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def check_options(group: Any) -> None:
     """Refuses values out of range: `ValueError` naming the option, before anything is allocated."""
     for f in dataclasses.fields(group):
         value, low = getattr(group, f.name), f.metadata.get("low")
-        if f.type in (DType, Device) and value not in get_args(f.type):
+        if f.type in (DType, Device, Launcher) and value not in get_args(f.type):
             raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
         if low is None or value is None:
             continue

@@ -31,3 +31,7 @@ class ModelLoadError(TokenSpeedError, ValueError):
 
 class EngineDeadError(TokenSpeedError):
     """The engine stopped; every open request has failed and no new one is accepted."""
+
+
+class RankDiedError(TokenSpeedError):
+    """A rank of the engine ended or cannot be reached; the engine ends with it."""
