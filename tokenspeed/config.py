@@ -111,8 +111,15 @@ class EngineConfig:
                 f" < {scheduler.max_num_seqs}"
             )
         for f in dataclasses.fields(parallel):
+            if f.name == "data_parallel_size":
+                continue
             if f.type is int and getattr(parallel, f.name) != 1:
                 raise ValueError(f"{f.name} must be 1 in this release: {getattr(parallel, f.name)}")
+        if parallel.data_parallel_size > 1 and parallel.launcher != "local":
+            raise ValueError(
+                "data_parallel_size above 1 needs launcher local: start one server for each engine,"
+                f" or leave launcher {parallel.launcher}"
+            )
         if parallel.launcher != "local":
             raise ValueError(f"launcher must be local in this release: {parallel.launcher}")
 

@@ -94,6 +94,11 @@ class LLM:
         elif options or model is not None:
             raise ValueError("give either config or options, not both")
         self.config = config
+        if (count := config.parallel.data_parallel_size) != 1:
+            raise ValueError(
+                f"data_parallel_size is {count}, and an LLM is one engine: leave it at 1, or make"
+                " several, or serve with `tokenspeed serve --data-parallel-size`"
+            )
         folder, tokenizer_folder = resolve_folders(config)
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None

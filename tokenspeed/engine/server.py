@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import zmq
@@ -23,6 +24,7 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine import messages as m
 from tokenspeed.engine.wire import Decoder, decode_config, encode
 from tokenspeed.errors import ModelLoadError, RequestError
+from tokenspeed.execution.cpu_share import take_cpu_share
 
 if TYPE_CHECKING:
     from tokenspeed.engine.engine import Engine
@@ -91,6 +93,7 @@ class Heart(threading.Thread):
         outbox = Outbox(self._context, self._address)
         while not self._stop_event.wait(HEARTBEAT_S):
             if os.getppid() != self._parent:
+                self._remove_folder()  # nobody else is left to do it
                 os._exit(1)
             steps = self.engine.num_steps if self.engine else 0
             work = self.engine.has_work() if self.engine else False
@@ -100,6 +103,14 @@ class Heart(threading.Thread):
     def stop(self) -> None:
         self._stop_event.set()
         self.join()
+
+    def _remove_folder(self) -> None:
+        """Removes the gateway's sockets and their folder if that holds nothing else."""
+        folder = Path(self._address.removeprefix("ipc://")).parent
+        with contextlib.suppress(OSError):
+            for name in ("inbox", "outbox"):
+                (folder / name).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 class Loop:
@@ -187,5 +198,7 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True)
     parser.add_argument("--inbox", required=True)
     parser.add_argument("--outbox", required=True)
+    parser.add_argument("--cpu-share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"))
     arguments = parser.parse_args()
+    take_cpu_share(*arguments.cpu_share)
     raise SystemExit(main(arguments.config, arguments.inbox, arguments.outbox))
