@@ -10,7 +10,13 @@ FINISH_LENGTH: int  # 2: max_tokens or the context
 FINISH_ERROR: int  # 3: the row failed (NaN)
 
 class Scheduler:
-    """Single-threaded. Raises `ValueError` for impossible options."""
+    """Single-threaded. Raises `ValueError` for impossible options.
+
+    Up to `overlap_depth + num_micro_steps` steps may be in flight; they commit in order.
+    `num_micro_steps` is for pipelines: the steps in flight share the requests (chunks of one prompt
+    may follow each other), and each takes an equal share of the decoding requests and of
+    `max_num_batched_tokens`, rounded up. It excludes `overlap_depth` 1.
+    """
 
     def __init__(
         self,
@@ -22,6 +28,7 @@ class Scheduler:
         max_model_len: int,
         max_num_partial_prefills: int = 4,
         overlap_depth: int = 0,
+        num_micro_steps: int = 1,
         enable_prefix_caching: bool = True,
         hash_key: bytes | None = None,  # 16 secret bytes that key the prefix hashes; None: random
         record_events: bool = False,
@@ -44,10 +51,16 @@ class Scheduler:
     def next_plan(self) -> NDArray[np.int32] | None:
         """The next step's Plan (csrc/scheduler/plan.h), or None when nothing can run now.
 
-        `ValueError`: more than overlap_depth steps are not committed yet.
+        None although steps are in flight: ask again when the oldest has committed. `ValueError`:
+        `overlap_depth + num_micro_steps` steps are not committed yet.
         """
     def commit(self, result: NDArray[np.int32]) -> Updates:
         """Takes the StepResult of the oldest plan in flight. `ValueError`: malformed or late."""
+    def match_prefix(self, tokens: NDArray[np.int32], salt: bytes = b"") -> int:
+        """How many of these tokens are cached, as a request submitted now would find.
+
+        Changes nothing, not even which page is evicted next. Time grows with what it finds.
+        """
     def has_work(self) -> bool:
         """Whether any request is waiting, running, or draining."""
     def stats(self) -> Stats: ...
@@ -76,8 +89,6 @@ class Stats:
     num_preemptions: int
     prefix_queries: int  # prompt tokens looked up, cumulative
     prefix_hits: int  # prompt tokens found, cumulative
-    prompt_tokens: int  # admitted prompt tokens, cumulative
-    generated_tokens: int
     num_steps: int
 
 def replay(events: bytes) -> list[NDArray[np.int32]]:

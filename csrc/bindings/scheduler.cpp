@@ -59,8 +59,8 @@ HashKey hash_key(const std::optional<nb::bytes>& bytes) {
 
 void make(Scheduler* self, int num_pages, int page_size, int max_num_seqs,
           int max_num_batched_tokens, int max_model_len, int max_num_partial_prefills,
-          int overlap_depth, bool enable_prefix_caching, std::optional<nb::bytes> key,
-          bool record_events) {
+          int overlap_depth, int num_micro_steps, bool enable_prefix_caching,
+          std::optional<nb::bytes> key, bool record_events) {
     SchedulerOptions options;
     options.num_pages = num_pages;
     options.page_size = page_size;
@@ -69,6 +69,7 @@ void make(Scheduler* self, int num_pages, int page_size, int max_num_seqs,
     options.max_model_len = max_model_len;
     options.max_num_partial_prefills = max_num_partial_prefills;
     options.overlap_depth = overlap_depth;
+    options.num_micro_steps = num_micro_steps;
     options.enable_prefix_caching = enable_prefix_caching;
     options.record_events = record_events;
     new (self) Scheduler(options, hash_key(key));
@@ -133,14 +134,12 @@ NB_MODULE(_scheduler, m) {
         .def_ro("num_preemptions", &Stats::num_preemptions)
         .def_ro("prefix_queries", &Stats::prefix_queries)
         .def_ro("prefix_hits", &Stats::prefix_hits)
-        .def_ro("prompt_tokens", &Stats::prompt_tokens)
-        .def_ro("generated_tokens", &Stats::generated_tokens)
         .def_ro("num_steps", &Stats::num_steps);
 
     nb::class_<Scheduler>(m, "Scheduler")
         .def("__init__", make, nb::kw_only(), "num_pages"_a, "page_size"_a, "max_num_seqs"_a,
              "max_num_batched_tokens"_a, "max_model_len"_a, "max_num_partial_prefills"_a = 4,
-             "overlap_depth"_a = 0, "enable_prefix_caching"_a = true,
+             "overlap_depth"_a = 0, "num_micro_steps"_a = 1, "enable_prefix_caching"_a = true,
              "hash_key"_a.none() = nb::none(), "record_events"_a = false)
         .def("submit", submit, "request_id"_a, "prompt"_a.noconvert(), nb::kw_only(),
              "max_tokens"_a, "min_tokens"_a = 0, "stop_ids"_a.noconvert().none() = nb::none(),
@@ -156,6 +155,12 @@ NB_MODULE(_scheduler, m) {
             "commit",
             [](Scheduler& self, const Words& result) { return Updates(self.commit(view(result))); },
             "result"_a.noconvert())
+        .def(
+            "match_prefix",
+            [](const Scheduler& self, const Words& tokens, const nb::bytes& salt) {
+                return self.match_prefix(view(tokens), view(salt));
+            },
+            "tokens"_a.noconvert(), "salt"_a = nb::bytes("", 0))
         .def("has_work", &Scheduler::has_work)
         .def("stats", &Scheduler::stats)
         .def("flush_cache", &Scheduler::flush_cache)

@@ -12,9 +12,9 @@ namespace tokenspeed {
 
 namespace {
 
-constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '1'};
+constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '2'};
 static_assert(std::is_trivially_copyable_v<SchedulerOptions>);
-static_assert(sizeof(SchedulerOptions) == 10 * sizeof(int32_t), "options are int32 words");
+static_assert(sizeof(SchedulerOptions) == 11 * sizeof(int32_t), "options are int32 words");
 
 class Reader {
   public:

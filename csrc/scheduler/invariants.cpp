@@ -105,6 +105,8 @@ void Scheduler::check_requests(std::string& broken) const {
         expect(held->scheduled <= held->pages.size() * options_.page_size, "I13: no page", broken);
         expect(held->scheduled < request->limit, "planned beyond the limit", broken);
         expect(draining || held->scheduled <= request->known() + leases[slot], "I5", broken);
+        expect(draining || options_.overlap_depth > 0 || held->scheduled <= request->known(),
+               "M1: planned before its token is known", broken);
         (held->promise.firm() ? ledger.firm : ledger.soft) += held->promise.num_left();
     }
     expect(ledger.soft == ledger_.soft && ledger.firm == ledger_.firm, "promises differ", broken);

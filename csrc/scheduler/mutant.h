@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Known ways to break the scheduler, to test its tests. A build with -DTS_MUTANT=kName has that one
 // defect, and the exploration must find it (tests/cpp/mutants.cmake). Every other build has none:
-// `mutant` is false at compile time. K.. and I.. are the classes of docs/scheduler.md.
+// `mutant` is false at compile time. K.., I.. and M.. are the classes of docs/scheduler.md.
 #pragma once
 
 namespace tokenspeed {
@@ -31,6 +31,9 @@ enum class Mutant {
     kK15BindForgets,         // ... is bound without its output
     kK15TableNotSent,        // the pages of a hit are not sent to the slot's table
     kI10SaltIgnored,         // requests of different salts share pages
+    kM1PlannedTwice,         // a request is in two micro-steps at once
+    kM1CommitOutOfOrder,     // a later step may commit before the oldest one
+    kM2Uneven,               // a micro-step takes every decoding request that it finds
 };
 
 #ifndef TS_MUTANT

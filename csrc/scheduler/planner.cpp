@@ -16,8 +16,9 @@ void Scheduler::Sections::clear() {
 }
 
 std::span<const int32_t> Scheduler::next_plan() {
-    if (num_in_flight() > options_.overlap_depth) {
-        throw std::invalid_argument("next_plan: more than overlap_depth steps are not committed");
+    if (num_in_flight() >= max_in_flight()) {
+        throw std::invalid_argument(
+            "next_plan: overlap_depth + num_micro_steps steps are not committed");
     }
     log_.plan();
     if (!spare_steps_.empty()) {
@@ -26,7 +27,7 @@ std::span<const int32_t> Scheduler::next_plan() {
     }
     sections_.clear();
     left_out_ = nullptr;
-    budget_ = options_.max_num_batched_tokens;
+    budget_ = micro_share(options_.max_num_batched_tokens);
     plan_decodes();
     plan_prefills();
     // S1 makes room for whole known sequences, and a decoding request without a page retracts until
@@ -38,17 +39,38 @@ std::span<const int32_t> Scheduler::next_plan() {
     return emit();
 }
 
+// The request's state if a row of one token may be planned for it now.
+Decoding* Scheduler::decodable(Request& request) const {
+    auto* decoding = std::get_if<Decoding>(&request.state);
+    if (decoding == nullptr || &request == left_out_) return nullptr;
+    const int32_t next = decoding->held.scheduled;
+    if (next + 1 >= request.limit) return nullptr;  // ends with the step in flight
+    const bool from_device = options_.overlap_depth > 0 || mutant(Mutant::kM1PlannedTwice);
+    return next < request.known() || from_device ? decoding : nullptr;
+}
+
+// How many decoding requests a step takes (M2). Those in flight count: they come back.
+int32_t Scheduler::decode_share() const {
+    const auto num_running = std::ssize(running_);
+    if (options_.num_micro_steps == 1 || mutant(Mutant::kM2Uneven)) return num_running;
+    return micro_share(std::ranges::count_if(running_, [](const Request* request) {
+        const auto* decoding = std::get_if<Decoding>(&request->state);
+        return decoding != nullptr && decoding->held.scheduled + 1 < request->limit;
+    }));
+}
+
 void Scheduler::plan_decodes() {
-    for (size_t i = 0; i < running_.size() && budget_ > 0;) {
+    int32_t share = decode_share();
+    for (size_t i = 0; i < running_.size() && budget_ > 0 && share > 0;) {
         Request& request = *running_[i];
-        auto* decoding = std::get_if<Decoding>(&request.state);
-        const bool ends_in_flight = decoding && decoding->held.scheduled + 1 >= request.limit;
-        if (decoding == nullptr || ends_in_flight || &request == left_out_) {
+        Decoding* decoding = decodable(request);
+        if (decoding == nullptr) {
             ++i;
             continue;
         }
         if (take_pages(decoding->held, 1)) {
             plan_row(request, decoding->held, 1);
+            --share;
             ++i;
             continue;
         }
@@ -135,23 +157,43 @@ bool Scheduler::reads_cache(const Request& request) const {
 }
 
 // Finds the cached pages to resume from: the longest boundary whose needed pages are all there. The
-// last known token is always computed again, because its logits are needed.
-void Scheduler::match(Request& request) {
-    hits_.clear();
-    if (!reads_cache(request)) return;
+// last token is always computed again, because its logits are needed. `chain(k)` hashes page k; it
+// is asked in order, and for no page behind the last one needed.
+template <class Chain>
+void Scheduler::find_pages(std::span<const int32_t> tokens, Chain chain,
+                           std::vector<PageId>& found) const {
+    found.clear();
     const int last = mutant(Mutant::kK3ResumesAtEnd) ? 0 : 1;
-    const int most = (request.known() - last) / options_.page_size;
+    const int most = (static_cast<int>(tokens.size()) - last) / options_.page_size;
     int run = 0;  // pages [run, k) are all there
     int boundary = 0;
     for (int k = 0; k < most && group_.first_needed(most) >= run; ++k) {
-        hits_.push_back(index_.find(chain_at(request, k), page_tokens(request, k)));
-        if (hits_.back() == kNoPage) {
+        found.push_back(index_.find(chain(k), page_tokens(tokens, k)));
+        if (found.back() == kNoPage) {
             run = k + 1;
         } else if (group_.first_needed(k + 1) >= run) {
             boundary = k + 1;
         }
     }
-    hits_.resize(boundary);
+    found.resize(boundary);
+}
+
+void Scheduler::match(Request& request) {
+    hits_.clear();
+    if (!reads_cache(request)) return;
+    find_pages(request.tokens, [&](int page) { return chain_at(request, page); }, hits_);
+}
+
+int32_t Scheduler::match_prefix(std::span<const int32_t> tokens,
+                                std::span<const uint8_t> salt) const {
+    if (!options_.enable_prefix_caching || tokens.empty()) return 0;
+    std::vector<PageId> found;
+    Hash128 hash = index_.root(salt);
+    const auto chain = [&](int page) {
+        return hash = index_.link(hash, page_tokens(tokens, page));
+    };
+    find_pages(tokens, chain, found);
+    return static_cast<int32_t>(found.size()) * options_.page_size;
 }
 
 // Whether a running request is computing pages that this one could share. Remembers which.
@@ -202,7 +244,6 @@ bool Scheduler::admit(Request& request) {
     TS_CHECK(moved);
     if (request.num_cached >= 0) return true;
     request.num_cached = std::min(resumed_at, request.num_prompt);
-    counters_.prompt_tokens += request.num_prompt;
     counters_.prefix_queries += reads_cache(request) ? request.num_prompt : 0;
     counters_.prefix_hits += request.num_cached;
     return true;

@@ -22,6 +22,9 @@ SchedulerOptions checked(const SchedulerOptions& o) {
     require(o.max_model_len >= 2, "max_model_len must be at least 2");
     require(o.max_num_partial_prefills >= 1, "max_num_partial_prefills must be at least 1");
     require(o.overlap_depth == 0 || o.overlap_depth == 1, "overlap_depth must be 0 or 1");
+    require(o.num_micro_steps >= 1, "num_micro_steps must be at least 1");
+    require(o.num_micro_steps == 1 || o.overlap_depth == 0,
+            "num_micro_steps above 1 excludes overlap_depth 1");
     require(o.max_retractions >= 0, "max_retractions must not be negative");
     require(o.max_num_batched_tokens >= o.max_num_seqs,
             "max_num_batched_tokens must be at least max_num_seqs");
@@ -149,7 +152,8 @@ void Scheduler::check_result(std::span<const int32_t> result) const {
     require(result[kResultHeaderVersion] == kLayoutVersion, "commit: wrong layout version");
     const auto low = static_cast<uint32_t>(result[kResultHeaderStepLow]);
     const auto high = static_cast<uint32_t>(result[kResultHeaderStepHigh]);
-    require((uint64_t{high} << 32 | low) == step.number, "commit: not the oldest step in flight");
+    const bool oldest = (uint64_t{high} << 32 | low) == step.number;
+    require(oldest || mutant(Mutant::kM1CommitOutOfOrder), "commit: not the oldest step in flight");
     const int64_t num_rows = result[kResultHeaderNumRows];
     const int64_t num_ids = result[kResultHeaderNumIds];
     require(num_rows == std::ssize(step.rows), "commit: wrong number of rows");
@@ -200,7 +204,6 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
         return;
     }
     if (!row.sample) return;
-    ++counters_.generated_tokens;
     const bool stops = request.num_outputs() >= request.min_tokens &&
                        std::ranges::binary_search(request.stop_ids, ids[0]);
     if (stops) return end_running(request, Finish::kStop, ids);
@@ -234,7 +237,7 @@ void Scheduler::publish(Request& request, Holdings& held) {
         const Hash128 hash = chain_at(request, page);
         const Hash128 parent = page == 0 ? request.root : request.chain[page - 1];
         const bool generated = (page + 1) * options_.page_size > request.num_prompt;
-        index_.publish(held.pages.sealed(page), parent, hash, page_tokens(request, page),
+        index_.publish(held.pages.sealed(page), parent, hash, page_tokens(request.tokens, page),
                        generated);
     }
 }
@@ -243,7 +246,7 @@ void Scheduler::publish(Request& request, Holdings& held) {
 Hash128 Scheduler::chain_at(Request& request, int page) {
     for (int next = static_cast<int>(request.chain.size()); next <= page; ++next) {
         const Hash128 parent = next == 0 ? request.root : request.chain.back();
-        request.chain.push_back(index_.link(parent, page_tokens(request, next)));
+        request.chain.push_back(index_.link(parent, page_tokens(request.tokens, next)));
     }
     return request.chain[page];
 }

@@ -10,7 +10,17 @@
 //      it waits at its old place and is recomputed. A request that was retracted
 //      `max_retractions` times is admitted only with a firm promise of all it can ever need.
 //  S3  A request that could not finish alone on an empty machine is refused when it is submitted.
-// A retracted request never has a step in flight: the planner leaves it out of one plan first.
+// A retracted request never has a step in flight: the planner leaves it out of plans until then.
+//
+// Several steps may be in flight; they commit in order. There are two ways, and not both at once:
+//  overlap_depth 1     a request may be in two steps that follow each other. What the first
+//  samples,
+//                      the second reads on the device: a sampled id is known one step late.
+//  num_micro_steps P   the stages of a pipeline. Up to P steps share the requests:
+//    M1  A request whose next token is being computed is in no other step. Chunks of one prompt
+//        may be, for they pass through the stages one behind the other; the last one samples.
+//    M2  A step takes at most an equal share (1/P, rounded up) of the decoding requests and of the
+//        budget of tokens, so that there is as much left for the other stages.
 #pragma once
 
 #include <cstdint>
@@ -37,6 +47,7 @@ struct SchedulerOptions {
     int32_t max_model_len = 0;
     int32_t max_num_partial_prefills = 4;
     int32_t overlap_depth = 0;
+    int32_t num_micro_steps = 1;
     int32_t enable_prefix_caching = 1;
     int32_t max_retractions = 3;
     int32_t record_events = 0;
@@ -89,7 +100,7 @@ struct Updates {
 struct Stats {
     int64_t num_running = 0, num_waiting = 0, num_pages = 0, num_free_pages = 0;
     int64_t num_cached_pages = 0, num_preemptions = 0, prefix_queries = 0, prefix_hits = 0;
-    int64_t prompt_tokens = 0, generated_tokens = 0, num_steps = 0;
+    int64_t num_steps = 0;
 };
 
 class Scheduler {
@@ -108,6 +119,9 @@ class Scheduler {
     // Takes the StepResult of the oldest plan in flight. Throws std::invalid_argument if it is
     // malformed or late; then nothing changed. The updates are valid until the next call.
     const Updates& commit(std::span<const int32_t> result);
+    // How many of these tokens a request that comes now need not compute. Changes nothing, not even
+    // which page is evicted next. O(tokens found).
+    int32_t match_prefix(std::span<const int32_t> tokens, std::span<const uint8_t> salt) const;
     bool has_work() const { return !live_.empty() || !draining_.empty(); }
     Stats stats() const;
     int flush_cache();
@@ -120,6 +134,7 @@ class Scheduler {
     const SchedulerOptions& options() const { return options_; }
     const Request* find(uint64_t request_id) const;
     int num_in_flight() const { return static_cast<int>(in_flight_.size()); }
+    int max_in_flight() const { return options_.overlap_depth + options_.num_micro_steps; }
 
   private:
     friend class Inspector;  // tests/cpp/explore_inspect.h reads everything, changes nothing
@@ -140,11 +155,15 @@ class Scheduler {
     };
 
     // planner.cpp
+    Decoding* decodable(Request& request) const;
+    int32_t decode_share() const;
     void plan_decodes();
     void plan_prefills();
     int32_t share_budget();
     Request* admit_next();
     bool reads_cache(const Request& request) const;
+    template <class Chain>
+    void find_pages(std::span<const int32_t> tokens, Chain chain, std::vector<PageId>& found) const;
     void match(Request& request);
     bool held_back(Request& request);
     bool admit(Request& request);
@@ -166,8 +185,12 @@ class Scheduler {
     void check_idle() const;
     Hash128 chain_at(Request& request, int page);
 
-    std::span<const int32_t> page_tokens(const Request& request, int page) const {
-        return std::span(request.tokens).subspan(page * options_.page_size, options_.page_size);
+    std::span<const int32_t> page_tokens(std::span<const int32_t> tokens, int page) const {
+        return tokens.subspan(page * options_.page_size, options_.page_size);
+    }
+    int32_t micro_share(int64_t whole) const {
+        return static_cast<int32_t>((whole + options_.num_micro_steps - 1) /
+                                    options_.num_micro_steps);
     }
     int32_t pages_for(int32_t num_tokens) const {
         return (num_tokens + options_.page_size - 1) / options_.page_size;

@@ -70,10 +70,11 @@ struct PlanView {
 
 class Device {
   public:
-    explicit Device(int page_size) : page_size_(page_size) {}
+    // `overlaps`: a request may be in the step after the one that samples its next token.
+    Device(int page_size, bool overlaps) : page_size_(page_size), overlaps_(overlaps) {}
 
     struct Coverage {
-        int64_t hit_tokens = 0, rows = 0, from_device = 0, failed = 0;
+        int64_t hit_tokens = 0, rows = 0, from_device = 0, failed = 0, chunks_in_flight = 0;
     };
 
     // Checks a plan when it is made and takes it in flight. `truths`: by request id; aborted
@@ -115,12 +116,14 @@ class Device {
 
     void take_binds(const PlanView& plan, const std::map<uint64_t, Truth*>& truths);
     void take_row(Flight& flight, int i, std::set<int>& targets);
+    void check_disjoint(const Slot& slot, const int32_t* row);
     void check_hit(const Slot& slot, int start, uint64_t num_committed) const;
     void run_row(Flight& flight, int i);
     void taint(int i);
     void check_cell(const Cell& cell, const Slot& slot, int position) const;
 
     int page_size_;
+    bool overlaps_;
     uint64_t steps_ = 0;
     std::map<int, Slot> slots_;
     std::map<int, std::vector<Cell>> pages_;
@@ -171,6 +174,7 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
     ++coverage_.rows;
     TS_CHECK(row[kRowNumTokens] > 0 && row[kRowNumDraft] == 0);
     TS_CHECK(slot.next == -1 || slot.next == start);
+    check_disjoint(slot, row);
     TS_CHECK(end < slot.truth.length || slot.truth.finish == 1);  // a stop is found out later
     TS_CHECK(end <= std::ssize(slot.truth.sequence));
     if (slot.next == -1) {
@@ -187,7 +191,7 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
         const int token = flight.plan.token(row[kRowTokenOffset] + at);
         coverage_.from_device += token == kTokenFromDevice;
         TS_CHECK(token == slot.truth.sequence[start + at] ||
-                 (token == kTokenFromDevice && start + at >= slot.truth.known));
+                 (token == kTokenFromDevice && overlaps_ && start + at >= slot.truth.known));
     }
     for (int index = start / page_size_; index * page_size_ < end; ++index) {
         TS_CHECK(slot.table.contains(index));
@@ -204,6 +208,18 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
     flight.owners.push_back(slot.request);
     flight.slots.push_back(slot);
     flight.sampled.push_back(-1);
+}
+
+// M1: without overlap steps in flight share no request, but for the chunks of a prompt.
+inline void Device::check_disjoint(const Slot& slot, const int32_t* row) {
+    if (overlaps_) return;
+    for (const Flight& other : in_flight_) {
+        const auto own = std::ranges::find(other.owners, slot.request);
+        if (own == other.owners.end()) continue;
+        const int32_t* earlier = other.plan.row(static_cast<int>(own - other.owners.begin()));
+        TS_CHECK((earlier[kRowFlags] & kRowSample) == 0 && (row[kRowFlags] & kRowPrefill) != 0);
+        ++coverage_.chunks_in_flight;
+    }
 }
 
 // I3, I4: what a hit stands on was written, by a step that had committed when the plan was made.

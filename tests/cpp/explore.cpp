@@ -200,7 +200,10 @@ bool report(const Coverage& c) {
         {"evictions", c.evictions},
         {"rows of requests that are over", c.late_rows},
         {"ids reused in flight", c.id_reuse},
-        {"failed rows", c.failed_rows}};
+        {"failed rows", c.failed_rows},
+        {"micro-steps in flight together", c.micro_steps},
+        {"chunks behind chunks in flight", c.chunks_in_flight},
+        {"answers of match_prefix", c.foretold}};
     bool all = true;
     std::printf("edges with");
     for (const auto& [name, count] : counts) {

@@ -47,6 +47,11 @@ class Inspector {
 
     bool is_free_or_kept(PageId page) const { return s_.pool_.num_users(page) == 0; }
     bool is_published(PageId page) const { return s_.index_.published(page); }
+    bool finds(Hash128 hash) const {
+        return std::ranges::any_of(s_.index_.entries_, [&](const auto& entry) {
+            return entry.published && entry.hash == hash;
+        });
+    }
     int num_published() const {
         return static_cast<int>(std::ranges::count_if(
             s_.index_.entries_, [](const auto& entry) { return entry.published; }));

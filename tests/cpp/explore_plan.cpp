@@ -9,6 +9,7 @@ namespace tokenspeed {
 
 void World::plan() {
     const int num_published = Inspector(*scheduler_).num_published();
+    num_decoding_ = num_decoding();
     const std::span<const int32_t> words = scheduler_->next_plan();
     unbind_retracted();
     coverage_.evictions += check_ && Inspector(*scheduler_).num_published() < num_published;
@@ -101,6 +102,7 @@ void World::take_row(std::span<const int32_t> words, std::span<const int32_t> to
             .start = words[kRowStart],
             .num_tokens = words[kRowNumTokens],
             .sample = (words[kRowFlags] & kRowSample) != 0,
+            .prefill = (words[kRowFlags] & kRowPrefill) != 0,
             .pages = {}};
     demand(row.slot >= 0 && row.slot < static_cast<int>(owner_.size()), "a row without a slot");
     row.life = owner_[row.slot];
@@ -118,6 +120,7 @@ void World::take_row(std::span<const int32_t> words, std::span<const int32_t> to
         check_shape(row, words[kRowFlags]);
         check_tokens(row, tokens.subspan(offset, row.num_tokens));
         check_reads(row);
+        check_disjoint(row);
     }
     life.next = row.end();
     life.sampled |= row.sample;
@@ -157,6 +160,7 @@ void World::check_tokens(const Row& row, std::span<const int32_t> tokens) const 
             continue;
         }
         demand(tokens[i] == kTokenFromDevice && row.num_tokens == 1, "a token nobody knows yet");
+        demand(scenario_.options.overlap_depth > 0, "M1: no step reads tokens on the device");
         const bool sampling = std::ranges::any_of(flights_, [&](const Flight& flight) {
             return std::ranges::any_of(flight.rows, [&](const Row& other) {
                 return other.life == row.life && other.sample && other.end() == position;
@@ -210,16 +214,44 @@ void World::check_writes(const Row& row, const Flight& flight) const {
     demand(std::ranges::count(flight.rows, row.slot, &Row::slot) == 1, "I13: a slot has two rows");
 }
 
+// M1: without overlap, steps in flight share no request but for the chunks of one prompt.
+void World::check_disjoint(const Row& row) const {
+    if (scenario_.options.overlap_depth > 0) return;
+    for (const Flight& flight : flights_) {
+        for (const Row& other : flight.rows) {
+            const bool chunks = !other.sample && row.prefill;
+            demand(other.life != row.life || chunks, "M1: one request in two steps at once");
+        }
+    }
+}
+
+// M2: a step takes its share of the decoding requests and of the token budget.
 void World::check_budget(const Flight& flight) const {
-    int num_tokens = 0;
-    for (const Row& row : flight.rows) num_tokens += row.num_tokens;
+    const int steps = scenario_.options.num_micro_steps;
+    int num_tokens = 0, num_decodes = 0;
+    for (const Row& row : flight.rows) {
+        num_tokens += row.num_tokens;
+        num_decodes += !row.prefill;
+    }
     demand(!flight.rows.empty(), "a plan without rows");
-    demand(num_tokens <= scenario_.options.max_num_batched_tokens, "over the token budget");
+    demand((num_tokens - 1) * steps < scenario_.options.max_num_batched_tokens,
+           "M2: over the token budget");
+    demand((num_decodes - 1) * steps < num_decoding_, "M2: more than a share of the decodes");
+}
+
+// Requests that decode, in a step in flight or not, and do not end with it.
+int World::num_decoding() const {
+    return static_cast<int>(std::ranges::count_if(clients_, [&](const LifeOf& life) {
+        return life && life->live && life->slot >= 0 && life->sampled &&
+               life->next + 1 < limit(*life);
+    }));
 }
 
 void World::count(const Flight& flight) {
+    coverage_.micro_steps += scenario_.options.num_micro_steps > 1 && !flights_.empty();
     for (const Row& row : flight.rows) {
         const Life& life = *row.life;
+        coverage_.chunks_in_flight += row.prefill && in_flight(life);
         coverage_.chunks += row.end() < static_cast<int>(life.tokens.size());
         const bool first = row.start > 0 && life.resumed_at == row.start;
         coverage_.hits += first;
@@ -298,7 +330,8 @@ void World::check_rejections() const {
     if (needed > scenario_.options.num_pages) {
         demand(throws([&] { scheduler_->submit(huge); }), "what can never fit is accepted");
     }
-    if (num_in_flight() > scenario_.options.overlap_depth) {
+    check_match();
+    if (num_in_flight() == scheduler_->max_in_flight()) {
         demand(throws([&] { scheduler_->next_plan(); }), "I12: plans beyond the depth");
     }
     if (flights_.empty()) {
@@ -316,6 +349,25 @@ void World::check_rejections() const {
         if (num_in_flight() > 1) refuses(result(flights_[1], 0), "I12: a later step is accepted");
     }
     demand(hash() == before, "I12: a refusal changed the state");
+}
+
+// `match_prefix` finds the longest run of published pages, and never the last token.
+void World::check_match() const {
+    const Inspector inspect(*scheduler_);
+    for (int i = 0; i < static_cast<int>(clients_.size()); ++i) {
+        const Spec& spec = scenario_.specs[i];
+        int expected = 0;
+        Prefix prefix = trie_.root(spec.salt);
+        for (int at = 0; at + 1 < std::ssize(spec.prompt); ++at) {
+            prefix = trie_.child(prefix, spec.prompt[at]);
+            if ((at + 1) % page_size_ != 0) continue;
+            if (!inspect.finds(trie_.key(prefix, inspect.index(), page_size_))) break;
+            expected = at + 1;
+        }
+        const int32_t found = scheduler_->match_prefix(spec.prompt, spec.salt);
+        demand(found == expected, "match_prefix tells a wrong length");
+        coverage_.foretold += found > 0;
+    }
 }
 
 void World::refuses(const std::vector<int32_t>& result, const char* what) const {

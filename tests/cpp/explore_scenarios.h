@@ -10,51 +10,65 @@
 
 namespace tokenspeed {
 
-inline SchedulerOptions tight_options(int num_pages, int page_size, int depth) {
+// How steps may overlap: not at all, a token read on the device, or micro-steps.
+struct Mode {
+    const char* name;
+    int overlap_depth, num_micro_steps;
+};
+inline constexpr Mode kModes[] = {{"depth 0", 0, 1}, {"depth 1", 1, 1}, {"2 micro-steps", 0, 2}};
+
+inline SchedulerOptions tight_options(int num_pages, int page_size, Mode mode) {
     return {.num_pages = num_pages,
             .page_size = page_size,
             .max_num_seqs = 2,
-            .max_num_batched_tokens = 3,
+            .max_num_batched_tokens = mode.num_micro_steps > 1 ? 4 : 3,
             .max_model_len = 16,
             .max_num_partial_prefills = 2,
-            .overlap_depth = depth,
+            .overlap_depth = mode.overlap_depth,
+            .num_micro_steps = mode.num_micro_steps,
             .max_retractions = 1};
 }
 
-inline std::string at_depth(const char* name, int depth) {
-    return std::string(name) + ", depth " + std::to_string(depth);
+inline std::string in_mode(const char* name, Mode mode) {
+    return std::string(name) + ", " + mode.name;
 }
 
 // "turns": the second request goes on where the first one ends (the device's output at position p
 // is 10 + p), so that it can hit decoded pages.
 inline std::vector<Scenario> quick_scenarios() {
     std::vector<Scenario> all;
-    for (int depth : {0, 1}) {
+    for (const Mode mode : kModes) {
         all.push_back(
-            {at_depth("2x3 twins, pages of 2", depth),
-             tight_options(3, 2, depth),
+            {in_mode("2x3 twins, pages of 2", mode),
+             tight_options(3, 2, mode),
              {{.prompt = {1, 2, 3}, .max_tokens = 3}, {.prompt = {1, 2, 3}, .max_tokens = 2}}});
         all.push_back(
-            {at_depth("2x3 chunks, pages of 2", depth),
-             tight_options(3, 2, depth),
+            {in_mode("2x3 chunks, pages of 2", mode),
+             tight_options(3, 2, mode),
              {{.prompt = {1, 2, 3, 4}, .max_tokens = 3}, {.prompt = {1, 2, 5}, .max_tokens = 2}}});
         all.push_back(
-            {at_depth("2x3 turns, pages of 1", depth),
-             tight_options(3, 1, depth),
+            {in_mode("2x3 turns, pages of 1", mode),
+             tight_options(3, 1, mode),
              {{.prompt = {1}, .max_tokens = 3}, {.prompt = {1, 11, 5}, .max_tokens = 1}}});
-        all.push_back({at_depth("2x3 crowd, pages of 1", depth),
-                       tight_options(3, 1, depth),
+        all.push_back({in_mode("2x3 crowd, pages of 1", mode),
+                       tight_options(3, 1, mode),
                        {{.prompt = {1}, .max_tokens = 3}, {.prompt = {2}, .max_tokens = 3}}});
-        all.push_back({at_depth("2x3 salts, pages of 2", depth),
-                       tight_options(3, 2, depth),
+        all.push_back({in_mode("2x3 salts, pages of 2", mode),
+                       tight_options(3, 2, mode),
                        {{.prompt = {1, 2, 3}, .max_tokens = 3},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}}}});
-        if (depth == 1) continue;
+        if (mode.num_micro_steps > 1) {
+            all.push_back({in_mode("2x3 chunks in flight, pages of 2", mode),
+                           tight_options(3, 2, mode),
+                           {{.prompt = {1, 2, 3, 4, 5}, .max_tokens = 1},
+                            {.prompt = {1, 2, 6}, .max_tokens = 3}}});
+        }
+        if (mode.overlap_depth + mode.num_micro_steps > 1) continue;
         // Only here can an older request grow into the pages that a retracted one was promised.
-        SchedulerOptions six = tight_options(6, 1, depth);
+        SchedulerOptions six = tight_options(6, 1, mode);
         six.max_num_seqs = 3;
         six.max_num_batched_tokens = 4;
-        all.push_back({at_depth("3x6 ageing, pages of 1, once", depth),
+        all.push_back({in_mode("3x6 ageing, pages of 1, once", mode),
                        six,
                        {{.prompt = {1}, .max_tokens = 4},
                         {.prompt = {2, 2}, .max_tokens = 2},
@@ -66,32 +80,32 @@ inline std::vector<Scenario> quick_scenarios() {
 
 inline std::vector<Scenario> full_scenarios() {
     std::vector<Scenario> all;
-    for (int depth : {0, 1}) {
-        SchedulerOptions three = tight_options(4, 1, depth);
+    for (const Mode mode : kModes) {
+        SchedulerOptions three = tight_options(4, 1, mode);
         three.max_num_seqs = 3;
-        all.push_back({at_depth("3x4 crowd, pages of 1, three slots", depth),
+        all.push_back({in_mode("3x4 crowd, pages of 1, three slots", mode),
                        three,
                        {{.prompt = {1}, .max_tokens = 3},
                         {.prompt = {2}, .max_tokens = 2},
                         {.prompt = {1}, .max_tokens = 2, .salt = {7}}}});
         three.page_size = 2;
         three.max_num_batched_tokens = 4;
-        all.push_back({at_depth("3x4 turns, pages of 2", depth),
-                       tight_options(4, 2, depth),
+        all.push_back({in_mode("3x4 turns, pages of 2", mode),
+                       tight_options(4, 2, mode),
                        {{.prompt = {1, 2, 3}, .max_tokens = 3},
                         {.prompt = {1, 2, 4}, .max_tokens = 2},
                         {.prompt = {1, 2, 3, 13, 5}, .max_tokens = 1}}});
-        all.push_back({at_depth("3x4 turns, pages of 1", depth),
-                       tight_options(4, 1, depth),
+        all.push_back({in_mode("3x4 turns, pages of 1", mode),
+                       tight_options(4, 1, mode),
                        {{.prompt = {1, 2}, .max_tokens = 3},
                         {.prompt = {1}, .max_tokens = 2},
                         {.prompt = {1, 2, 12, 5}, .max_tokens = 1}}});
-        all.push_back({at_depth("3x4 chunks, pages of 2", depth),
-                       tight_options(4, 2, depth),
+        all.push_back({in_mode("3x4 chunks, pages of 2", mode),
+                       tight_options(4, 2, mode),
                        {{.prompt = {1, 2, 3, 4, 5}, .max_tokens = 2},
                         {.prompt = {1, 2, 3, 4, 6}, .max_tokens = 2},
                         {.prompt = {1, 2, 3}, .max_tokens = 4}}});
-        all.push_back({at_depth("3x4 salts and options, three slots", depth),
+        all.push_back({in_mode("3x4 salts and options, three slots", mode),
                        three,
                        {{.prompt = {1, 2, 3}, .max_tokens = 3, .min_tokens = 2},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}},

@@ -40,7 +40,7 @@ std::vector<Move> World::moves() const {
     }
     if (scenario_.again && scheduler_->stats().num_cached_pages > 0)
         all.push_back({Move::kFlush, 0});
-    if (num_in_flight() <= scenario_.options.overlap_depth) all.push_back({Move::kPlan, 0});
+    if (num_in_flight() < scheduler_->max_in_flight()) all.push_back({Move::kPlan, 0});
     if (flights_.empty()) return all;
     std::vector<uint32_t> outcomes = {0};
     const std::vector<Row>& rows = flights_.front().rows;

@@ -58,6 +58,9 @@ struct Coverage {
     size_t late_rows = 0;  // rows of requests that are over
     size_t id_reuse = 0;   // ids submitted again while their last life is in flight
     size_t failed_rows = 0;
+    size_t micro_steps = 0;       // steps planned beside others in flight, without overlap
+    size_t chunks_in_flight = 0;  // chunks planned behind a chunk in flight
+    size_t foretold = 0;          // non-zero answers of match_prefix
 };
 
 // What may happen next. A commit's `detail` has two bits for each row of the step: its outcome.
@@ -80,6 +83,7 @@ class World {
     bool quiet() const { return !any_live() && flights_.empty(); }
     void check_state() const;       // everything that must hold between two moves
     void check_rejections() const;  // what must be refused, and change nothing
+    void check_match() const;       // what a router is told of the cache
     std::string describe(Move move) const;
 
   private:
@@ -101,7 +105,7 @@ class World {
     struct Row {
         LifeOf life;
         int slot, start, num_tokens;
-        bool sample;
+        bool sample, prefill;
         std::vector<PageId> pages;  // of positions [0, start + num_tokens)
         int end() const { return start + num_tokens; }
     };
@@ -130,7 +134,9 @@ class World {
     void check_tokens(const Row& row, std::span<const int32_t> tokens) const;
     void check_reads(const Row& row) const;
     void check_writes(const Row& row, const Flight& flight) const;
+    void check_disjoint(const Row& row) const;
     void check_budget(const Flight& flight) const;
+    int num_decoding() const;
     void count(const Flight& flight);
     void run(const Row& row, Move::Outcome outcome, int32_t id);
     void settle(const Row& row, Move::Outcome outcome, int32_t id, Updates& expected);
@@ -162,6 +168,7 @@ class World {
     std::deque<Flight> flights_;
     uint64_t next_step_ = 0;
     bool planned_ = false;
+    int num_decoding_ = 0;  // before the plan that is being checked
     bool check_ = true;
 };
 

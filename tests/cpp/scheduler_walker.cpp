@@ -20,6 +20,8 @@ struct Counters {
     int64_t ops = 0, plans = 0, finished = 0, stopped = 0, errors = 0, aborts = 0, refused = 0;
     int64_t preemptions = 0, hit_tokens = 0, from_device = 0, malformed = 0, drained = 0;
     int64_t num_machines = 0, firm = 0, leaked = 0;
+    int64_t micro_steps = 0, chunks_in_flight = 0;  // planned beside others in flight
+    int64_t foretold = 0;  // admissions of which `match_prefix` had said what they would find
 };
 
 class Walk {
@@ -28,7 +30,7 @@ class Walk {
         : random_(seed),
           options_(random_options()),
           scheduler_(options_, HashKey{seed, ~seed}),
-          device_(options_.page_size),
+          device_(options_.page_size, options_.overlap_depth > 0),
           count_(counters) {}
 
     void run(int num_ops);
@@ -48,6 +50,7 @@ class Walk {
     void check();
     void drain();
     void compare_replay();
+    void foretell(const NewRequest& request);
     NewRequest random_request(Truth& truth, Tokens& stop_ids);
 
     std::mt19937_64 random_;
@@ -60,6 +63,8 @@ class Walk {
     std::map<uint64_t, Truth*> by_id_;
     std::vector<Tokens> plans_;
     uint64_t next_id_ = 1;
+    int32_t foretold_ = -1;  // tokens that the request `foretold_id_` will find; -1: unknown
+    uint64_t foretold_id_ = 0;
 };
 
 SchedulerOptions Walk::random_options() {
@@ -70,7 +75,8 @@ SchedulerOptions Walk::random_options() {
     o.max_num_batched_tokens = o.max_num_seqs + below(12);
     o.max_model_len = 2 + below(o.num_pages * o.page_size + 8);
     o.max_num_partial_prefills = 1 + below(3);
-    o.overlap_depth = below(2);
+    o.overlap_depth = one_in(3);
+    o.num_micro_steps = o.overlap_depth > 0 ? 1 : 1 + below(4);
     o.enable_prefix_caching = !one_in(5);
     o.max_retractions = below(4);
     o.record_events = 1;
@@ -135,9 +141,23 @@ void Walk::submit() {
             truth->finish = 1;
         }
     }
+    foretell(request);
     scheduler_.submit(request);
     by_id_[next_id_] = truth.get();
     truths_[next_id_++] = std::move(truth);
+}
+
+// `match_prefix` changes nothing, and when nobody else runs it says what the request will find.
+void Walk::foretell(const NewRequest& request) {
+    const uint64_t before = scheduler_.state_hash();
+    const int32_t found = scheduler_.match_prefix(request.prompt, request.salt);
+    TS_CHECK(scheduler_.state_hash() == before);
+    TS_CHECK(found % options_.page_size == 0 && found < std::ssize(request.prompt));
+    TS_CHECK(found == 0 || options_.enable_prefix_caching);
+    foretold_ = -1;
+    if (!truths_.empty() || device_.num_in_flight() > 0) return;
+    foretold_ = request.read_cache && !request.prompt_logprobs ? found : 0;
+    foretold_id_ = request.id;
 }
 
 // I12: what is refused leaves no trace.
@@ -171,16 +191,22 @@ void Walk::abort() {
 }
 
 void Walk::plan() {
-    if (device_.num_in_flight() > options_.overlap_depth) return commit();
+    if (device_.num_in_flight() >= scheduler_.max_in_flight()) return commit();
     const auto words = scheduler_.next_plan();
     if (words.empty()) {
         TS_CHECK(device_.num_in_flight() > 0 || truths_.empty());  // I9: never stuck
         return;
     }
     ++count_.plans;
+    count_.micro_steps += options_.num_micro_steps > 1 && device_.num_in_flight() > 0;
     plans_.emplace_back(words.begin(), words.end());
     device_.launch(words, by_id_);
     const PlanView view(words);
+    if (foretold_ >= 0 && view.num_binds() > 0 && view.request(0) == foretold_id_) {
+        TS_CHECK(scheduler_.find(foretold_id_)->num_cached == foretold_);
+        ++count_.foretold;
+        foretold_ = -1;
+    }
     for (int i = 0; i < view.num_binds(); ++i) {
         const Request* request = scheduler_.find(view.request(i));
         const bool aged = request->retractions == options_.max_retractions;
@@ -258,7 +284,10 @@ void Walk::step() {
     if (choice < 25 && truths_.size() < 9) return submit();
     if (choice < 29) return abort();
     if (choice < 31) return commit_malformed();
-    if (choice < 32) return void(scheduler_.flush_cache());
+    if (choice < 32) {
+        foretold_ = -1;
+        return void(scheduler_.flush_cache());
+    }
     if (choice < 42) return device_.run_one();
     if (choice < 68) return commit();
     plan();
@@ -310,6 +339,7 @@ void Walk::run(int num_ops) {
     count_.preemptions += scheduler_.stats().num_preemptions;
     count_.hit_tokens += device_.coverage().hit_tokens;
     count_.from_device += device_.coverage().from_device;
+    count_.chunks_in_flight += device_.coverage().chunks_in_flight;
     ++count_.num_machines;
 }
 
@@ -327,12 +357,13 @@ void print(const Counters& c, double seconds) {
         "refused %lld, malformed results %lld\n"
         "retractions %lld, firm promises after them %lld, tokens hit %lld, tokens from the device "
         "%lld, drained %lld times, "
-        "leaked pages %lld\n",
+        "leaked pages %lld\n"
+        "steps planned beside others in flight %lld, chunks behind chunks in flight %lld\n",
         (long long)c.ops, (long long)c.num_machines, double(c.ops) / seconds, (long long)c.plans,
         (long long)c.finished, (long long)c.stopped, (long long)c.errors, (long long)c.aborts,
         (long long)c.refused, (long long)c.malformed, (long long)c.preemptions, (long long)c.firm,
         (long long)c.hit_tokens, (long long)c.from_device, (long long)c.drained,
-        (long long)c.leaked);
+        (long long)c.leaked, (long long)c.micro_steps, (long long)c.chunks_in_flight);
 }
 
 }  // namespace
@@ -356,8 +387,9 @@ int main(int argc, char** argv) {
     tokenspeed::print(counters, spent.count());
     // A walk that meets nothing proves nothing.
     const auto& c = counters;
-    for (int64_t met : {c.finished, c.stopped, c.errors, c.aborts, c.refused, c.malformed,
-                        c.preemptions, c.firm, c.hit_tokens, c.from_device}) {
+    for (int64_t met :
+         {c.finished, c.stopped, c.errors, c.aborts, c.refused, c.malformed, c.preemptions, c.firm,
+          c.hit_tokens, c.from_device, c.micro_steps, c.chunks_in_flight, c.foretold}) {
         TS_CHECK(met > 0);
     }
     return 0;

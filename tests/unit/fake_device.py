@@ -39,17 +39,20 @@ def expected_output(prompt: np.ndarray, num_tokens: int) -> list[int]:
 
 
 class FakeDevice:
-    """Runs a scheduler's plans; checks its invariants after every call."""
+    """Runs a scheduler's plans; checks its invariants after every call.
+
+    `depth` steps stay in flight while another is planned: overlap_depth + num_micro_steps - 1.
+    """
 
     def __init__(
         self,
         scheduler: _scheduler.Scheduler,
-        overlap_depth: int,
+        depth: int,
         page_size: int = 4,
         fails: Callable[[int, int], bool] = lambda request, start: False,
     ) -> None:
         self.scheduler = scheduler
-        self.overlap_depth = overlap_depth
+        self.depth = depth
         self.page_size = page_size
         self.fails = fails
         self.pages: dict[tuple[int, int], int] = {}  # page, offset -> token
@@ -75,8 +78,8 @@ class FakeDevice:
         self.scheduler.check_invariants()
         if plan is not None:
             self.in_flight.append(self.compute(plan))
-        while len(self.in_flight) > (self.overlap_depth if plan is not None else 0):
-            self._commit(self.in_flight.popleft())
+        if self.in_flight and (plan is None or len(self.in_flight) > self.depth):
+            self.commit_oldest()
 
     def compute(self, plan: np.ndarray) -> np.ndarray:
         self.plans.append(plan)
@@ -128,8 +131,8 @@ class FakeDevice:
     def _place(self, slot: int, position: int) -> tuple[int, int]:
         return self.table[slot, position // self.page_size], position % self.page_size
 
-    def _commit(self, result: np.ndarray) -> None:
-        updates = self.scheduler.commit(result)
+    def commit_oldest(self) -> None:
+        updates = self.scheduler.commit(self.in_flight.popleft())
         self.scheduler.check_invariants()
         ids = updates.ids.tolist()
         for request, finish, count, cached in zip(

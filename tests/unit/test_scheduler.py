@@ -10,6 +10,13 @@ from tests.unit.fake_device import FakeDevice, expected_output
 from tokenspeed import _scheduler
 
 KEY = bytes(range(16))
+Mode = dict[str, int]
+MODES: list[Mode] = [
+    {},
+    {"overlap_depth": 1},
+    {"num_micro_steps": 2},
+    {"num_micro_steps": 3},
+]
 
 
 def make(**options: int | bool | bytes) -> _scheduler.Scheduler:
@@ -24,15 +31,19 @@ def make(**options: int | bool | bytes) -> _scheduler.Scheduler:
     return _scheduler.Scheduler(**(defaults | options))  # type: ignore[arg-type]
 
 
+def depth_of(mode: Mode) -> int:
+    return mode.get("overlap_depth", 0) + mode.get("num_micro_steps", 1) - 1
+
+
 def prompt(length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1000, length, dtype=np.int32)
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("length", [1, 4, 5, 40])
-def test_one_request_gets_the_models_tokens(length: int, overlap_depth: int) -> None:
-    scheduler = make(overlap_depth=overlap_depth)
-    device = FakeDevice(scheduler, overlap_depth)
+def test_one_request_gets_the_models_tokens(length: int, mode: Mode) -> None:
+    scheduler = make(**mode)
+    device = FakeDevice(scheduler, depth_of(mode))
     scheduler.submit(7, prompt(length), max_tokens=11)
     device.run()
     assert device.outputs[7] == expected_output(prompt(length), 11)
@@ -94,10 +105,10 @@ def test_stop_ids_wait_for_min_tokens() -> None:
         assert device.finish[1] == _scheduler.FINISH_STOP
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_retraction_changes_no_token(overlap_depth: int) -> None:
-    scheduler = make(num_pages=12, overlap_depth=overlap_depth, enable_prefix_caching=False)
-    device = FakeDevice(scheduler, overlap_depth)
+@pytest.mark.parametrize("mode", MODES)
+def test_retraction_changes_no_token(mode: Mode) -> None:
+    scheduler = make(num_pages=12, **mode, enable_prefix_caching=False)
+    device = FakeDevice(scheduler, depth_of(mode))
     for i in range(4):
         scheduler.submit(i, prompt(8, i), max_tokens=20)
     device.run()
@@ -108,11 +119,11 @@ def test_retraction_changes_no_token(overlap_depth: int) -> None:
     assert stats.num_free_pages == 12
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", range(8))
-def test_abort_at_any_step_returns_everything(steps: int, overlap_depth: int) -> None:
-    scheduler = make(overlap_depth=overlap_depth)
-    device = FakeDevice(scheduler, overlap_depth)
+def test_abort_at_any_step_returns_everything(steps: int, mode: Mode) -> None:
+    scheduler = make(**mode)
+    device = FakeDevice(scheduler, depth_of(mode))
     scheduler.submit(1, prompt(40), max_tokens=20)
     scheduler.submit(2, prompt(9, 2), max_tokens=20)
     for _ in range(steps):
@@ -139,10 +150,10 @@ def test_abort_keeps_the_finished_prefill() -> None:
     assert device.num_cached[2] == 32
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_a_failed_row_ends_its_request_alone(overlap_depth: int) -> None:
-    scheduler = make(overlap_depth=overlap_depth)
-    device = FakeDevice(scheduler, overlap_depth, fails=lambda request, start: request == 1)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_failed_row_ends_its_request_alone(mode: Mode) -> None:
+    scheduler = make(**mode)
+    device = FakeDevice(scheduler, depth_of(mode), fails=lambda request, start: request == 1)
     scheduler.submit(1, prompt(9), max_tokens=5)
     scheduler.submit(2, prompt(9, 2), max_tokens=5)
     device.run()
@@ -178,6 +189,8 @@ def test_bad_requests_are_refused(change: dict[str, object], message: str) -> No
         {"num_pages": 0},
         {"page_size": 0},
         {"overlap_depth": 2},
+        {"num_micro_steps": 0},
+        {"num_micro_steps": 2, "overlap_depth": 1},
         {"max_num_batched_tokens": 3},
         {"hash_key": b"short"},
     ],
@@ -225,10 +238,10 @@ def test_planning_beyond_the_depth_is_refused() -> None:
         scheduler.next_plan()
 
 
-@pytest.mark.parametrize("overlap_depth", [0, 1])
-def test_replay_gives_the_same_plans(overlap_depth: int) -> None:
-    scheduler = make(num_pages=20, overlap_depth=overlap_depth, record_events=True)
-    device = FakeDevice(scheduler, overlap_depth)
+@pytest.mark.parametrize("mode", MODES)
+def test_replay_gives_the_same_plans(mode: Mode) -> None:
+    scheduler = make(num_pages=20, **mode, record_events=True)
+    device = FakeDevice(scheduler, depth_of(mode))
     for i in range(6):
         scheduler.submit(i, prompt(5 + 7 * i, i % 3), max_tokens=9, salt=bytes(i % 2))
         device.step()

@@ -73,13 +73,14 @@ class Step(NamedTuple):
     result: Words
     lives: list[Life]
     pages: list[set[int]]  # of each row
+    samples: list[bool]
 
 
 class Device:
     """Runs plans on pages of (salt, position, token); what it reads decides what it samples."""
 
-    def __init__(self, num_pages: int, page_size: int, num_slots: int) -> None:
-        self.page_size = page_size
+    def __init__(self, num_pages: int, page_size: int, num_slots: int, overlaps: bool) -> None:
+        self.page_size, self.overlaps = page_size, overlaps
         self.cells: list[list[tuple[bytes, int, int]]] = [
             [(b"", POISON, POISON)] * page_size for _ in range(num_pages)
         ]
@@ -108,7 +109,7 @@ class Device:
             self.tables[slot].append(page)
         words: list[int] = []
         ids: list[int] = []
-        step = Step(np.empty(0, np.int32), [], [])
+        step = Step(np.empty(0, np.int32), [], [], [])
         for row in rows:
             given = [token for (token,) in tokens[row[-1] : row[-1] + row[3]]]
             status, sampled = self._run(row, given, live, in_flight, step)
@@ -133,14 +134,19 @@ class Device:
         assert life is not None
         assert any(life is other for other in live.values())
         assert num_draft == 0
+        assert self.overlaps or -1 not in tokens
         self._write(slot, life, start, tokens)
         used = set(table[: -(-end // self.page_size)])
         written = set(table[start // self.page_size :]) & used
         for earlier in in_flight:
-            for other, others in zip(earlier.lives, earlier.pages, strict=True):
+            for other, others, samples in zip(
+                earlier.lives, earlier.pages, earlier.samples, strict=True
+            ):
                 assert other is life or not written & others, "reused under a step in flight"
+                assert other is not life or self.overlaps or not samples, "in two steps at once"
         step.lives.append(life)
         step.pages.append(used)
+        step.samples.append(bool(flags & SAMPLE))
         failed = end > life.spec.fails_at
         if not flags & SAMPLE:
             return int(failed), []
@@ -190,10 +196,20 @@ class AnyOrder(RuleBasedStateMachine):
         page_size=st.sampled_from([2, 4]),
         seqs=st.sampled_from([3, 4, 2, 1]),
         extra=st.integers(0, 6),
-        depth=st.integers(0, 1),
+        mode=st.sampled_from([(0, 1), (1, 1), (0, 2), (0, 3)]),
+        caching=st.sampled_from([True, True, False]),
     )
-    def start(self, pages: int, page_size: int, seqs: int, extra: int, depth: int) -> None:
-        self.depth = depth
+    def start(
+        self,
+        pages: int,
+        page_size: int,
+        seqs: int,
+        extra: int,
+        mode: tuple[int, int],
+        caching: bool,
+    ) -> None:
+        overlap_depth, num_micro_steps = mode
+        self.depth = overlap_depth + num_micro_steps - 1
         self.num_pages = pages * 4 // page_size
         self.scheduler = _scheduler.Scheduler(
             num_pages=self.num_pages,
@@ -201,11 +217,13 @@ class AnyOrder(RuleBasedStateMachine):
             max_num_seqs=seqs,
             max_num_batched_tokens=seqs + extra,
             max_model_len=MAX_MODEL_LEN,
-            overlap_depth=depth,
+            overlap_depth=overlap_depth,
+            num_micro_steps=num_micro_steps,
+            enable_prefix_caching=caching,
             hash_key=bytes(16),
             record_events=True,
         )
-        self.device = Device(self.num_pages, page_size, seqs)
+        self.device = Device(self.num_pages, page_size, seqs, overlaps=overlap_depth > 0)
         self.live: dict[int, Life] = {}
         self.in_flight: deque[Step] = deque()
         self.plans: list[Words] = []
@@ -231,8 +249,15 @@ class AnyOrder(RuleBasedStateMachine):
             with pytest.raises(ValueError, match="already in use"):
                 self._submit(request_id, spec, prompt)
             return
+        self._match(spec, prompt)
         self._submit(request_id, spec, prompt)
         self.live[request_id] = Life(spec, *spec.outcome(MAX_MODEL_LEN))
+
+    def _match(self, spec: Spec, prompt: Words) -> None:
+        queries = self.scheduler.stats().prefix_queries
+        found = self.scheduler.match_prefix(prompt, spec.salt)
+        assert 0 <= found < len(prompt)
+        assert self.scheduler.stats().prefix_queries == queries
 
     @rule(burst=st.lists(specs, min_size=2, max_size=4), steps=st.integers(0, 12))
     def submit_burst(self, burst: list[Spec], steps: int) -> None:
