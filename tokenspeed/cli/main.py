@@ -3,11 +3,11 @@
 
 import sys
 
-from tokenspeed.cli import chat, env, generate, kernels, serve
+from tokenspeed.cli import chat, env, generate, kernels, plan, serve
 from tokenspeed.cli.options import Parser
 from tokenspeed.errors import TokenSpeedError
 
-COMMANDS = (serve, chat, generate, kernels, env)
+COMMANDS = (serve, chat, generate, kernels, plan, env)
 
 
 def build_parser() -> Parser:

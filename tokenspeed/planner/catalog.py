@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: MIT
+"""From a model's name to the model on the meta device: a folder, a cached hub id, a shipped shape.
+
+Reads config.json and nothing else; never downloads. Refuses to know meshes and devices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from tokenspeed.errors import ModelLoadError
+from tokenspeed.layers.moe import Experts, Router, Routing
+from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
+from tokenspeed.models.hub import DEMO, DEMO_FOLDER
+from tokenspeed.models.registry import find_architecture
+from tokenspeed.planner.weight_format import BF16, FP32, FormatOf, choose_formats
+
+SHAPES = Path(__file__).parent.parent / "assets" / "models"
+META = torch.device("meta")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model without weights, and how each module's weights are held."""
+
+    name: str
+    model: CausalLM
+    format_of: FormatOf
+    kv_dtype: torch.dtype
+
+    def routing(self, path: str) -> Routing:
+        """How tokens choose among the experts at `path`."""
+        router = self.model.get_submodule(path.rpartition(".")[0] + ".gate")
+        return cast(Router, router).routing
+
+    @property
+    def has_experts(self) -> bool:
+        return any(isinstance(module, Experts) for module in self.model.modules())
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+
+def shipped_names() -> list[str]:
+    return sorted([DEMO, *(path.stem for path in SHAPES.glob("*.json"))])
+
+
+def open_model(name: str, *, weight_dtype: str = "auto", kv_dtype: str = "auto") -> PlannedModel:
+    """`ModelLoadError`: no such name here, or a configuration that is not supported."""
+    return describe(name, read_json(find_config(name)), weight_dtype, kv_dtype)
+
+
+def describe(
+    name: str, values: Mapping[str, Any], weight_dtype: str = "auto", kv_dtype: str = "auto"
+) -> PlannedModel:
+    """The model of a parsed config.json. `weight_dtype`, `kv_dtype`: "auto" or a format's name."""
+    outer = HfConfig(values)
+    config = text_config(outer)
+    dtype = _stated_dtype(config, outer)
+    try:
+        found = find_architecture(architecture(outer))
+        model = found.model.from_config(dict(config.values), dtype, META)
+    except (RuntimeError, OverflowError) as error:
+        raise ModelLoadError(f"{name}: config.json asks for impossible sizes: {error}") from error
+    plain = FP32 if dtype == torch.float32 else BF16
+    quantized = config if config.has("quantization_config") else outer
+    kinds = {"auto": dtype, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+    return PlannedModel(
+        name, model, choose_formats(quantized, plain, weight_dtype), kinds[kv_dtype]
+    )
+
+
+def find_config(name: str) -> Path:
+    """The config.json of a shipped shape, a folder, or a hub id whose config is in the cache."""
+    if name == DEMO:
+        return DEMO_FOLDER / "config.json"
+    if name in shipped_names():
+        return SHAPES / f"{name}.json"
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder / "config.json"
+    try:
+        cached = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        cached = None
+    if isinstance(cached, str):
+        return Path(cached)
+    raise ModelLoadError(
+        f"{name!r} is no folder, no hub id in the local cache, and none of the shipped shapes: "
+        + ", ".join(shipped_names())
+    )
+
+
+def _stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:
+    for part in (config, outer):
+        for key in ("dtype", "torch_dtype"):
+            if part.has(key):
+                return DTYPES[part.word(key, tuple(DTYPES))]
+    return torch.bfloat16

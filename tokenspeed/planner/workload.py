@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""What one rank of a compiled model does: its weights, its products, its keys and values.
+
+Made from the meta model and the local shapes of its compile; identical modules of different layers
+are one `Op` with a count for each pipeline stage. Knows no devices and no batch.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from typing import Literal
+
+from torch import nn
+
+from tokenspeed.layers.attention_gqa import GqaAttention
+from tokenspeed.layers.attention_mla import AbsorbedKv, MlaAttention
+from tokenspeed.layers.embedding import Embedding, LMHead
+from tokenspeed.layers.mlp import MLP
+from tokenspeed.layers.moe import Experts, MoE, Router, Routing
+from tokenspeed.planner.catalog import PlannedModel
+from tokenspeed.planner.weight_format import BF16, WeightFormat
+from tokenspeed.spmd.collectives import Collective
+from tokenspeed.spmd.compile import SpmdPlan, cuts
+from tokenspeed.spmd.mesh import Mesh
+
+Kind = Literal["dense", "experts", "attention", "logits", "other"]
+KERNELS = {Router: 2, Experts: 4, MLP: 1, AbsorbedKv: 2, Embedding: 1, MoE: 1}
+ACTIVATION_BYTES = 2
+
+
+@dataclass(frozen=True)
+class Op:
+    """One module on one rank. What is per token is per token that this rank computes."""
+
+    kind: Kind
+    num_elements: int = 0  # of its weights on this rank
+    format: WeightFormat = BF16
+    flops: float = 0.0  # per token
+    traffic: float = 0.0  # bytes of activations read and written per token
+    kernels: int = 0
+    expert_share: float = 1.0  # of the experts that one token chooses
+    shared_elements: int = 0  # read here, but held and counted by another module
+    kv_bytes: float = 0.0  # per token of context
+    kv_flops: float = 0.0  # per query and token of context
+
+    @property
+    def weight_bytes(self) -> float:
+        return self.num_elements * self.format.bytes_per_element
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The modules at `path` (layers as `*`), and how many of them each pipeline stage has."""
+
+    path: str
+    op: Op
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The same collective of several layers: `row.module` has `*` for the layer."""
+
+    row: Collective
+    counts: tuple[int, ...]  # of each pipeline stage
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All work of one rank of each stage."""
+
+    planned: PlannedModel
+    plan: SpmdPlan
+    entries: tuple[Entry, ...]
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.plan.mesh
+
+    @property
+    def hidden_size(self) -> int:
+        return self.planned.model.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.planned.model.vocab_size
+
+    @cached_property
+    def kv_bytes_per_token(self) -> float:
+        """On the rank that keeps most: the stage with the most layers."""
+        return max(self._sum(stage, "kv_bytes") for stage in range(self.mesh.pp))
+
+    def weight_bytes(self, stage: int) -> float:
+        return self._sum(stage, "weight_bytes")
+
+    @cached_property
+    def collectives(self) -> tuple[tuple[Exchange, ...], ...]:
+        """Of each variant of the plan, in the order of the model."""
+        return tuple(_exchanges(self.plan, i) for i in range(len(self.plan.variants)))
+
+    def _sum(self, stage: int, name: str) -> float:
+        return float(sum(entry.counts[stage] * getattr(entry.op, name) for entry in self.entries))
+
+
+def make_workload(planned: PlannedModel, plan: SpmdPlan) -> Workload:
+    """The work of the first rank of each stage; the other ranks of a stage have the same."""
+    shapes = {path: cut.shape for path, cut in cuts(planned.model, plan, 0).items()}
+    found: dict[tuple[str, Op], list[int]] = {}
+    for path, module in planned.model.named_modules():
+        own = [shapes[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)]
+        for op in _ops(path, module, own, planned, plan):
+            counts = found.setdefault((folded(path), op), [0] * plan.mesh.pp)
+            counts[_stage(path, plan)] += 1
+    entries = [Entry(path, op, tuple(counts)) for (path, op), counts in found.items()]
+    return Workload(planned, plan, tuple(entries))
+
+
+def _exchanges(plan: SpmdPlan, variant: int) -> tuple[Exchange, ...]:
+    found: dict[Collective, list[int]] = {}
+    for row in plan.collectives(variant, ACTIVATION_BYTES):
+        one = replace(row, module=folded(row.module))
+        counts = found.setdefault(one, [0] * plan.mesh.pp)
+        counts[_stage(row.module, plan)] += 1
+    return tuple(Exchange(row, tuple(counts)) for row, counts in found.items())
+
+
+def folded(path: str) -> str:
+    """A module's path with `*` for the layer's number."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
+
+
+def _ops(
+    path: str,
+    module: nn.Module,
+    shapes: list[tuple[int, ...]],
+    planned: PlannedModel,
+    plan: SpmdPlan,
+) -> Iterator[Op]:
+    """What one module does; nothing for those that only hold others."""
+    held, size = planned.format_of(path, module), sum(prod(shape) for shape in shapes)
+    kernels = KERNELS.get(type(module), 1 if shapes else 0)
+    if isinstance(module, (GqaAttention, MlaAttention)):
+        yield _attention(module, planned, plan.mesh)
+    elif isinstance(module, Embedding):
+        yield Op("other", size, held, traffic=2.0 * ACTIVATION_BYTES * shapes[0][1], kernels=1)
+    elif isinstance(module, LMHead):
+        yield _logits(module, size, held, plan.mesh)
+    elif isinstance(module, Experts):
+        yield _experts(module, shapes, held, planned.routing(path), plan)
+    elif shapes and len(shapes[0]) > 1:
+        features = sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
+        traffic = float(ACTIVATION_BYTES * features)
+        yield Op("dense", size, held, flops=2.0 * size, traffic=traffic, kernels=kernels)
+    elif kernels:  # norms, and what composites do between their children
+        yield Op("other", size, held, traffic=4.0 * ACTIVATION_BYTES * size, kernels=kernels)
+
+
+def _logits(module: LMHead, size: int, held: WeightFormat, mesh: Mesh) -> Op:
+    """Rows are those of the embedding where the head has no weight of its own."""
+    vocab, hidden = module.embedding[0].weight.shape
+    rows = -(-vocab // mesh.tp)
+    traffic = 4.0 * rows + ACTIVATION_BYTES * hidden
+    kind: Kind = "logits"
+    shared = 0 if size else rows * hidden  # read, but counted as the embedding's
+    return Op(kind, size, held, 2.0 * rows * hidden, traffic, kernels=2, shared_elements=shared)
+
+
+def _experts(
+    module: Experts,
+    shapes: list[tuple[int, ...]],
+    held: WeightFormat,
+    routing: Routing,
+    plan: SpmdPlan,
+) -> Op:
+    """Each token runs through top_k of all experts; `flops` are of the share that falls here.
+
+    A cut leaves the experts whole along their number; a rank holds its slots of them.
+    """
+    slots = plan.num_slots // plan.mesh.ep
+    size = slots * sum(prod(shape[1:]) for shape in shapes)
+    share = routing.top_k / plan.num_slots
+    return Op(
+        "experts",
+        size,
+        held,
+        flops=2.0 * size * share,
+        traffic=2.0 * ACTIVATION_BYTES * module.w2.shape[1],
+        kernels=KERNELS[Experts],
+        expert_share=share,
+    )
+
+
+def _attention(module: GqaAttention | MlaAttention, planned: PlannedModel, mesh: Mesh) -> Op:
+    """Scores and values over the context; projections are modules of their own.
+
+    Latent attention is counted in its absorbed form, as the engine runs it.
+    """
+    heads = module.shape.num_heads // mesh.tp
+    if isinstance(module, MlaAttention):
+        latent, rope = module.shape.kv_lora_rank, module.shape.rope_dim
+        elements, flops = latent + rope, 2.0 * heads * (2 * latent + rope)
+    else:
+        elements = 2 * module.shape.num_kv_heads // mesh.size("kv") * module.shape.head_dim
+        flops = 4.0 * heads * module.shape.head_dim
+    kv_bytes = float(elements * planned.kv_dtype.itemsize)
+    return Op("attention", kernels=3, kv_bytes=kv_bytes, kv_flops=flops)
+
+
+def _stage(path: str, plan: SpmdPlan) -> int:
+    """The pipeline stage that a module stands in; what all stages have is counted in the first."""
+    return plan.stages.stage_of(path) or 0
