@@ -21,6 +21,7 @@ import zmq
 
 from tokenspeed.engine import messages as m
 from tokenspeed.engine.wire import Decoder, decode_config, encode
+from tokenspeed.execution.cpu_share import take_cpu_share
 from tokenspeed.execution.sampling_params import TokenLogprobs
 
 MAX_MODEL_LEN = 4096
@@ -118,6 +119,7 @@ class _Heart(threading.Thread):
 
 def run(args: argparse.Namespace) -> int:
     """The engine process: one step every `step_s` seconds while there is work."""
+    take_cpu_share(*args.cpu_share)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     outbox.connect(args.outbox)
@@ -174,6 +176,7 @@ def serve(args: argparse.Namespace) -> int:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_seqs,
         max_queue_len=args.max_queue_len,
+        data_parallel_size=args.data_parallel_size,
     )
     options = ServerOptions(
         host=args.host,
@@ -197,9 +200,11 @@ def main() -> int:
         one.add_argument("--stamps", default="", help="a file for the time of every token")
     for name in ("--config", "--inbox", "--outbox"):
         engine.add_argument(name, required=True)
+    engine.add_argument("--cpu-share", nargs=2, type=int, default=(0, 1))
     gateway.add_argument("--host", default="127.0.0.1")
     gateway.add_argument("--port", type=int, default=8000)
     gateway.add_argument("--api-key", nargs="*", default=[])
+    gateway.add_argument("--data-parallel-size", type=int, default=1)
     gateway.add_argument("--max-num-seqs", type=int, default=512)
     gateway.add_argument("--max-queue-len", type=int, default=512)
     gateway.add_argument("--drain-timeout-s", type=float, default=30.0)

@@ -12,11 +12,13 @@ import httpx
 from benchmarks.null_engine import MAX_MODEL_LEN, PAGE_SIZE, VOCAB_SIZE, Echo
 from tokenspeed.config import EngineConfig, ServerOptions
 from tokenspeed.engine import messages as m
+from tokenspeed.engine.routing import Load
 from tokenspeed.engine.wire import Decoder, decode_config, encode, encode_config
 from tokenspeed.gateway.app import Application
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_client import EngineClient
-from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.engine_pool import EnginePool
+from tokenspeed.gateway.metrics import EngineMetrics, Metrics
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.models.hub import DEMO_FOLDER
@@ -31,7 +33,7 @@ class FakeClient(EngineClient):
     """`EngineClient` whose engine is an `Echo` in this process; every message crosses the wire."""
 
     def __init__(self, config: EngineConfig, options: ServerOptions, echo: Echo) -> None:
-        super().__init__(config, options, Metrics("null"))
+        super().__init__(config, EngineMetrics(), options.watchdog_timeout_s)
         self.echo = echo
         self.sent: list[m.Down] = []
         self.paused = False
@@ -40,11 +42,15 @@ class FakeClient(EngineClient):
     async def start(self) -> None:
         self._push: Any = self
         self._up(m.Ready(MAX_MODEL_LEN, VOCAB_SIZE, 1 << 16, PAGE_SIZE))
-        self._tasks = [asyncio.create_task(self._run_echo()), asyncio.create_task(self._tick())]
+        self._tasks = [asyncio.create_task(self._run_echo())]
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+    @property
+    def requests(self) -> list[m.GenerateRequest]:
+        return [message for message in self.sent if isinstance(message, m.GenerateRequest)]
 
     def send(self, data: bytes, flags: int = 0) -> None:
         """Takes the place of the socket to the engine."""
@@ -101,7 +107,9 @@ class Gateway:
 
     def __init__(self, service: Service, app: Application, http: httpx.AsyncClient) -> None:
         self.service, self.app, self.http = service, app, http
-        self.client: FakeClient = service.client  # type: ignore[assignment]
+        self.pool = service.pool
+        self.clients: list[FakeClient] = service.pool.clients  # type: ignore[assignment]
+        self.client = self.clients[0]
         self.echo = self.client.echo
 
     async def post(self, path: str, body: Any = None, **kwargs: Any) -> httpx.Response:
@@ -126,6 +134,7 @@ def parse_events(text: str) -> list[Any]:
 async def gateway(
     *,
     echo: Echo | None = None,
+    engines: int = 1,
     keys: tuple[str, ...] = (),
     template: str | None = None,
     tokenizer: Tokenizer | None = TOKENIZER,
@@ -135,31 +144,36 @@ async def gateway(
     """A running gateway. Leaving it checks that nothing is left of any request."""
     made = EngineConfig.of(**{"served_model_name": ("null", "org/alias"), **(config or {})})
     assert decode_config(encode_config(made)) == made
-    client = FakeClient(made, ServerOptions(**options), echo or Echo())
+    metrics, settings = Metrics("null", engines), ServerOptions(**options)
+    pool = EnginePool(made, settings, metrics)
+    echoes = [echo or Echo(), *(Echo() for _ in range(engines - 1))]
+    clients = [FakeClient(made, settings, one) for one in echoes]
+    metrics.engines = [client.metrics for client in clients]
+    pool.clients[:] = clients
     special = TOKENIZER.special_tokens
     worker = None
     if tokenizer is not None:
         worker = TemplateWorker(ChatTemplate.from_folder(DEMO_FOLDER, special, template))
-    service = Service(
-        made.model.served_model_name, client, client.metrics, Keys(keys), tokenizer, worker
-    )
+    service = Service(made.model.served_model_name, pool, metrics, Keys(keys), tokenizer, worker)
     app = Application(
         route_table(service),
         service.keys,
         loopback=True,
-        max_body=client._options.max_body_bytes,
+        max_body=settings.max_body_bytes,
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
-    await client.start()
+    await pool.start()
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield Gateway(service, app, http)
         await asyncio.sleep(0)
-        assert client.num_open == 0
-        assert client._open == {}
-        if not client.dead.is_set():
-            assert client.echo.running == {}
-            assert client.echo.waiting == {}
+        assert pool.num_open == 0
+        for client in clients:
+            assert client._open == {}
+            assert client.load == Load()
+            if not client.dead.is_set():
+                assert client.echo.running == {}
+                assert client.echo.waiting == {}
     finally:
-        await client.close()
+        await pool.close()
         service.close()

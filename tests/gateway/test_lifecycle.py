@@ -10,7 +10,7 @@ import pytest
 from benchmarks.null_engine import Echo
 from tests.gateway.harness import TOKENIZER, gateway, parse_events
 from tokenspeed.engine import messages as m
-from tokenspeed.gateway import engine_client
+from tokenspeed.gateway import mailbox
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODY = {"prompt": "hello world", "max_tokens": 1000}
@@ -151,18 +151,18 @@ async def test_tokens_that_queue_up_share_one_write():
 
 
 async def test_a_client_that_does_not_read_is_dropped(monkeypatch):
-    monkeypatch.setattr(engine_client, "STALL_S", 0.6)
+    monkeypatch.setattr(mailbox, "STALL_S", 0.6)
     async with gateway() as g:
         slow = Client(g, TEXT, {**BODY, "max_tokens": 4000, "stream": True}, slow=True)
         begin = asyncio.get_running_loop().time()
         await asyncio.wait_for(slow.task, 5)
         assert asyncio.get_running_loop().time() - begin > 0.5
-        assert g.client.num_open == 0
+        assert g.pool.num_open == 0
         await until(lambda: not g.echo.running)
 
 
 async def test_a_client_that_reads_too_slowly_is_bounded(monkeypatch):
-    monkeypatch.setattr(engine_client, "MAX_UNREAD", 100)
+    monkeypatch.setattr(mailbox, "MAX_UNREAD", 100)
     async with gateway() as g:
         slow = Client(g, TEXT, {**BODY, "max_tokens": 4000, "stream": True}, slow=True)
         await asyncio.wait_for(slow.task, 5)
@@ -252,7 +252,7 @@ async def test_full_queues_are_answered_503_with_retry_after():
         refused = await g.post(TEXT, BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         assert int(refused.headers["retry-after"]) >= 1
-        assert g.client.metrics.rejections == {"full": 1}
+        assert g.pool.metrics.rejections == {"full": 1}
         taken[0].leave()
         await taken[0].task
         g.client.paused = False

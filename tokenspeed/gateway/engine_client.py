@@ -1,94 +1,33 @@
 # SPDX-License-Identifier: MIT
-"""`EngineClient`: the gateway's end of the wire and the engine process's keeper. Knows no text.
+"""`EngineClient`: the gateway's end of one engine's wire and that process's keeper. Knows no text.
 
 All outputs of a step arrive in one message and are handed to their mailboxes in one callback. When
-the engine process ends, every open request fails at once; when it stands still, readiness ends. It
-is never restarted silently.
+the engine process ends, every request that is open here fails at once; when it stands still, it is
+`hung`. It is never restarted silently. Which engine gets a request is not decided here.
 """
 
 import asyncio
-import contextlib
-import itertools
 import logging
-import secrets
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import zmq
 
-from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.config import EngineConfig
 from tokenspeed.engine import messages as m
+from tokenspeed.engine.routing import Load
 from tokenspeed.engine.wire import Decoder, encode, encode_config
 from tokenspeed.errors import EngineDeadError, RequestError
-from tokenspeed.execution.sampling_params import SamplingParams
-from tokenspeed.gateway.api_error import overloaded
-from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.mailbox import Mailbox
+from tokenspeed.gateway.metrics import EngineMetrics
 
 ENGINE_COMMAND = (sys.executable, "-m", "tokenspeed.engine.server")
-TICK_S = 0.25
-STALL_S = 60.0  # a client that takes nothing for so long is dropped
-MAX_UNREAD = 16384  # outputs that may wait for one slow client
 _SEND_LIMIT = 4096  # messages that may wait for the engine
 _MESSAGES_AT_ONCE = 64  # before the event loop serves others
 
 log = logging.getLogger("tokenspeed.gateway")
-
-
-class Mailbox:
-    """Where the outputs of one HTTP request arrive: (choice index, output) in order."""
-
-    def __init__(self) -> None:
-        self.task = asyncio.current_task()
-        self.request_ids: list[int] = []
-        self.sending = 0  # counts up before and after each write; odd while the client is slow
-        self.idle_s = 0.0
-        self.stalled_s = 0.0
-        self._seen_sending = 0
-        self._items: list[tuple[int, m.TokenOutput]] = []
-        self._failure: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, index: int, output: m.TokenOutput) -> None:
-        self._items.append((index, output))
-        self.wake()
-
-    def fail(self, error: Exception) -> None:
-        self._failure = error
-        self.wake()
-
-    def wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def take(self) -> list[tuple[int, m.TokenOutput]]:
-        """All that has arrived, at least one output; or nothing when it is time for a sign of life.
-
-        Raises what the engine answered instead: `RequestError`, `EngineDeadError`.
-        """
-        if not self._items:
-            if self._failure is None:
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
-                self._waiter = None
-            if self._failure is not None and not self._items:
-                raise self._failure
-        self.idle_s = 0.0
-        items, self._items = self._items, []
-        return items
-
-    def tick(self, keepalive_s: float) -> bool:
-        """Called at every tick; False once the client has taken nothing for too long."""
-        self.idle_s += TICK_S
-        if self.idle_s >= keepalive_s and self._waiter is not None:
-            self.idle_s = 0.0
-            self.wake()
-        moved = self.sending != self._seen_sending or self.sending % 2 == 0
-        self.stalled_s = 0.0 if moved else self.stalled_s + TICK_S
-        self._seen_sending = self.sending
-        return self.stalled_s < STALL_S and len(self._items) < MAX_UNREAD
 
 
 @dataclass(slots=True)
@@ -98,6 +37,7 @@ class _Open:
     mailbox: Mailbox
     index: int
     num_prompt: int
+    uncached: int  # prompt tokens that the engine probably has to compute, until it has
     arrived: float = field(default_factory=time.monotonic)
     first: float = 0.0
     last: float = 0.0
@@ -110,20 +50,20 @@ class EngineClient:
     def __init__(
         self,
         config: EngineConfig,
-        options: ServerOptions,
-        metrics: Metrics,
+        metrics: EngineMetrics,
+        watchdog_timeout_s: float,
         command: tuple[str, ...] = ENGINE_COMMAND,
+        name: str = "the engine",
     ) -> None:
         self.metrics = metrics
         self.ready: m.Ready | None = None
         self.loading = m.Loading(0.0, "starting the engine")
-        self.draining = False
         self.dead = asyncio.Event()  # set once the engine process has ended
-        self._config, self._options, self._command = config, options, command
+        self._config, self._command, self._name = config, command, name
+        self._watchdog_timeout_s = watchdog_timeout_s
         self._limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
-        self._ids = itertools.count(secrets.randbits(62))
         self._open: dict[int, _Open] = {}
-        self._mailboxes: set[Mailbox] = set()
+        self._waiting_tokens = 0  # the sum of `uncached` over what is open
         self._unsent: set[int] = set()  # aborts that did not fit into the engine's queue
         self._hung = False
         self._beat = self._moved = time.monotonic()
@@ -148,21 +88,18 @@ class EngineClient:
         self._process = await asyncio.create_subprocess_exec(*self._command, *arguments)
         loop = asyncio.get_running_loop()
         loop.add_reader(self._pull.FD, self._receive)
-        self._tasks = [loop.create_task(self._watch()), loop.create_task(self._tick())]
+        self._watcher = loop.create_task(self._watch())
 
     async def close(self) -> None:
         """Ends the engine process, by force if it does not leave within two seconds."""
         self._closing = True
-        with contextlib.suppress(zmq.Again):
-            self._push.send(encode(m.Shutdown()), zmq.NOBLOCK)
+        self._send(m.Shutdown())
         try:
             async with asyncio.timeout(2.0):
                 await self.dead.wait()
         except TimeoutError:
             self._process.kill()
             await self.dead.wait()
-        for task in self._tasks:
-            task.cancel()
         asyncio.get_running_loop().remove_reader(self._pull.FD)
         self._push.close()
         self._pull.close()
@@ -171,102 +108,81 @@ class EngineClient:
 
     @property
     def state(self) -> str:
-        """`loading`, `ready`, `hung`, `draining` or `dead`: only `ready` takes requests."""
+        """`loading`, `ready`, `hung` or `dead`: only `ready` takes requests."""
         if self.dead.is_set():
             return "dead"
-        if self.draining:
-            return "draining"
         if self.ready is None:
             return "loading"
         return "hung" if self._hung else "ready"
 
     @property
-    def num_open(self) -> int:
-        """HTTP requests that wait for outputs or still write them."""
-        return len(self._mailboxes)
+    def room(self) -> int:
+        """Requests that may be submitted now."""
+        return self._limit - len(self._open)
 
-    @contextlib.contextmanager
-    def mailbox(self) -> Iterator[Mailbox]:
-        """A mailbox; what was submitted with it and has not finished is aborted on leaving."""
-        box = Mailbox()
-        self._mailboxes.add(box)
-        try:
-            yield box
-        finally:
-            self._mailboxes.discard(box)
-            for request_id in box.request_ids:
-                self.abort(request_id)
-
-    def check_room(self, num_requests: int = 1) -> m.Ready:
-        """The engine's limits. Raises 503 with Retry-After if requests cannot be taken now."""
-        state = self.state
-        if state == "ready" and self.ready is not None:
-            if len(self._open) + num_requests <= self._limit:
-                return self.ready
-            state = "full"
-        self.metrics.rejections[state] += 1
-        why, code, retry_s = {
-            "loading": ("the model is still loading", "loading", 5),
-            "hung": ("the engine does not make progress", "engine_hung", 5),
-            "dead": ("the engine has stopped", "engine_dead", 5),
-            "draining": ("the server is shutting down", "draining", 2),
-            "full": ("too many requests are waiting", "overloaded", 1),
-        }[state]
-        raise overloaded(why, code, retry_s)
+    @property
+    def load(self) -> Load:
+        """What was submitted and is not over."""
+        return Load(self._waiting_tokens, len(self._open))
 
     def submit(
-        self,
-        mailbox: Mailbox,
-        index: int,
-        prompt_ids: list[int],
-        params: SamplingParams,
-        stop_ids: list[int],
-        salt: bytes,
-    ) -> int:
-        """Sends one request; its outputs arrive in the mailbox as (index, output)."""
-        self.check_room()
-        request_id = next(self._ids) & (2**63 - 1)
-        request = m.GenerateRequest(request_id, prompt_ids, params, stop_ids, salt)
-        try:
-            self._push.send(encode(request), zmq.NOBLOCK)
-        except zmq.Again:
-            self.metrics.rejections["full"] += 1
-            raise overloaded("the engine's inbox is full", "overloaded", 1) from None
-        self._open[request_id] = _Open(mailbox, index, len(prompt_ids))
-        mailbox.request_ids.append(request_id)
-        return request_id
+        self, mailbox: Mailbox, index: int, request: m.GenerateRequest, uncached: int
+    ) -> bool:
+        """Sends one request; its outputs arrive in the mailbox as (index, output).
+
+        `uncached`: prompt tokens that the engine will probably have to compute. False, and nothing
+        is sent, if too many messages wait for the engine.
+        """
+        if not self._send(request):
+            return False
+        length = len(request.prompt_ids)
+        self._open[request.request_id] = _Open(mailbox, index, length, uncached)
+        self._waiting_tokens += uncached
+        mailbox.expect(request.request_id, self)
+        return True
 
     def abort(self, request_id: int) -> None:
         """Ends a request that is no longer wanted. Finished and unknown ones are ignored."""
-        if self._open.pop(request_id, None) is not None:
+        if self._close_request(request_id) is not None:
             self.metrics.finished["abort"] += 1
             self._send_abort(request_id)
 
     def stop_early(self, request_id: int) -> None:
         """Ends a request that is complete for its client, by a stop string, but not the engine."""
-        if (request := self._open.pop(request_id, None)) is not None:
+        if (request := self._close_request(request_id)) is not None:
             self._finished(request, m.TokenOutput(request_id, [], "stop"), time.monotonic())
             self._send_abort(request_id)
 
-    def fail_open(self, error: Exception) -> None:
-        """Answers every open HTTP request with `error`, after what has already arrived for it."""
-        for mailbox in self._mailboxes:
-            mailbox.fail(error)
+    def flush_cache(self) -> bool:
+        """Asks the engine to forget cached pages. False if too many messages wait for it."""
+        return self._send(m.FlushCache())
 
-    def flush_cache(self) -> None:
-        """Asks the engine to forget cached pages. Raises 503 if it does not listen."""
-        self.check_room(0)
+    def check_pulse(self) -> None:
+        """To be called several times a second: notices whether the engine makes progress."""
+        silent_s = time.monotonic() - min(self._beat, self._moved)
+        hung = silent_s > self._watchdog_timeout_s
+        if hung != self._hung:
+            what = "does not make progress" if hung else "moves again"
+            log.error("%s %s", self._name, what)
+        self._hung = hung
+
+    def _send(self, message: m.Down) -> bool:
         try:
-            self._push.send(encode(m.FlushCache()), zmq.NOBLOCK)
+            self._push.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            raise overloaded("the engine's inbox is full", "overloaded", 1) from None
+            return False
+        return True
 
     def _send_abort(self, request_id: int) -> None:
-        try:
-            self._push.send(encode(m.AbortRequest(request_id)), zmq.NOBLOCK)
+        if self._send(m.AbortRequest(request_id)):
             self._unsent.discard(request_id)
-        except zmq.Again:
+        else:
             self._unsent.add(request_id)
+
+    def _close_request(self, request_id: int) -> _Open | None:
+        if (request := self._open.pop(request_id, None)) is not None:
+            self._waiting_tokens -= request.uncached
+        return request
 
     def _receive(self) -> None:
         """Empties the outbox. The descriptor signals changes, not messages: read until empty."""
@@ -299,12 +215,14 @@ class EngineClient:
                 self._first(request, output, now)
             request.last = now
             if output.finish_reason is not None:
-                del self._open[output.request_id]
+                self._close_request(output.request_id)
                 self._finished(request, output, now)
             request.mailbox.put(request.index, output)
         self.metrics.counters["generation_tokens"] += counted
 
     def _first(self, request: _Open, output: m.TokenOutput, now: float) -> None:
+        self._waiting_tokens -= request.uncached
+        request.uncached = 0
         self.metrics.ttft.observe(now - request.arrived)
         self.metrics.counters["prompt_tokens"] += request.num_prompt
         self.metrics.counters["prompt_tokens_cached"] += output.num_cached_tokens
@@ -336,7 +254,7 @@ class EngineClient:
             case m.StatsMessage():
                 self.metrics.stats = message.stats
             case m.Rejected():
-                if (request := self._open.pop(message.request_id, None)) is not None:
+                if (request := self._close_request(message.request_id)) is not None:
                     error = RequestError(message.message, field=message.field, code=message.code)
                     request.mailbox.fail(error)
             case m.Loading():
@@ -347,7 +265,7 @@ class EngineClient:
                 self.metrics.cache = {"num_gpu_blocks": pages, "block_size": size}
                 self._beat = self._moved = time.monotonic()
             case m.Fatal():
-                log.error("engine: %s", message.message)
+                log.error("%s: %s", self._name, message.message)
 
     async def _watch(self) -> None:
         """Waits for the end of the engine process; then nothing that is open stays open."""
@@ -355,19 +273,8 @@ class EngineClient:
         self._receive()
         self.dead.set()
         if not self._closing:
-            log.error("the engine process ended with status %s", status)
-        self._open.clear()
-        self.fail_open(EngineDeadError("the engine stopped before the answer was whole"))
-
-    async def _tick(self) -> None:
-        while True:
-            await asyncio.sleep(TICK_S)
-            silent_s = time.monotonic() - min(self._beat, self._moved)
-            hung = silent_s > self._options.watchdog_timeout_s
-            if hung != self._hung:
-                log.error("the engine %s", "does not make progress" if hung else "moves again")
-            self._hung = hung
-            for mailbox in self._mailboxes:
-                if not mailbox.tick(self._options.keepalive_s) and mailbox.task is not None:
-                    log.warning("a client that does not read was dropped")
-                    mailbox.task.cancel()
+            log.error("%s: its process ended with status %s", self._name, status)
+        error = EngineDeadError("the engine stopped before the answer was whole")
+        for request_id in list(self._open):
+            if (request := self._close_request(request_id)) is not None:
+                request.mailbox.fail(error)

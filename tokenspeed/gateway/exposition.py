@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`Metrics` in Prometheus' text format, under vLLM's names. Made anew at every scrape."""
+"""`Metrics` in Prometheus' text format, under vLLM's names. Made anew at every scrape.
 
-from collections.abc import Iterator
+Every series is one engine's, by its number, but for the refusals: those are requests that no engine
+was given.
+"""
+
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -12,9 +16,41 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tokenspeed.gateway.metrics import Histogram, Metrics
+from tokenspeed.gateway.metrics import EngineMetrics, Histogram, Metrics
 
 _LABELS = ["model_name", "engine"]
+_GAUGES = {  # text, field of the engine's own count
+    "num_requests_running": ("Requests that run", "num_running"),
+    "num_requests_waiting": ("Requests that wait", "num_waiting"),
+    "kv_cache_usage_perc": ("Share of pages held, 1 is all", "kv_cache_usage"),
+}
+_COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
+    "vllm:prompt_tokens": lambda e: e.counters["prompt_tokens"],
+    "vllm:prompt_tokens_cached": lambda e: e.counters["prompt_tokens_cached"],
+    "vllm:generation_tokens": lambda e: e.counters["generation_tokens"],
+    "vllm:corrupted_requests": lambda e: e.finished["error"],
+    "vllm:num_preemptions": lambda e: e.stats.num_preemptions,
+    "vllm:prefix_cache_queries": lambda e: e.stats.prefix_queries,
+    "vllm:prefix_cache_hits": lambda e: e.stats.prefix_hits,
+    "tokenspeed:routing_requests": lambda e: e.routing["requests"],
+    "tokenspeed:routing_matched_tokens": lambda e: e.routing["matched_tokens"],
+    "tokenspeed:routing_overridden": lambda e: e.routing["overridden"],
+}
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": "ttft",
+    "inter_token_latency_seconds": "itl",
+    "request_time_per_output_token_seconds": "per_token",
+    "e2e_request_latency_seconds": "e2e",
+    "request_queue_time_seconds": "queue",
+    "request_prefill_time_seconds": "prefill",
+    "request_decode_time_seconds": "decode",
+    "request_inference_time_seconds": "inference",
+    "request_prefill_kv_computed_tokens": "computed",
+    "request_prompt_tokens": "prompt_tokens",
+    "request_generation_tokens": "generation_tokens",
+    "request_params_n": "params_n",
+    "request_params_max_tokens": "params_max_tokens",
+}
 
 
 def exposition(metrics: Metrics) -> bytes:
@@ -28,76 +64,63 @@ def exposition(metrics: Metrics) -> bytes:
 class _Families(Collector):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._values = [metrics.model_name, "0"]
+        self._engines = [
+            ([metrics.model_name, str(number)], engine)
+            for number, engine in enumerate(metrics.engines)
+        ]
 
     def collect(self) -> Iterator[Metric]:
         yield from self._gauges()
         yield from self._counters()
-        m = self._metrics
-        for name, histogram in {
-            "time_to_first_token_seconds": m.ttft,
-            "inter_token_latency_seconds": m.itl,
-            "request_time_per_output_token_seconds": m.per_token,
-            "e2e_request_latency_seconds": m.e2e,
-            "request_queue_time_seconds": m.queue,
-            "request_prefill_time_seconds": m.prefill,
-            "request_decode_time_seconds": m.decode,
-            "request_inference_time_seconds": m.inference,
-            "request_prefill_kv_computed_tokens": m.computed,
-            "request_prompt_tokens": m.prompt_tokens,
-            "request_generation_tokens": m.generation_tokens,
-            "request_params_n": m.params_n,
-            "request_params_max_tokens": m.params_max_tokens,
-        }.items():
-            yield self._histogram(f"vllm:{name}", histogram)
+        yield from self._words()
+        for name, attribute in _HISTOGRAMS.items():
+            yield self._histogram(f"vllm:{name}", attribute)
 
-    def _histogram(self, name: str, histogram: Histogram) -> Metric:
-        made = HistogramMetricFamily(name, histogram.text, labels=_LABELS)
-        total, buckets = 0, []
-        for bound, count in zip(
-            (*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True
-        ):
-            total += count
-            buckets.append((bound, total))
-        made.add_metric(self._values, buckets, histogram.sum)
+    def _histogram(self, name: str, attribute: str) -> Metric:
+        text = getattr(self._metrics.engines[0], attribute).text
+        made = HistogramMetricFamily(name, text, labels=_LABELS)
+        for labels, engine in self._engines:
+            histogram: Histogram = getattr(engine, attribute)
+            total, buckets = 0, []
+            for bound, count in zip(
+                (*map(str, histogram.bounds), "+Inf"), histogram.counts, strict=True
+            ):
+                total += count
+                buckets.append((bound, total))
+            made.add_metric(labels, buckets, histogram.sum)
         return made
 
     def _gauges(self) -> Iterator[Metric]:
-        stats = self._metrics.stats
-        for name, text, value in (
-            ("num_requests_running", "Requests that run", stats.num_running),
-            ("num_requests_waiting", "Requests that wait", stats.num_waiting),
-            ("kv_cache_usage_perc", "Share of pages held, 1 is all", stats.kv_cache_usage),
-        ):
+        for name, (text, attribute) in _GAUGES.items():
             gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
-            gauge.add_metric(self._values, value)
+            for labels, engine in self._engines:
+                gauge.add_metric(labels, getattr(engine.stats, attribute))
             yield gauge
-        cache = self._metrics.cache
-        labels = [*_LABELS, *cache]
-        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache", labels=labels)
-        info.add_metric([*self._values, *cache.values()], 1)
+        keys = list(self._metrics.engines[0].cache)
+        info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache", labels=[*_LABELS, *keys])
+        for labels, engine in self._engines:
+            info.add_metric([*labels, *(engine.cache.get(key, "") for key in keys)], 1)
         yield info
 
     def _counters(self) -> Iterator[Metric]:
-        m = self._metrics
-        plain = {
-            "prompt_tokens": m.counters["prompt_tokens"],
-            "prompt_tokens_cached": m.counters["prompt_tokens_cached"],
-            "generation_tokens": m.counters["generation_tokens"],
-            "corrupted_requests": m.finished["error"],
-            "num_preemptions": m.stats.num_preemptions,
-            "prefix_cache_queries": m.stats.prefix_queries,
-            "prefix_cache_hits": m.stats.prefix_hits,
-        }
-        for name, value in plain.items():
-            made = CounterMetricFamily(f"vllm:{name}", name, labels=_LABELS)
-            made.add_metric(self._values, value)
+        for name, value in _COUNTERS.items():
+            made = CounterMetricFamily(name, name.partition(":")[2], labels=_LABELS)
+            for labels, engine in self._engines:
+                made.add_metric(labels, value(engine))
             yield made
-        for name, label, counts in (
-            ("request_success", "finished_reason", m.finished),
-            ("admission_rejections", "reason", m.rejections),
-        ):
-            made = CounterMetricFamily(f"vllm:{name}", name, labels=[*_LABELS, label])
-            for word, count in counts.items():
-                made.add_metric([*self._values, word], count)
-            yield made
+
+    def _words(self) -> Iterator[Metric]:
+        """Counters by a word of a fixed set."""
+        ended = CounterMetricFamily(
+            "vllm:request_success", "request_success", labels=[*_LABELS, "finished_reason"]
+        )
+        for labels, engine in self._engines:
+            for word, count in engine.finished.items():
+                ended.add_metric([*labels, word], count)
+        yield ended
+        refused = CounterMetricFamily(
+            "vllm:admission_rejections", "admission_rejections", labels=["model_name", "reason"]
+        )
+        for word, count in self._metrics.rejections.items():
+            refused.add_metric([self._metrics.model_name, word], count)
+        yield refused

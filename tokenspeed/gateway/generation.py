@@ -16,7 +16,8 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.app import Call
-from tokenspeed.gateway.engine_client import EngineClient, Mailbox
+from tokenspeed.gateway.engine_pool import EnginePool
+from tokenspeed.gateway.mailbox import Mailbox
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -115,7 +116,7 @@ class Generation(AbstractContextManager["Generation"]):
 
     def __init__(
         self,
-        client: EngineClient,
+        pool: EnginePool,
         tokenizer: Tokenizer | None,
         prompts: Sequence[list[int]],
         params: SamplingParams,
@@ -132,29 +133,24 @@ class Generation(AbstractContextManager["Generation"]):
         ]
         self.num_running = len(self.choices)
         self.params = params
-        self._client, self._salt = client, salt
+        self._pool, self._salt = pool, salt
         self._eos = tokenizer.eos_ids if tokenizer is not None else ()
 
     def __enter__(self) -> "Generation":
         """Submits everything. Raises 503 if there is no room; then nothing has been submitted."""
-        client, metrics = self._client, self._client.metrics
-        vocab_size = client.check_room(len(self.choices)).vocab_size
+        vocab_size = self._pool.check_room(len(self.choices)).vocab_size
         stop_ids = self.params.all_stop_ids([i for i in self._eos if i < vocab_size])
-        metrics.params_n.observe(self.params.n)
-        if self.params.max_tokens is not None:
-            metrics.params_max_tokens.observe(self.params.max_tokens)
-        self._box_context = client.mailbox()
+        self._box_context = self._pool.mailbox()
         self.mailbox: Mailbox = self._box_context.__enter__()
         try:
-            for choice in self.choices:
-                choice.request_id = client.submit(
-                    self.mailbox,
-                    choice.index,
-                    choice.prompt_ids,
-                    choice.params,
-                    stop_ids,
-                    self._salt,
+            for at in range(0, len(self.choices), self.params.n):
+                same = self.choices[at : at + self.params.n]
+                wanted = [(choice.index, choice.params) for choice in same]
+                ids = self._pool.submit(
+                    self.mailbox, same[0].prompt_ids, wanted, stop_ids, self._salt
                 )
+                for choice, request_id in zip(same, ids, strict=True):
+                    choice.request_id = request_id
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
@@ -185,7 +181,7 @@ class Generation(AbstractContextManager["Generation"]):
             if finished:
                 self.num_running -= 1
                 if output.finish_reason is None:
-                    self._client.stop_early(choice.request_id)
+                    self.mailbox.stop_early(choice.request_id)
         return changed
 
     async def finish(self) -> list[Choice]:

@@ -41,16 +41,15 @@ class Histogram:
         self.sum += value
 
 
-class Metrics:
-    """One writer: the event loop. Labels never carry what a client sent."""
+class EngineMetrics:
+    """What one engine did. One writer: the event loop. Labels never carry what a client sent."""
 
-    def __init__(self, model_name: str) -> None:
-        self.model_name = model_name
+    def __init__(self) -> None:
         self.stats = EngineStats()
         self.cache: dict[str, str] = {}  # what the KV cache is like, once it is known
         self.counters: Counter[str] = Counter()  # names of vLLM, without `_total`
+        self.routing: Counter[str] = Counter()  # names of ours, without `routing_` and `_total`
         self.finished: Counter[str] = Counter()  # by finish reason
-        self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words
         self.ttft = Histogram(TTFT, "Seconds to the first token")
         self.itl = Histogram(ITL, "Seconds between the outputs of a request")
         self.per_token = Histogram(ITL, "Mean seconds per output token of a request")
@@ -64,3 +63,12 @@ class Metrics:
         self.generation_tokens = Histogram(TOKENS, "Generated tokens of a request")
         self.params_n = Histogram(COUNT, "The field n")
         self.params_max_tokens = Histogram(TOKENS, "The field max_tokens")
+
+
+class Metrics:
+    """All that is counted: what each engine did, and the requests that no engine was given."""
+
+    def __init__(self, model_name: str, num_engines: int = 1) -> None:
+        self.model_name = model_name
+        self.engines = [EngineMetrics() for _ in range(num_engines)]
+        self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words

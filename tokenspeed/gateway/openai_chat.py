@@ -26,10 +26,10 @@ async def chat_completions(service: Service, call: Call) -> None:
     """The handler."""
     request = await call.decode(_DECODER)
     model = service.model_name(request.model)
-    service.client.check_room()
+    service.pool.check_room()
     check_served(request)
     prompt = await _render(service, request)
-    limits = service.client.check_room()
+    limits = service.pool.check_room()
     max_tokens = request.max_completion_tokens
     if max_tokens is not None and max_tokens < 1:
         why = "max_completion_tokens: must be at least 1"
@@ -47,7 +47,7 @@ async def chat_completions(service: Service, call: Call) -> None:
         vocab_size=limits.vocab_size,
     )
     salt = service.keys.salt(call.tenant, request.cache_salt)
-    with Generation(service.client, service.tokenizer, [prompt], params, salt) as generation:
+    with Generation(service.pool, service.tokenizer, [prompt], params, salt) as generation:
         dialect = _Chat(request, model, generation, service.tokenizer)
         if request.stream:
             await generation.stream(call, dialect)

@@ -41,7 +41,7 @@ async def completions(service: Service, call: Call) -> None:
     """The handler."""
     request = await call.decode(_DECODER)
     model = service.model_name(request.model)
-    service.client.check_room()
+    service.pool.check_room()
     check_served(request)
     if request.echo and request.logprobs is not None:
         raise RequestError(
@@ -50,7 +50,7 @@ async def completions(service: Service, call: Call) -> None:
             code="unsupported_parameter",
         )
     prompts = await _prompts(service, request)
-    limits = service.client.check_room()
+    limits = service.pool.check_room()
     asked = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     params = sampling_params(
         request,
@@ -60,7 +60,7 @@ async def completions(service: Service, call: Call) -> None:
         vocab_size=limits.vocab_size,
     )
     salt = service.keys.salt(call.tenant, request.cache_salt)
-    with Generation(service.client, service.tokenizer, prompts, params, salt) as generation:
+    with Generation(service.pool, service.tokenizer, prompts, params, salt) as generation:
         dialect = _Completion(request, model, generation, service.tokenizer)
         if request.stream:
             await generation.stream(call, dialect)
@@ -83,7 +83,7 @@ async def _prompts(service: Service, request: CompletionRequest) -> list[list[in
 
 
 async def _ids(service: Service, prompt: Any, add_special_tokens: bool) -> list[int]:
-    limits = service.client.check_room(0)
+    limits = service.pool.check_room(0)
     if isinstance(prompt, str):
         ids = await service.encode(prompt, add_special_tokens)
     elif isinstance(prompt, list) and all(type(i) is int for i in prompt):

@@ -3,6 +3,7 @@
 
 Everything that can be wrong with the options is found before a socket is opened. SIGTERM ends
 readiness, lets open requests finish within the drain timeout and leaves; a second one leaves now.
+The death of one engine of several is the same, but for the requests that it had and the status.
 """
 
 import asyncio
@@ -22,10 +23,12 @@ import uvicorn
 import uvloop
 
 from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.errors import EngineDeadError
 from tokenspeed.gateway.api_error import overloaded
 from tokenspeed.gateway.app import Application, RouteSpec
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.engine_client import ENGINE_COMMAND, EngineClient
+from tokenspeed.gateway.engine_client import ENGINE_COMMAND
+from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.http_protocol import BoundedProtocol
 from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.gateway.routes import route_table
@@ -74,20 +77,20 @@ async def _run(
     sockets: list[socket.socket],
 ) -> int:
     names = config.model.served_model_name or (_public_name(config.model.model),)
-    metrics = Metrics(names[0])
-    client = EngineClient(config, options, metrics, command)
+    metrics = Metrics(names[0], config.parallel.data_parallel_size)
+    pool = EnginePool(config, options, metrics, command)
     worker = TemplateWorker(template) if template else None
     if worker is not None:
         worker.start()
-    service = Service(names, client, metrics, keys, tokenizer, worker)
+    service = Service(names, pool, metrics, keys, tokenizer, worker)
     try:
-        await client.start()
+        await pool.start()
         gc.collect()
         gc.freeze()  # what exists now stays: later collections need not look at it
         servers = _servers(options, keys, route_table(service))
-        return await _until_the_end(client, options, servers, sockets)
+        return await _until_the_end(pool, options, servers, sockets)
     finally:
-        await client.close()
+        await pool.close()
         service.close()
 
 
@@ -133,7 +136,7 @@ class _Server(uvicorn.Server):
 
 
 async def _until_the_end(
-    client: EngineClient,
+    pool: EnginePool,
     options: ServerOptions,
     servers: list[_Server],
     sockets: list[socket.socket],
@@ -152,15 +155,17 @@ async def _until_the_end(
         for server, sock in zip(servers, sockets, strict=True)
     ]
     _announce(options, sockets)
-    ends = [loop.create_task(event.wait()) for event in (stop, client.dead)]
+    ends = [loop.create_task(event.wait()) for event in (stop, pool.dead)]
     await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    died = client.dead.is_set()
-    if died and client.ready is not None:
-        await _first_of(stop, timeout_s=DEATH_LINGER_S)
+    died = pool.dead.is_set()
+    if died and pool.ready is not None:
+        lingering = _first_of(stop, timeout_s=DEATH_LINGER_S)
+        await asyncio.gather(lingering, _drain(pool, stop_now, options.drain_timeout_s))
+        pool.fail_open(EngineDeadError("the server stops because one of its engines died"))
     elif not died:
-        client.draining = True
-        await _drain(client, stop_now, options.drain_timeout_s)
-        client.fail_open(overloaded("the server is shutting down", "draining", 2))
+        pool.draining = True
+        await _drain(pool, stop_now, options.drain_timeout_s)
+        pool.fail_open(overloaded("the server is shutting down", "draining", 2))
     for server in servers:
         server.should_exit = True
         server.force_exit = stop_now.is_set()
@@ -176,14 +181,14 @@ async def _first_of(event: asyncio.Event, timeout_s: float) -> None:
             await event.wait()
 
 
-async def _drain(client: EngineClient, stop_now: asyncio.Event, timeout_s: float) -> None:
+async def _drain(pool: EnginePool, stop_now: asyncio.Event, timeout_s: float) -> None:
     """Waits until no request is open, the deadline passes, a second signal comes or all is lost."""
-    if client.num_open:
-        log.warning("draining %d requests", client.num_open)
+    if pool.num_open:
+        log.warning("draining %d requests", pool.num_open)
     deadline = asyncio.get_running_loop().time() + timeout_s
-    while client.num_open and not client.dead.is_set() and not stop_now.is_set():
+    while pool.num_open and not pool.all_dead and not stop_now.is_set():
         if asyncio.get_running_loop().time() >= deadline:
-            log.warning("%d requests were cut off by the drain timeout", client.num_open)
+            log.warning("%d requests were cut off by the drain timeout", pool.num_open)
             return
         await _first_of(stop_now, timeout_s=0.05)
 

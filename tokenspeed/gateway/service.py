@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`Service`: what handlers share: the model's names, its text side, the engine client, the keys.
+"""`Service`: what handlers share: the model's names, its text side, the engines, the keys.
 
 Knows no dialect. Text work leaves the event loop: a conversation is rendered in another process,
 and a long prompt is encoded in a thread that holds no interpreter lock.
@@ -14,7 +14,7 @@ from typing import Any
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.engine_client import EngineClient
+from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ class Service:
     """The model as clients see it."""
 
     names: tuple[str, ...]  # the first is the model's own
-    client: EngineClient
+    pool: EnginePool
     metrics: Metrics
     keys: Keys
     tokenizer: Tokenizer | None  # None: token ids in, token ids out
@@ -53,7 +53,7 @@ class Service:
     ) -> list[int]:
         """Ids. Refuses a text that cannot fit the context before it is encoded."""
         tokenizer = self.tokenizer_or_refuse()
-        ready = self.client.ready
+        ready = self.pool.ready
         if ready and len(text) > ready.max_model_len * tokenizer.max_chars_per_token:
             raise RequestError(
                 f"This model's maximum context length is {ready.max_model_len} tokens. However,"

@@ -40,7 +40,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def models(service: Service, call: Call) -> None:
-    ready = service.client.ready
+    ready = service.pool.ready
     data = [
         {
             "id": name,
@@ -62,15 +62,15 @@ async def models(service: Service, call: Call) -> None:
 
 async def health(service: Service, call: Call) -> None:
     """Liveness: this process answers, and its engine process has not ended."""
-    dead = service.client.state == "dead"
+    dead = service.pool.state == "dead"
     await call.reply(b'{"status":"%b"}' % (b"dead" if dead else b"ok"), 503 if dead else 200)
 
 
 async def readiness(service: Service, call: Call) -> None:
     """Readiness: requests are taken now. Tells how far loading is."""
-    state = service.client.state
-    loading = service.client.loading
-    fraction = 1.0 if service.client.ready else loading.fraction
+    state = service.pool.state
+    loading = service.pool.loading
+    fraction = 1.0 if service.pool.ready else loading.fraction
     body: dict[str, Any] = {"status": state, "progress": round(fraction, 3)}
     if state == "loading":
         body["doing"] = loading.what
@@ -103,7 +103,7 @@ async def tokenize(service: Service, call: Call) -> None:
         )
     else:
         ids = await service.encode(request.prompt or "", request.add_special_tokens is not False)
-    limit = service.client.ready.max_model_len if service.client.ready else None
+    limit = service.pool.ready.max_model_len if service.pool.ready else None
     body: dict[str, Any] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
     if request.return_token_strs:
         body["token_strs"] = [service.tokenizer_or_refuse().token_text(i) for i in ids]
@@ -129,5 +129,5 @@ async def detokenize(service: Service, call: Call) -> None:
 
 
 async def flush_cache(service: Service, call: Call) -> None:
-    service.client.flush_cache()
+    service.pool.flush_cache()
     await call.reply(b'{"status":"ok"}')
