@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Loading: sharded, FP8, MTP, casts, memory, progress, and names that do not fit."""
+"""Loading: sharded, MTP, casts, memory, progress, and names that do not fit."""
 
 import json
 import shutil
@@ -16,10 +16,8 @@ from tests.checkpoints import make_checkpoint
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.build import load_model, load_with_report
 from tokenspeed.models.causal_lm import CausalLM
-from tokenspeed.models.loader import dequantize
 
 CPU = torch.device("cpu")
-BLOCK = (32, 16)
 
 
 @pytest.fixture(scope="module")
@@ -120,59 +118,6 @@ def test_progress_rises_to_one(checkpoint: Path) -> None:
     assert seen == sorted(seen)
     assert seen[0] > 0
     assert seen[-1] == 1.0
-
-
-def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Random scales per block, and the weight divided by them in float8."""
-    rows, columns = (-(-size // step) for size, step in zip(weight.shape, BLOCK, strict=True))
-    scale = torch.rand(rows, columns) * 0.01 + 0.001
-    spread = scale.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)
-    return (weight / spread[: weight.shape[0], : weight.shape[1]]).to(torch.float8_e4m3fn), scale
-
-
-@pytest.mark.parametrize("max_shard_size", ["1GB", "60KB"])
-def test_fp8_blocks_are_dequantised(tmp_path: Path, max_shard_size: str) -> None:
-    torch.manual_seed(3)
-    plain, fp8 = tmp_path / "plain", tmp_path / "fp8"
-    make_checkpoint(plain, "deepseek_v3", max_shard_size=max_shard_size)
-    shutil.copytree(plain, fp8)
-    index = fp8 / "model.safetensors.index.json"
-    weight_map = json.loads(index.read_text())["weight_map"] if index.exists() else {}
-    for path in sorted(plain.glob("model*.safetensors")):
-        tensors = load_file(path)
-        small = dict(tensors)
-        for name in tensors:
-            if name.endswith("_proj.weight") and "layers.3" not in name:
-                small[name], scale = quantize(tensors[name])
-                small[name + "_scale_inv"] = scale
-                weight_map[name + "_scale_inv"] = path.name
-                tensors[name] = dequantize(small[name], scale, BLOCK, torch.float32)
-        save_file(tensors, path)
-        save_file(small, fp8 / path.name)
-    if index.exists():
-        index.write_text(json.dumps({"weight_map": weight_map}))
-    edit_config(fp8, quantization_config={"quant_method": "fp8", "weight_block_size": BLOCK})
-    assert_same_parameters(load(fp8), load(plain))
-
-
-def test_dequantize_is_exact_per_block() -> None:
-    weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
-    scale = torch.tensor([[2.0, 10.0], [0.5, 100.0]])
-    out = dequantize(weight.to(torch.float8_e4m3fn), scale, (2, 2), torch.float32)
-    assert out.tolist() == [[2.0, 4.0, 30.0], [8.0, 10.0, 60.0], [3.5, 4.0, 900.0]]
-
-
-def test_fp8_without_scale_or_blocks_is_refused(folder: Path) -> None:
-    name = "model__layers__0__mlp__up_proj__weight"
-    edit_tensors(folder, **{name: torch.zeros(96, 64).to(torch.float8_e4m3fn)})
-    with pytest.raises(ModelLoadError, match="weight_block_size"):
-        load(folder)
-    edit_config(folder, quantization_config={"quant_method": "fp8", "weight_block_size": BLOCK})
-    with pytest.raises(ModelLoadError, match=r"up_proj\.weight_scale_inv"):
-        load(folder)
-    edit_tensors(folder, **{name + "_scale_inv": torch.zeros(2, 4)})
-    with pytest.raises(ModelLoadError, match=r"shape \(2, 4\), must be \(3, 4\)"):
-        load(folder)
 
 
 def test_names_and_shapes_that_do_not_fit(folder: Path) -> None:

@@ -104,8 +104,29 @@ def write_index(folder: Path, weight_map: object) -> None:
 
 
 def test_a_good_index_reads_all(sharded: Path) -> None:
-    tensors = dict(Checkpoint(sharded).stream({"x", "y"}))
-    assert [tensors["x"].tolist(), tensors["y"].tolist()] == [[1.0, 1.0], [1.0, 1.0, 1.0]]
+    checkpoint = Checkpoint(sharded)
+    pieces = {name: checkpoint.piece(name, (slice(None),)) for name in ("x", "y")}
+    tensors = {name: tensor.tolist() for name, tensor in checkpoint.stream(pieces)}
+    assert tensors == {"x": [1.0, 1.0], "y": [1.0, 1.0, 1.0]}
+
+
+def test_a_file_that_shrinks_or_goes_while_it_is_read(sharded: Path) -> None:
+    checkpoint = Checkpoint(sharded)
+    piece = checkpoint.piece("y", (slice(1, 3),))
+    size = (sharded / "two.safetensors").stat().st_size
+    os.truncate(sharded / "two.safetensors", size - 4)
+    with pytest.raises(ModelLoadError, match=rf"'y' \[1:3\]: the file ends at byte {size - 4}"):
+        checkpoint.read("y", piece)
+    (sharded / "two.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"two\.safetensors: .*No such file"):
+        checkpoint.read("y", piece)
+
+
+def test_a_dtype_that_no_weight_has(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(2, dtype=torch.bool)}, tmp_path / SINGLE)
+    checkpoint = Checkpoint(tmp_path)
+    with pytest.raises(ModelLoadError, match="x: dtype BOOL cannot be read"):
+        checkpoint.read("x", checkpoint.piece("x", (slice(None),)))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +176,8 @@ def test_links_into_the_hub_cache_are_followed(tmp_path: Path) -> None:
     blobs.mkdir()
     save_file({"x": torch.ones(2)}, blobs / "0f")
     os.symlink("../../blobs/0f", folder / SINGLE)
-    assert Checkpoint(folder).read("x").tolist() == [1.0, 1.0]
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.read("x", checkpoint.piece("x", (slice(None),))).tolist() == [1.0, 1.0]
 
 
 def damage_json(text: str) -> Callable[[Path], object]:

@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: MIT
 """A folder of safetensors, single or sharded, as one mapping from names to tensors.
 
-All headers are checked when it is opened; tensors are read one by one. Knows no model.
+All headers are checked when it is opened; of tensors only the asked pieces are read, one by one,
+with `pread`: what is not asked for costs no memory, and a file that shrinks is an error and not a
+signal. Knows no model.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.hf_config import read_json
+from tokenspeed.models.piece import Piece, Runs
 from tokenspeed.models.safetensors_header import TensorEntry, read_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-MAX_MAPPED_BYTES = 64 << 20  # how much of a mapped file may become resident before it is closed
+MERGE_GAP = 1024  # bytes: copying fewer costs less than another system call
+WINDOW_BYTES = 1 << 20  # read at once where runs are merged
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+}
 
 
 class Checkpoint:
@@ -27,6 +39,7 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, TensorEntry] = {}
+        self.num_bytes_read = 0  # of tensors, merged gaps included
         if (folder / SINGLE).exists():
             self.entries = read_header(_inside(folder, SINGLE))
         elif (folder / INDEX).exists():
@@ -52,42 +65,81 @@ class Checkpoint:
                 raise ModelLoadError(f"{shard} {has} tensor {name!r}, which {index} {lists}")
             self.entries.update(entries)
 
-    def stream(self, names: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors in the order in which they stand on disk; at most one is held at a time.
+    def piece(self, name: str, pick: tuple[slice, ...] | None) -> Piece:
+        """The part `pick` of a tensor; None picks nothing."""
+        return Piece.of(self.entries[name], pick)
 
-        A tensor may be a view of the mapped file: use it before taking the next.
+    def stream(self, pieces: Mapping[str, Piece]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Pieces that are not empty, in the order in which their tensors stand on disk.
+
+        All share one buffer: use a piece before taking the next.
         """
-        chosen = sorted(names, key=lambda n: (self.entries[n].file, self.entries[n].begin))
-        with ExitStack() as stack:
-            opened: Path | None = None
-            mapped = 0
-            for name in chosen:
-                entry = self.entries[name]
-                if entry.file != opened or mapped > MAX_MAPPED_BYTES:
-                    stack.close()
-                    handle = stack.enter_context(_open(entry.file))
-                    opened, mapped = entry.file, 0
-                mapped += entry.end - entry.begin
-                yield name, _get(handle, name)
+        chosen = sorted(
+            (name for name, piece in pieces.items() if piece.num_bytes),
+            key=lambda name: (pieces[name].entry.file, pieces[name].entry.begin),
+        )
+        largest = max((pieces[name].num_bytes for name in chosen), default=0)
+        buffer = torch.empty(largest, dtype=torch.uint8)
+        by_file = itertools.groupby(chosen, key=lambda name: pieces[name].entry.file)
+        for path, names in by_file:
+            with _open(path) as file:
+                for name in names:
+                    yield name, self._read(file, name, pieces[name], buffer)
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, for small ones that are needed out of order."""
-        with _open(self.entries[name].file) as handle:
-            return _get(handle, name).clone()
+    def read(self, name: str, piece: Piece) -> torch.Tensor:
+        """One piece in memory of its own, for small ones that are needed out of order."""
+        with _open(piece.entry.file) as file:
+            return self._read(file, name, piece, torch.empty(piece.num_bytes, dtype=torch.uint8))
+
+    def _read(self, file: FileIO, name: str, piece: Piece, buffer: torch.Tensor) -> torch.Tensor:
+        if piece.entry.dtype not in DTYPES:
+            raise ModelLoadError(f"{name}: dtype {piece.entry.dtype} cannot be read")
+        out, filled = buffer[: piece.num_bytes], 0
+        try:
+            for runs in piece.runs():
+                part = out[filled : filled + runs.count * runs.size]
+                self.num_bytes_read += read_runs(file.fileno(), runs, part)
+                filled += part.numel()
+        except OSError as error:
+            raise ModelLoadError(f"{file.name}: tensor {name!r} {piece}: {error}") from error
+        return out.view(DTYPES[piece.entry.dtype]).view(piece.shape)
 
 
-def _open(path: Path) -> Any:
+def read_runs(file: int, runs: Runs, out: torch.Tensor) -> int:
+    """Fills out [count * size] uint8 with the runs, one after the other; returns the bytes read.
+
+    Runs that stand closer than `MERGE_GAP` are read together with what lies between them.
+    """
+    if runs.count == 1 or runs.stride - runs.size > MERGE_GAP:
+        view = out.numpy().data
+        for i in range(runs.count):
+            _pread(file, view[i * runs.size : (i + 1) * runs.size], runs.offset + i * runs.stride)
+        return runs.count * runs.size
+    rows = max(WINDOW_BYTES // runs.stride, 1)
+    window = torch.empty(rows * runs.stride, dtype=torch.uint8)
+    view, total = window.numpy().data, 0
+    for start in range(0, runs.count, rows):
+        part = out.view(runs.count, runs.size)[start : start + rows]
+        span = (len(part) - 1) * runs.stride + runs.size
+        _pread(file, view[:span], runs.offset + start * runs.stride)
+        part.copy_(window.view(rows, runs.stride)[: len(part), : runs.size])
+        total += span
+    return total
+
+
+def _pread(file: int, view: memoryview, offset: int) -> None:
+    while view:
+        count = os.preadv(file, [view], offset)
+        if count == 0:
+            raise OSError(f"the file ends at byte {offset}")
+        view, offset = view[count:], offset + count
+
+
+def _open(path: Path) -> FileIO:
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        return FileIO(path)
+    except OSError as error:
         raise ModelLoadError(f"{path}: {error}") from error
-
-
-def _get(handle: Any, name: str) -> torch.Tensor:
-    try:
-        return cast(torch.Tensor, handle.get_tensor(name))
-    except (SafetensorError, OSError) as error:
-        raise ModelLoadError(f"tensor {name!r}: {error}") from error
 
 
 def _inside(folder: Path, name: str) -> Path:

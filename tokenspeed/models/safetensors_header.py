@@ -36,13 +36,21 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor of a file; `begin` and `end` are bytes in the file's data part."""
+    """One tensor of a file, in its bytes [begin, end)."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+
+    @property
+    def item_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.end - self.begin
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
@@ -66,8 +74,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ModelLoadError(f"{path}: malformed header: not a JSON object")
     header.pop("__metadata__", None)
-    entries = {name: _entry(path, name, value) for name, value in header.items()}
-    _check_layout(path, entries, size - 8 - length)
+    data = 8 + length
+    entries = {name: _entry(path, name, value, data) for name, value in header.items()}
+    _check_layout(path, entries, data, size)
     return entries
 
 
@@ -86,7 +95,7 @@ def _natural_numbers(value: object) -> bool:
     )
 
 
-def _entry(path: Path, name: str, value: object) -> TensorEntry:
+def _entry(path: Path, name: str, value: object, data: int) -> TensorEntry:
     where = f"{path}: tensor {name!r}"
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise ModelLoadError(f"{where}: must have dtype, shape and data_offsets and nothing else")
@@ -100,16 +109,17 @@ def _entry(path: Path, name: str, value: object) -> TensorEntry:
     begin, end = offsets
     if math.prod(shape) * DTYPE_BYTES[dtype] != end - begin:
         raise ModelLoadError(f"{where}: {dtype} of shape {shape} does not take {end - begin} bytes")
-    return TensorEntry(path, dtype, tuple(shape), begin, end)
+    return TensorEntry(path, dtype, tuple(shape), data + begin, data + end)
 
 
-def _check_layout(path: Path, entries: dict[str, TensorEntry], size: int) -> None:
-    """Tensors must tile the data part: no overlap, no gap, no missing or spare bytes."""
-    position = 0
+def _check_layout(path: Path, entries: dict[str, TensorEntry], data: int, size: int) -> None:
+    """Tensors must tile bytes [data, size): no overlap, no gap, no missing or spare bytes."""
+    position = data
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
             what = "overlaps the one before it" if entry.begin < position else "leaves a gap"
             raise ModelLoadError(f"{path}: tensor {name!r} {what} at byte {entry.begin}")
         position = entry.end
     if position != size:
-        raise ModelLoadError(f"{path}: {size} bytes of data where the header needs {position}")
+        has = f"{size - data} bytes of data where the header needs {position - data}"
+        raise ModelLoadError(f"{path}: {has}")
