@@ -162,9 +162,11 @@ def _logits(module: LMHead, size: int, held: WeightFormat, mesh: Mesh) -> Op:
     vocab, hidden = module.embedding[0].weight.shape
     rows = -(-vocab // mesh.tp)
     traffic = 4.0 * rows + ACTIVATION_BYTES * hidden
-    kind: Kind = "logits"
-    shared = 0 if size else rows * hidden  # read, but counted as the embedding's
-    return Op(kind, size, held, 2.0 * rows * hidden, traffic, kernels=2, shared_elements=shared)
+    tied = 0 if size else rows * hidden
+    if mesh.pp > 1:  # the embedding is on another stage: this one has a copy
+        size, tied = size + tied, 0
+    flops = 2.0 * rows * hidden
+    return Op("logits", size, held, flops, traffic, kernels=2, shared_elements=tied)
 
 
 def _experts(
