@@ -35,7 +35,7 @@ UP: list[Any] = [
         ]
     ),
     m.Rejected(9, "no", "top_p", "invalid_value"),
-    m.StatsMessage(m.EngineStats(1, 2, 0.5, 3, 4, 5)),
+    m.StatsMessage(m.EngineStats(1, 2, 0.5, 3, 4, 5, 1.5, 2.5, 6, 7)),
     m.Heartbeat(10, True),
     m.Fatal("gone"),
 ]

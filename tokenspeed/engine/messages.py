@@ -54,6 +54,10 @@ class EngineStats:
     num_preemptions: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    expert_load_mean: float = 0.0  # heaviest rank over the mean; 0 without expert balancing
+    expert_load_worst: float = 0.0  # the same of the worst layer
+    expert_load_rebalances: int = 0
+    expert_load_slots_moved: int = 0
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,17 @@ from tokenspeed.gateway.metrics import EngineMetrics, Histogram, Metrics
 
 _LABELS = ["model_name", "engine"]
 _GAUGES = {  # text, field of the engine's own count
-    "num_requests_running": ("Requests that run", "num_running"),
-    "num_requests_waiting": ("Requests that wait", "num_waiting"),
-    "kv_cache_usage_perc": ("Share of pages held, 1 is all", "kv_cache_usage"),
+    "vllm:num_requests_running": ("Requests that run", "num_running"),
+    "vllm:num_requests_waiting": ("Requests that wait", "num_waiting"),
+    "vllm:kv_cache_usage_perc": ("Share of pages held, 1 is all", "kv_cache_usage"),
+    "tokenspeed:expert_load_imbalance_mean": (
+        "Heaviest rank over the mean, mean of the layers; 0 without expert balancing",
+        "expert_load_mean",
+    ),
+    "tokenspeed:expert_load_imbalance_worst": (
+        "Heaviest rank over the mean, worst layer",
+        "expert_load_worst",
+    ),
 }
 _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "vllm:prompt_tokens": lambda e: e.counters["prompt_tokens"],
@@ -32,6 +40,8 @@ _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "vllm:num_preemptions": lambda e: e.stats.num_preemptions,
     "vllm:prefix_cache_queries": lambda e: e.stats.prefix_queries,
     "vllm:prefix_cache_hits": lambda e: e.stats.prefix_hits,
+    "tokenspeed:expert_load_rebalances": lambda e: e.stats.expert_load_rebalances,
+    "tokenspeed:expert_load_slots_moved": lambda e: e.stats.expert_load_slots_moved,
     "tokenspeed:routing_requests": lambda e: e.routing["requests"],
     "tokenspeed:routing_matched_tokens": lambda e: e.routing["matched_tokens"],
     "tokenspeed:routing_overridden": lambda e: e.routing["overridden"],
@@ -92,7 +102,7 @@ class _Families(Collector):
 
     def _gauges(self) -> Iterator[Metric]:
         for name, (text, attribute) in _GAUGES.items():
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=_LABELS)
+            gauge = GaugeMetricFamily(name, text, labels=_LABELS)
             for labels, engine in self._engines:
                 gauge.add_metric(labels, getattr(engine.stats, attribute))
             yield gauge
