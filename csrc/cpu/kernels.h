@@ -99,8 +99,8 @@ struct MoeParams {
     const void* w13;       // [num_experts, 2 * inner, size]
     const void* w2;        // [num_experts, size, inner]
     const float* weights;  // [num_tokens, top_k]
-    const int32_t* ids;    // [num_tokens, top_k], each in [0, num_experts)
-    void* out;             // [num_tokens, size]
+    const int32_t* ids;  // [num_tokens, top_k], each below num_experts; below 0: computed elsewhere
+    void* out;           // [num_tokens, size]
 };
 
 // A linear layer, or one for each head: head h takes its own columns of x and its own weight.

@@ -82,21 +82,24 @@ void route_token(const RouteParams& p, int64_t token, const Choice& c) {
     for (int k = 0; k < p.top_k; ++k) weights[k] *= scale;
 }
 
-// Which (token, choice) pairs each expert serves. A pair's place is its row in the sorted order.
+// Which (token, choice) pairs each expert serves. A pair's place is its row in the sorted order;
+// one that is computed elsewhere (its id is below 0) has none.
 struct Grouping {
     int32_t* begin;  // [num_experts + 1] places
     int32_t* pair;   // [pairs] place -> token * top_k + choice
-    int32_t* place;  // [pairs] and back
+    int32_t* place;  // [pairs] and back, -1 for none
 
     Grouping(const MoeParams& p, int32_t* memory)
         : begin(memory), pair(memory + p.num_experts + 1), place(pair + p.num_tokens * p.top_k) {
         const int64_t pairs = p.num_tokens * p.top_k;
         for (int64_t e = 0; e <= p.num_experts; ++e) begin[e] = 0;
-        for (int64_t i = 0; i < pairs; ++i) ++begin[p.ids[i] + 1];
+        for (int64_t i = 0; i < pairs; ++i) {
+            if (p.ids[i] >= 0) ++begin[p.ids[i] + 1];
+        }
         for (int64_t e = 0; e < p.num_experts; ++e) begin[e + 1] += begin[e];
         for (int64_t i = 0; i < pairs; ++i) {
-            place[i] = begin[p.ids[i]]++;
-            pair[place[i]] = static_cast<int32_t>(i);
+            place[i] = p.ids[i] < 0 ? -1 : begin[p.ids[i]]++;
+            if (place[i] >= 0) pair[place[i]] = static_cast<int32_t>(i);
         }
         for (int64_t e = p.num_experts; e > 0; --e) begin[e] = begin[e - 1];
         begin[0] = 0;
@@ -135,8 +138,7 @@ class Experts {
     }
 
     void run() {
-        const int64_t pairs = p_.num_tokens * p_.top_k;
-        parallel_for(pairs, 16, [&](int64_t begin, int64_t end) {
+        parallel_for(groups_.begin[p_.num_experts], 16, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 copy_row(in_ + i * in_stride_,
                          static_cast<const T*>(p_.x) + groups_.pair[i] / p_.top_k * p_.x_stride,
@@ -220,7 +222,9 @@ class Experts {
             Vec sum{};
             for (int64_t k = 0; k < p_.top_k; ++k) {
                 const int64_t pair = token * p_.top_k + k;
-                sum += load_at(out_ + groups_.place[pair] * p_.size, n, p_.size) * p_.weights[pair];
+                const int64_t place = groups_.place[pair];
+                if (place < 0) continue;
+                sum += load_at(out_ + place * p_.size, n, p_.size) * p_.weights[pair];
             }
             store_at(out, n, p_.size, sum);
         }

@@ -68,13 +68,28 @@ def test_moe(
         assert torch.equal(_cpu.moe(x[at], w13, w2, weights[at], ids[at])[0], whole[row])
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5, 40])
+def test_ids_below_zero_are_computed_elsewhere(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    x, weights = torch.randn(tokens, 8, generator=generator), torch.rand(tokens, 3)
+    w13, w2 = torch.randn(4, 12, 8, generator=generator), torch.randn(4, 8, 6, generator=generator)
+    ids = torch.rand(tokens, 4, generator=generator).topk(3)[1].int()
+    ranks = [torch.where((ids >= e) & (ids < e + 2), ids - e, -1) for e in (0, 2)]
+    for backend in ("reference", "cpu"):
+        moe = select("moe", backend=backend)
+        halves = [
+            moe(x, w13[e : e + 2].contiguous(), w2[e : e + 2].contiguous(), weights, local)
+            for e, local in zip((0, 2), ranks, strict=True)
+        ]
+        close(halves[0] + halves[1], moe(x, w13, w2, weights, ids), torch.float32)
+
+
 def test_experts_outside_the_range_are_refused() -> None:
     x, w13, w2 = torch.ones(1, 4), torch.ones(2, 6, 4), torch.ones(2, 4, 3)
     weights, ids = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int32)
     _cpu.moe(x, w13, w2, weights, ids)
-    for bad in (2, -1):
-        with pytest.raises(ValueError, match="ids"):
-            _cpu.moe(x, w13, w2, weights, torch.full_like(ids, bad))
+    with pytest.raises(ValueError, match="ids"):
+        _cpu.moe(x, w13, w2, weights, torch.full_like(ids, 2))
     with pytest.raises(ValueError, match="w2"):
         _cpu.moe(x, w13, w2[:1], weights, ids)
     with pytest.raises(ValueError, match="w13"):

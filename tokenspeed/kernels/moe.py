@@ -38,7 +38,7 @@ def route(
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
     if n_group > 1:
-        grouped = choice.view(choice.shape[0], n_group, -1)
+        grouped = choice.unflatten(1, (n_group, -1))
         best = grouped.topk(1 if group_score == "max" else 2, dim=-1)[0].sum(-1)
         kept = best.sort(dim=-1, descending=True, stable=True)[1][:, :topk_group]
         keep = torch.zeros_like(best, dtype=torch.bool).scatter(1, kept, True)
@@ -54,11 +54,11 @@ def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Ten
     """x[T,D], w13[E,2I,D] (gate, then up), w2[E,D,I], weights[T,k], ids[T,k] -> [T,D].
 
     The sum over a token's experts e of weight * w2[e] silu_mul(w13[e] x). Only experts named by
-    `ids` are read.
+    `ids` are read; an id below 0 is nobody's and adds nothing.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
-    for expert in torch.unique(ids).tolist():
+    for expert in torch.unique(ids[ids >= 0]).tolist():
         token, choice = (ids == expert).nonzero(as_tuple=True)
         hidden = silu_mul(F.linear(x[token], w13[expert]))
         share = F.linear(hidden, w2[expert]).to(wide) * weights[token, choice, None].to(wide)

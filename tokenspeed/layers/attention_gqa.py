@@ -11,7 +11,7 @@ from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.linear import Linear
 from tokenspeed.layers.norm import RMSNorm
-from tokenspeed.spmd.placement import ModuleSpec, Partial, Shard
+from tokenspeed.spmd.placement import Inline, ModuleSpec, Partial, Shard, tokens
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class GqaShape:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    bias: bool = False  # on q, k, v and o
+    qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm_eps: float | None = None  # norm of each head's q and k before rope
 
 
@@ -32,44 +33,61 @@ class GqaAttention(Layer):
     `cos_sin` [positions, head_dim] is shared by all layers (`layers/rope.py`).
     """
 
+    spec = ModuleSpec(outputs=tokens(tp=Partial()))
+
     def __init__(self, target: Target, shape: GqaShape, cos_sin: Tensor) -> None:
-        super().__init__()
+        super().__init__(target)
         self.shape, self.cos_sin = shape, cos_sin
         self.scale = shape.head_dim**-0.5
         q_size = shape.num_heads * shape.head_dim
         kv_size = shape.num_kv_heads * shape.head_dim
-        parts = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self.parts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
-        self.qkv_proj = Linear(target, shape.hidden_size, parts, bias=shape.bias, split="rows")
-        self.o_proj = Linear(
-            target, q_size, {"o_proj": shape.hidden_size}, bias=shape.bias, split="columns"
+        self.qkv_proj = Linear(
+            target,
+            shape.hidden_size,
+            {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
+            bias=shape.qkv_bias,
+            split="rows",
+            unit=shape.head_dim,
+            kv_parts=("k_proj", "v_proj"),
         )
-        self.spec = ModuleSpec(outputs={"tp": Partial()})
-        self.flows = (("qkv_proj", "o_proj"),)
+        self.o_proj = Linear(
+            target, q_size, {"o_proj": shape.hidden_size}, bias=shape.o_bias, split="columns"
+        )
+        attention = Inline("attention_gqa", "headwise")
+        self.flows = (("qkv_proj", attention, "o_proj"),)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if shape.qk_norm_eps is not None:
-            heads = {"tp": Shard(1)}
-            size, eps = shape.head_dim, shape.qk_norm_eps
-            self.q_norm = RMSNorm(target, "q_norm", size, eps, heads)
-            self.k_norm = RMSNorm(target, "k_norm", size, eps, heads)
-            self.flows = (("qkv_proj", "q_norm", "o_proj"), ("qkv_proj", "k_norm", "o_proj"))
+            size, eps, heads = shape.head_dim, shape.qk_norm_eps, tokens(tp=Shard(1))
+            self.q_norm = RMSNorm(target, "q_norm", size, eps, "head_norm", heads)
+            self.k_norm = RMSNorm(target, "k_norm", size, eps, "head_norm", heads)
+            self.flows = (
+                ("qkv_proj", "q_norm", attention, "o_proj"),
+                ("qkv_proj", "k_norm", attention, "o_proj"),
+            )
+
+    def heads(self) -> list[int]:
+        """Query, key and value heads on this rank."""
+        return [size // self.shape.head_dim for size in self.qkv_proj.part_sizes()]
+
+    def choose_kernels(self) -> None:
+        self.parts = self.heads()
         sizes = {
-            "num_heads": shape.num_heads,
-            "num_kv_heads": shape.num_kv_heads,
-            "head_dim": shape.head_dim,
+            "num_heads": self.parts[0],
+            "num_kv_heads": self.parts[1],
+            "head_dim": self.shape.head_dim,
         }
-        self.rope_append = target.kernel("rope_append_gqa", **sizes)
-        self.attend = target.kernel("attention_gqa", **sizes)
+        self.rope_append = self.target.kernel("rope_append_gqa", **sizes)
+        self.attend = self.target.kernel("attention_gqa", **sizes)
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        rows = (self.shape.num_kv_heads, self.shape.head_dim)
+        rows = (self.heads()[1], self.shape.head_dim)
         return CacheSpec((rows, rows), dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
         keys, values = cache
         num_tokens = x.shape[0]
-        heads = self.qkv_proj(x).view(num_tokens, -1, self.shape.head_dim)
+        heads = self.qkv_proj(x).view(num_tokens, sum(self.parts), self.shape.head_dim)
         q, k, v = torch.split_with_sizes(heads, self.parts, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -86,5 +104,5 @@ class GqaAttention(Layer):
             batch.kv_len,
             self.scale,
         )
-        out: Tensor = self.o_proj(y.view(num_tokens, -1))
+        out: Tensor = self.o_proj(y.flatten(1))
         return out

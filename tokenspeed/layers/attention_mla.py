@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Source, Target
 from tokenspeed.layers.linear import Linear
 from tokenspeed.layers.norm import RMSNorm
-from tokenspeed.spmd.placement import ModuleSpec, Partial, Shard
+from tokenspeed.spmd.placement import Inline, ModuleSpec, Partial, Shard, tokens
 
 LORA_NORM_EPS = 1e-6  # the release's inner norms do not follow rms_norm_eps
 
@@ -45,17 +45,23 @@ class AbsorbedKv(Layer):
     w_uk [H, latent, nope] takes queries to the latent, w_uv [H, value, latent] brings values back.
     """
 
+    w_uk: nn.Parameter
+    w_uv: nn.Parameter
+
     def __init__(self, target: Target, shape: MlaShape) -> None:
-        super().__init__()
-        heads, over = {"tp": Shard(0)}, {"tp": Shard(1)}
-        self.spec = ModuleSpec(over, over, {"w_uk": heads, "w_uv": heads})
+        super().__init__(target)
+        over, heads = tokens(tp=Shard(1)), {"tp": Shard(0)}
+        self.spec = ModuleSpec("head_linear", over, over, {"w_uk": heads, "w_uv": heads})
         num_heads, latent = shape.num_heads, shape.kv_lora_rank
-        self.w_uk = self.own_parameter((num_heads, latent, shape.nope_dim), target.dtype)
-        self.w_uv = self.own_parameter((num_heads, shape.value_dim, latent), target.dtype)
-        sizes = {"num_heads": num_heads, "num_inputs": shape.nope_dim, "num_outputs": latent}
-        self.up = target.kernel("head_linear", **sizes)
-        sizes = {"num_heads": num_heads, "num_inputs": latent, "num_outputs": shape.value_dim}
-        self.down = target.kernel("head_linear", **sizes)
+        self.own_parameter("w_uk", (num_heads, latent, shape.nope_dim))
+        self.own_parameter("w_uv", (num_heads, shape.value_dim, latent))
+
+    def choose_kernels(self) -> None:
+        heads, latent, nope = self.w_uk.shape
+        sizes = {"num_heads": heads, "num_inputs": nope, "num_outputs": latent}
+        self.up = self.target.kernel("head_linear", **sizes)
+        sizes = {"num_heads": heads, "num_inputs": latent, "num_outputs": self.w_uv.shape[1]}
+        self.down = self.target.kernel("head_linear", **sizes)
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """[T, H, nope] -> [T, H, latent]"""
@@ -68,9 +74,12 @@ class AbsorbedKv(Layer):
         return y
 
     def sources(self) -> Iterator[Source]:
-        heads, latent, nope = self.w_uk.shape
-        shape = (heads * (nope + self.w_uv.shape[1]), latent)
-        yield Source("kv_b_proj.weight", shape, self._split)
+        heads, latent, nope = self.cuts["w_uk"].global_shape
+        rows = nope + self.cuts["w_uv"].global_shape[1]
+        (here,) = self.cuts["w_uk"].dims[0]
+        pick = slice(here.start * rows, (here.start + here.piece) * rows), slice(0, latent)
+        shape = (heads * rows, latent)
+        yield Source("kv_b_proj.weight", shape, pick if self.holds("w_uk") else None, self._split)
 
     def _split(self, tensor: Tensor) -> None:
         heads, latent, nope = self.w_uk.shape
@@ -85,48 +94,46 @@ class MlaAttention(Layer):
     `cos_sin` [positions, rope_dim] is shared by all layers (`layers/rope.py`).
     """
 
+    spec = ModuleSpec(outputs=tokens(tp=Partial()))
+
     def __init__(self, target: Target, shape: MlaShape, cos_sin: Tensor) -> None:
-        super().__init__()
+        super().__init__(target)
         self.shape, self.cos_sin = shape, cos_sin
         hidden, rank = shape.hidden_size, shape.q_lora_rank
         latent = {"kv_a_proj_with_mqa": shape.kv_lora_rank + shape.rope_dim}
-        heads = shape.num_heads * (shape.nope_dim + shape.rope_dim)
-        self.spec = ModuleSpec(outputs={"tp": Partial()})
-        if rank is None:
-            self.q_proj = Linear(target, hidden, {"q_proj": heads}, split="rows")
-            self.a_proj = Linear(target, hidden, latent, bias=shape.bias)
-            query: tuple[str, ...] = ("q_proj",)
-        else:
-            self.a_proj = Linear(target, hidden, {"q_a_proj": rank, **latent}, bias=shape.bias)
+        head = shape.nope_dim + shape.rope_dim
+        inputs = hidden if rank is None else rank
+        name = "q_proj" if rank is None else "q_b_proj"
+        self.q_proj = Linear(
+            target, inputs, {name: shape.num_heads * head}, split="rows", unit=head
+        )
+        down = latent if rank is None else {"q_a_proj": rank, **latent}
+        self.a_proj = Linear(target, hidden, down, bias=shape.bias)
+        if rank is not None:
             self.q_a_layernorm = RMSNorm(target, "q_a_layernorm", rank, LORA_NORM_EPS)
-            self.q_proj = Linear(target, rank, {"q_b_proj": heads}, split="rows")
-            query = ("a_proj", "q_a_layernorm", "q_proj")
         self.kv_a_layernorm = RMSNorm(target, "kv_a_layernorm", shape.kv_lora_rank, LORA_NORM_EPS)
         self.kv_b_proj = AbsorbedKv(target, shape)
-        self.o_proj = Linear(
-            target,
-            shape.num_heads * shape.value_dim,
-            {"o_proj": hidden},
-            bias=shape.bias,
-            split="columns",
-        )
+        o_inputs = shape.num_heads * shape.value_dim
+        self.o_proj = Linear(target, o_inputs, {"o_proj": hidden}, bias=shape.bias, split="columns")
+        query = ("q_proj",) if rank is None else ("a_proj", "q_a_layernorm", "q_proj")
+        attention = Inline("attention_mla", "headwise")
         self.flows = (
-            (*query, "kv_b_proj", "o_proj"),
-            ("a_proj", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+            (*query, "kv_b_proj", attention, "kv_b_proj", "o_proj"),
+            ("a_proj", "kv_a_layernorm", Inline("latent_cache", "shared")),
         )
         self.parts = [] if rank is None else [rank]
         self.parts += [shape.kv_lora_rank, shape.rope_dim]
         self.head_parts = [shape.nope_dim, shape.rope_dim]
-        self._choose_kernels(target)
 
-    def _choose_kernels(self, target: Target) -> None:
+    def choose_kernels(self) -> None:
+        self.num_heads = self.kv_b_proj.w_uk.shape[0]
         sizes = {
-            "num_heads": self.shape.num_heads,
+            "num_heads": self.num_heads,
             "latent_dim": self.shape.kv_lora_rank,
             "rope_dim": self.shape.rope_dim,
         }
-        self.rope_append = target.kernel("rope_append_mla", **sizes)
-        self.attend = target.kernel("attention_mla", **sizes)
+        self.rope_append = self.target.kernel("rope_append_mla", **sizes)
+        self.attend = self.target.kernel("attention_mla", **sizes)
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
         return CacheSpec(((self.shape.kv_lora_rank + self.shape.rope_dim,),), dtype)
@@ -136,7 +143,7 @@ class MlaAttention(Layer):
         parts = torch.split_with_sizes(self.a_proj(x), self.parts, 1)
         latent, k_pe = parts[-2:]
         q = self.q_proj(x if shape.q_lora_rank is None else self.q_a_layernorm(parts[0]))
-        heads = q.view(num_tokens, shape.num_heads, -1)
+        heads = q.view(num_tokens, self.num_heads, shape.nope_dim + shape.rope_dim)
         q_nope, q_pe = torch.split_with_sizes(heads, self.head_parts, 2)
         q_pe = self.rope_append(
             q_pe,
@@ -158,5 +165,5 @@ class MlaAttention(Layer):
             batch.kv_len,
             shape.softmax_scale,
         )
-        out: Tensor = self.o_proj(self.kv_b_proj.expand_value(y).reshape(num_tokens, -1))
+        out: Tensor = self.o_proj(self.kv_b_proj.expand_value(y).flatten(1))
         return out

@@ -1,47 +1,69 @@
 # SPDX-License-Identifier: MIT
 """Token ids to hidden states, and hidden states to logits."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenspeed.layers.layer import Layer, Source, Target
-from tokenspeed.spmd.placement import REPLICATED, ModuleSpec, Partial, Shard
+from tokenspeed.spmd.placement import ModuleSpec, Partial, Shard, tokens
 
 
 class Embedding(Layer):
     """ids [T] int64 -> [T, hidden]. Over ranks the vocabulary is divided and the result summed."""
 
+    weight: nn.Parameter
+
     def __init__(self, target: Target, vocab_size: int, hidden_size: int) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(REPLICATED, {"tp": Partial()}, {"weight": {"tp": Shard(0)}})
-        self.weight = self.own_parameter((vocab_size, hidden_size), target.dtype)
+        super().__init__(target)
+        rows = {"weight": {"tp": Shard(0)}}
+        self.spec = ModuleSpec("embedding", tokens(), tokens(tp=Partial()), rows)
+        self.own_parameter("weight", (vocab_size, hidden_size))
+
+    def choose_kernels(self) -> None:
+        (vocab,) = self.cuts["weight"].dims[0]
+        self.first = vocab.start
+        self.is_whole = vocab.count == 1
+        self.kernel = self.target.kernel("embedding", size=self.weight.shape[1])
 
     def forward(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight)
+        if self.is_whole:
+            return F.embedding(ids, self.weight)
+        y: Tensor = self.kernel(ids, self.weight, self.first)
+        return y
 
     def sources(self) -> Iterator[Source]:
         yield self.source("embed_tokens.weight", "weight")
 
 
 class LMHead(Layer):
-    """hidden [L, hidden] -> logits [L, vocab] float32. Tied, it uses the embedding's weight."""
+    """hidden [L, hidden] -> logits [L, vocab] float32 or wider; tied, by the embedding's weight."""
+
+    weight: nn.Parameter
 
     def __init__(self, target: Target, embedding: Embedding, *, tied: bool) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(REPLICATED, {"tp": Shard(1)}, {"weight": {"tp": Shard(0)}})
-        vocab_size, hidden_size = embedding.weight.shape
+        super().__init__(target)
+        rows = embedding.spec.weights if tied else {"weight": {"tp": Shard(0)}}
+        self.spec = ModuleSpec("linear", tokens(), tokens(tp=Shard(1)), rows)
         self.embedding = (embedding,)  # in a tuple: a reference, not a child
         self.tied = tied
         if not tied:
-            self.weight = self.own_parameter((vocab_size, hidden_size), target.dtype)
-        self.kernel = target.kernel("linear", num_inputs=hidden_size, num_outputs=vocab_size)
+            self.own_parameter("weight", embedding.cuts["weight"].global_shape)
+
+    @property
+    def borrowed(self) -> Mapping[str, nn.Parameter]:
+        return {"weight": self.embedding[0].weight} if self.tied else {}
+
+    def choose_kernels(self) -> None:
+        outputs, inputs = (self.embedding[0] if self.tied else self).weight.shape
+        self.kernel = self.target.kernel("linear", num_inputs=inputs, num_outputs=outputs)
 
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.embedding[0].weight if self.tied else self.weight
         logits: Tensor = self.kernel(hidden, weight, None)
-        return logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def sources(self) -> Iterator[Source]:
         if not self.tied:

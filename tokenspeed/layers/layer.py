@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
 """`Layer`: the base of all modules, and how a module says which checkpoint tensors fill it.
 
-Parameters are born on the meta device; the loader allocates and fills them. Knows no files.
+Parameters are born whole on the meta device; `spmd/localise.py` cuts them to this rank's share, and
+the loader allocates and fills them. Knows no files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from tokenspeed.kernels import select
 from tokenspeed.kernels.registry import Kernel
-from tokenspeed.spmd.placement import ModuleSpec
+from tokenspeed.spmd.placement import Flow, ModuleSpec
+from tokenspeed.spmd.shards import Cut, Region
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,13 @@ class Target:
 class Source:
     """One checkpoint tensor: its name relative to the module's parent, and where it goes.
 
-    `write` copies a tensor of exactly `shape`, in any float dtype, into the module's parameters.
+    `pick` is what this rank reads of it, a slice for each dimension; None: nothing. `write` copies
+    exactly that piece, in any float dtype, into the module's parameters.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the whole tensor
+    pick: tuple[slice, ...] | None
     write: Callable[[Tensor], object]
 
 
@@ -45,11 +49,26 @@ class Layer(nn.Module):
     """A module with a boundary (`spec`) and, if it has children, the `flows` between them."""
 
     spec: ModuleSpec = ModuleSpec()
-    flows: tuple[tuple[str, ...], ...] = ()
+    flows: tuple[Flow, ...] = ()
+    is_here: bool = True  # False on the ranks of other pipeline stages
+    cuts: dict[str, Cut]  # by parameter: the piece that this rank holds
+
+    def __init__(self, target: Target) -> None:
+        super().__init__()
+        self.target = target
+        self.cuts = {}
 
     def __call__(self, *args: Any) -> Any:
         """`forward` without the hooks of `nn.Module`, which cost more than a small kernel."""
         return self.forward(*args)
+
+    @property
+    def borrowed(self) -> Mapping[str, nn.Parameter]:
+        """Parameters of other modules that this one multiplies with, by the name in its spec."""
+        return {}
+
+    def choose_kernels(self) -> None:
+        """Called once the parameters have their local shapes: sizes of kernels are local sizes."""
 
     def settle(self) -> None:
         """Makes parameters and children plain attributes: found at once, not by `__getattr__`.
@@ -57,19 +76,39 @@ class Layer(nn.Module):
         Called when the parameters are in place; assigning one later undoes it for that one.
         """
         self.__dict__.update(self._parameters)
-        self.__dict__.update(self._modules)
+        for name, child in self._modules.items():
+            self.__dict__.setdefault(name, child)
 
     def sources(self) -> Iterator[Source]:
         """The checkpoint tensors that fill this module's own parameters, each exactly once."""
         return iter(())
 
     def source(self, name: str, parameter: str, *region: int | slice) -> Source:
-        """The checkpoint tensor `name` fills `region` (all of it by default) of a parameter."""
-        shape = tuple(self.get_parameter(parameter)[region].shape)
-        return Source(name, shape, partial(self._fill, parameter, region))
+        """The checkpoint tensor `name` fills `region` (by default all) of a whole parameter."""
+        cut = self.cuts[parameter]
+        shape = torch.empty(cut.global_shape, device="meta")[region].shape
+        found = cut.pick(region) if self.holds(parameter) else None
+        if found is None:
+            return Source(name, tuple(shape), None, write_nothing)
+        pick, local = found
+        return Source(name, tuple(shape), pick, partial(self._fill, parameter, local))
 
-    def _fill(self, parameter: str, region: tuple[int | slice, ...], tensor: Tensor) -> None:
+    def holds(self, parameter: str) -> bool:
+        """Whether this rank has the parameter at all."""
+        return self._parameters[parameter] is not None
+
+    def _fill(self, parameter: str, region: Region, tensor: Tensor) -> None:
         self.get_parameter(parameter)[region].copy_(tensor)
 
-    def own_parameter(self, shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
-        return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    def own_parameter(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> None:
+        """Makes the parameter `name`, whole and on the meta device, in the target's dtype."""
+        empty = torch.empty(shape, dtype=dtype or self.target.dtype, device="meta")
+        self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+        self.cuts[name] = Cut.whole(shape)
+
+
+def write_nothing(tensor: Tensor) -> None:
+    """The `write` of a source of which this rank reads nothing."""
+    raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} belongs to another rank")

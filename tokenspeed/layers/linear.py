@@ -12,29 +12,44 @@ from typing import Literal
 from torch import Tensor, nn
 
 from tokenspeed.layers.layer import Layer, Source, Target
-from tokenspeed.spmd.placement import REPLICATED, Layout, ModuleSpec, Partial, Shard
+from tokenspeed.spmd.placement import (
+    REPLICATED,
+    Fused,
+    Layout,
+    ModuleSpec,
+    Part,
+    Partial,
+    Shard,
+    tokens,
+)
 
 Split = Literal["rows", "columns"] | None
 
 
-def linear_spec(split: Split, axis: str) -> ModuleSpec:
+def linear_spec(split: Split, axis: str, parts: tuple[Part, ...]) -> ModuleSpec:
     """Rows of the weight are output features, columns input features."""
     if split == "rows":
-        shard = {axis: Shard(0)}
-        return ModuleSpec(REPLICATED, {axis: Shard(1)}, {"weight": shard, "bias": shard})
+        fused = Fused(0, parts)
+        spread = {"weight": fused, "bias": fused}
+        return ModuleSpec("linear", tokens(), tokens(**{axis: Shard(1)}), spread)
     if split == "columns":
-        partial: Layout = {axis: Partial()}
-        weights: dict[str, Layout] = {"weight": {axis: Shard(1)}, "bias": partial}
-        return ModuleSpec({axis: Shard(1)}, partial, weights)
-    return ModuleSpec(weights={"weight": REPLICATED, "bias": REPLICATED})
+        weights: dict[str, Layout] = {"weight": {axis: Shard(1)}, "bias": {axis: Partial()}}
+        return ModuleSpec(
+            "linear", tokens(**{axis: Shard(1)}), tokens(**{axis: Partial()}), weights
+        )
+    return ModuleSpec("linear", weights={"weight": REPLICATED, "bias": REPLICATED})
 
 
 class Linear(Layer):
     """x [T, num_inputs] -> x @ weight.T + bias, [T, sum(parts.values())].
 
     `parts` maps checkpoint names to output features, in the order of the weight's rows. `split`
-    says which dimension of the weight is divided over the mesh axis `axis`.
+    says which dimension of the weight is divided over the mesh axis `axis`; divided rows come in
+    whole units of `unit` (a head), those of `kv_parts` over the axis `kv`.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -45,16 +60,32 @@ class Linear(Layer):
         bias: bool = False,
         split: Split = None,
         axis: str = "tp",
+        unit: int = 1,
+        kv_parts: tuple[str, ...] = (),
     ) -> None:
-        super().__init__()
-        num_outputs = sum(parts.values())
-        self.spec = linear_spec(split, axis)
+        super().__init__(target)
         self.parts = dict(parts)
-        self.weight = self.own_parameter((num_outputs, num_inputs), target.dtype)
-        self.bias: nn.Parameter | None = None
+        rows = tuple(
+            Part(size, {"kv" if name in kv_parts else axis: Shard(0)}, unit)
+            for name, size in parts.items()
+        )
+        self.spec = linear_spec(split, axis, rows)
+        self.own_parameter("weight", (sum(parts.values()), num_inputs))
         if bias:
-            self.bias = self.own_parameter((num_outputs,), target.dtype)
-        self.kernel = target.kernel("linear", num_inputs=num_inputs, num_outputs=num_outputs)
+            self.own_parameter("bias", (sum(parts.values()),))
+        else:
+            self.register_parameter("bias", None)
+
+    def part_sizes(self) -> list[int]:
+        """Output features of each part on this rank."""
+        cut = self.cuts["weight"].dims[0]
+        if len(cut) == len(self.parts):
+            return [part.piece for part in cut]
+        return list(self.parts.values())
+
+    def choose_kernels(self) -> None:
+        outputs, inputs = self.weight.shape
+        self.kernel = self.target.kernel("linear", num_inputs=inputs, num_outputs=outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.kernel(x, self.weight, self.bias)
@@ -66,5 +97,5 @@ class Linear(Layer):
             rows = slice(start, start + size)
             start += size
             yield self.source(f"{name}.weight", "weight", rows)
-            if self.bias is not None:
+            if "bias" in self.cuts:
                 yield self.source(f"{name}.bias", "bias", rows)

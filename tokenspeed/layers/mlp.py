@@ -5,38 +5,26 @@ from torch import Tensor
 
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.linear import Linear
-from tokenspeed.spmd.placement import ModuleSpec, Partial
+from tokenspeed.spmd.placement import Inline, ModuleSpec, Partial, tokens
 
 
 class MLP(Layer):
-    """[T, hidden] -> [T, hidden]. Child names are the checkpoint's: gate_proj, up_proj, down_proj.
+    """[T, hidden] -> [T, hidden]. Child names are the checkpoint's."""
 
-    `axis` is the mesh axis that divides the intermediate features.
-    """
+    flows = (("gate_up_proj", Inline("silu_mul", "elementwise"), "down_proj"),)
+    spec = ModuleSpec(outputs=tokens(tp=Partial()))
 
     def __init__(
-        self,
-        target: Target,
-        hidden_size: int,
-        intermediate_size: int,
-        *,
-        bias: bool = False,
-        axis: str = "tp",
+        self, target: Target, hidden_size: int, intermediate_size: int, *, bias: bool = False
     ) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(outputs={axis: Partial()})
-        self.flows = (("gate_up_proj", "down_proj"),)
+        super().__init__(target)
         parts = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
-        self.gate_up_proj = Linear(target, hidden_size, parts, bias=bias, split="rows", axis=axis)
-        self.down_proj = Linear(
-            target,
-            intermediate_size,
-            {"down_proj": hidden_size},
-            bias=bias,
-            split="columns",
-            axis=axis,
-        )
-        self.silu_mul = target.kernel("silu_mul", size=intermediate_size)
+        down = {"down_proj": hidden_size}
+        self.gate_up_proj = Linear(target, hidden_size, parts, bias=bias, split="rows")
+        self.down_proj = Linear(target, intermediate_size, down, bias=bias, split="columns")
+
+    def choose_kernels(self) -> None:
+        self.silu_mul = self.target.kernel("silu_mul", size=self.gate_up_proj.part_sizes()[0])
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.down_proj(self.silu_mul(self.gate_up_proj(x)))

@@ -12,9 +12,20 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tokenspeed.layers.layer import Layer, Source, Target
+from tokenspeed.layers.layer import Layer, Source, Target, write_nothing
 from tokenspeed.layers.mlp import MLP
-from tokenspeed.spmd.placement import REPLICATED, ModuleSpec, Partial, Shard
+from tokenspeed.spmd.placement import (
+    REPLICATED,
+    Flow,
+    Fused,
+    Layout,
+    ModuleSpec,
+    Part,
+    Partial,
+    Shard,
+    tokens,
+)
+from tokenspeed.spmd.shards import Cut
 
 MAX_EXPERTS = 2**14
 
@@ -37,17 +48,24 @@ class Routing:
 class Router(Layer):
     """x [T, hidden] -> (weights [T, k] float32, ids [T, k] int32). Works in float32 or wider."""
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(self, target: Target, hidden_size: int, routing: Routing) -> None:
-        super().__init__()
-        self.routing = routing
-        self.spec = ModuleSpec(weights={"weight": REPLICATED, "bias": REPLICATED})
-        wide = Target(target.device, torch.promote_types(target.dtype, torch.float32))
-        self.weight = self.own_parameter((routing.num_experts, hidden_size), wide.dtype)
-        self.bias: nn.Parameter | None = None
+        wide = torch.promote_types(target.dtype, torch.float32)
+        super().__init__(Target(target.device, wide))
+        self.routing, self.top_k = routing, routing.top_k
+        self.spec = ModuleSpec("router", weights={"weight": REPLICATED, "bias": REPLICATED})
+        self.own_parameter("weight", (routing.num_experts, hidden_size))
         if routing.correction_bias:
-            self.bias = self.own_parameter((routing.num_experts,), wide.dtype)
-        self.linear = wide.kernel("linear", num_inputs=hidden_size, num_outputs=routing.num_experts)
-        self.route = wide.kernel("route", num_experts=routing.num_experts)
+            self.own_parameter("bias", (routing.num_experts,))
+        else:
+            self.register_parameter("bias", None)
+
+    def choose_kernels(self) -> None:
+        experts, hidden = self.weight.shape
+        self.linear = self.target.kernel("linear", num_inputs=hidden, num_outputs=experts)
+        self.route = self.target.kernel("route", num_experts=experts)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r = self.routing
@@ -67,44 +85,79 @@ class Router(Layer):
 
     def sources(self) -> Iterator[Source]:
         yield self.source("gate.weight", "weight")
-        if self.bias is not None:
+        if "bias" in self.cuts:
             yield self.source("gate.e_score_correction_bias", "bias")
 
 
 class Experts(Layer):
-    """The routed experts: w13 [E, 2I, hidden] is gate over up, w2 [E, hidden, I] is down."""
+    """The routed experts: w13 [E, 2I, hidden] is gate over up, w2 [E, hidden, I] is down.
+
+    Over ranks, experts are divided over `ep` and each of them over `etp`. `held` are those of this
+    rank in the order of its slots; an expert may stand in several.
+    """
+
+    w13: nn.Parameter
+    w2: nn.Parameter
 
     def __init__(
         self, target: Target, num_experts: int, hidden_size: int, intermediate_size: int
     ) -> None:
-        super().__init__()
-        whole = {"ep": Shard(0)}
-        self.spec = ModuleSpec(REPLICATED, {"ep": Partial()}, {"w13": whole, "w2": whole})
-        self.w13 = self.own_parameter(
-            (num_experts, 2 * intermediate_size, hidden_size), target.dtype
-        )
-        self.w2 = self.own_parameter((num_experts, hidden_size, intermediate_size), target.dtype)
-        self.kernel = target.kernel(
-            "moe",
-            num_experts=num_experts,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
+        super().__init__(target)
+        half = Part(intermediate_size, {"ep": Shard(0), "etp": Shard(1)})
+        weights: dict[str, Layout | Fused] = {
+            "w13": Fused(1, (half, half)),
+            "w2": {"ep": Shard(0), "etp": Shard(2)},
+        }
+        summed = {"ep": Partial(), "etp": Partial()}
+        self.spec = ModuleSpec("experts", REPLICATED, summed, weights)
+        self.num_experts = num_experts
+        self.held = list(range(num_experts))
+        self.own_parameter("w13", (num_experts, 2 * intermediate_size, hidden_size))
+        self.own_parameter("w2", (num_experts, hidden_size, intermediate_size))
+
+    def choose_kernels(self) -> None:
+        experts, hidden, inner = self.w2.shape
+        self.kernel = self.target.kernel(
+            "moe", num_experts=experts, hidden_size=hidden, intermediate_size=inner
         )
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        """ids [T, k] index `held`; those below 0 are computed elsewhere."""
         y: Tensor = self.kernel(x, self.w13, self.w2, weights, ids)
         return y
 
     def sources(self) -> Iterator[Source]:
-        num_experts, _, inner = self.w2.shape
-        for e in range(num_experts):
-            yield self.source(f"experts.{e}.gate_proj.weight", "w13", e, slice(inner))
-            yield self.source(f"experts.{e}.up_proj.weight", "w13", e, slice(inner, None))
-            yield self.source(f"experts.{e}.down_proj.weight", "w2", e)
+        inner = self.cuts["w2"].global_shape[2]
+        for expert in range(self.num_experts):
+            name = f"experts.{expert}"
+            yield self._of(expert, f"{name}.gate_proj.weight", "w13", slice(0, inner))
+            yield self._of(expert, f"{name}.up_proj.weight", "w13", slice(inner, 2 * inner))
+            yield self._of(expert, f"{name}.down_proj.weight", "w2", slice(None))
+
+    def _of(self, expert: int, name: str, parameter: str, rows: slice) -> Source:
+        """One projection of one expert, into every slot that holds the expert."""
+        each = Cut(self.cuts[parameter].dims[1:])
+        shape = torch.empty(each.global_shape, device="meta")[rows].shape
+        slots = [slot for slot, held in enumerate(self.held) if held == expert]
+        found = each.pick((rows,))
+        if not slots or not self.holds(parameter) or found is None:
+            return Source(name, tuple(shape), None, write_nothing)
+        pick, local = found
+
+        def write(tensor: Tensor) -> None:
+            for slot in slots:
+                self._fill(parameter, (slot, *local), tensor)
+
+        return Source(name, tuple(shape), pick, write)
 
 
 class MoE(Layer):
-    """[T, hidden] -> [T, hidden]. `shared_size` 0 means no shared experts."""
+    """[T, hidden] -> [T, hidden]. `shared_size` 0 means no shared experts.
+
+    Shared experts work on their own dp rank's tokens, divided over tp as a dense block is.
+    """
+
+    spec = ModuleSpec(outputs=tokens(tp=Partial()))
 
     def __init__(
         self,
@@ -114,14 +167,13 @@ class MoE(Layer):
         intermediate_size: int,
         shared_size: int = 0,
     ) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(outputs={"ep": Partial()})
+        super().__init__(target)
         self.gate = Router(target, hidden_size, routing)
         self.experts = Experts(target, routing.num_experts, hidden_size, intermediate_size)
-        self.flows = (("gate", "experts"),)
+        self.flows: tuple[Flow, ...] = (("gate", "experts"),)
         self.shared_experts: MLP | None = None
         if shared_size:
-            self.shared_experts = MLP(target, hidden_size, shared_size, axis="ep")
+            self.shared_experts = MLP(target, hidden_size, shared_size)
             self.flows = (("gate", "experts"), ("shared_experts",))
 
     def forward(self, x: Tensor) -> Tensor:

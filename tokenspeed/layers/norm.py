@@ -3,32 +3,56 @@
 
 from collections.abc import Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenspeed.layers.layer import Layer, Source, Target
-from tokenspeed.spmd.placement import REPLICATED, Layout, ModuleSpec
+from tokenspeed.spmd.placement import REPLICATED, Kind, Layout, ModuleSpec, tokens
 
 
 class RMSNorm(Layer):
-    """`forward` normalises [T, size] or [T, heads, size]; `add` first adds a residual to [T, size].
+    """`forward` normalises [T, size] or [T, heads, size]; `name` is the checkpoint's.
 
-    `layout` is that of the features it works on: a norm over the features of each head also works
-    where the heads are divided over ranks.
+    `kind` "head_norm" norms the features of each head, also where heads are divided over ranks:
+    `layout` is theirs.
     """
 
+    weight: nn.Parameter
+
     def __init__(
-        self, target: Target, name: str, size: int, eps: float, layout: Layout = REPLICATED
+        self,
+        target: Target,
+        name: str,
+        size: int,
+        eps: float,
+        kind: Kind = "norm",
+        layout: Layout | None = None,
     ) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(layout, layout, {"weight": REPLICATED})
+        super().__init__(target)
+        lies = tokens() if layout is None else layout
+        self.spec = ModuleSpec(kind, lies, lies, {"weight": REPLICATED})
         self.name, self.eps = name, eps
-        self.weight = self.own_parameter((size,), target.dtype)
-        self.norm_kernel = target.kernel("rms_norm", size=size)
-        self.add_kernel = target.kernel("add_rms_norm", size=size)
+        self.own_parameter("weight", (size,))
+
+    def choose_kernels(self) -> None:
+        self.norm_kernel = self.target.kernel("rms_norm", size=self.weight.shape[0])
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.norm_kernel(x, self.weight, self.eps)
         return y
+
+    def sources(self) -> Iterator[Source]:
+        yield self.source(f"{self.name}.weight", "weight")
+
+
+class ResidualNorm(RMSNorm):
+    """A norm that also adds the residual stream: `add` in place of `forward`, for [T, size]."""
+
+    def __init__(self, target: Target, name: str, size: int, eps: float) -> None:
+        super().__init__(target, name, size, eps, "residual_norm")
+
+    def choose_kernels(self) -> None:
+        super().choose_kernels()
+        self.add_kernel = self.target.kernel("add_rms_norm", size=self.weight.shape[0])
 
     def add(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual); without a residual (norm(x), x)."""
@@ -36,6 +60,3 @@ class RMSNorm(Layer):
             return self.forward(x), x
         normed, total = self.add_kernel(x, residual, self.weight, self.eps)
         return normed, total
-
-    def sources(self) -> Iterator[Source]:
-        yield self.source(f"{self.name}.weight", "weight")

@@ -7,6 +7,7 @@ Refuses to know where the folder came from (`models/hub.py`).
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,13 +16,30 @@ from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
-from tokenspeed.models.loader import Block, LoadReport, TensorNames, load_weights
+from tokenspeed.models.load_report import LoadReport, Place
+from tokenspeed.models.loader import load_weights
 from tokenspeed.models.registry import find_architecture
+from tokenspeed.models.tensor_check import Block, TensorNames
+from tokenspeed.spmd.collectives import Variant
 from tokenspeed.spmd.compile import compile_model
-from tokenspeed.spmd.placement import Mesh
+from tokenspeed.spmd.group import Communicator
+from tokenspeed.spmd.localise import localise
+from tokenspeed.spmd.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Which rank of which mesh a model is built for, and how it reaches the others."""
+
+    mesh: Mesh = field(default_factory=Mesh)
+    rank: int = 0
+    communicator: Communicator | None = None
+    max_tokens: int = 8192  # of one step on one dp rank, for the choice of collectives
+    num_redundant_experts: int = 0
+    variant: Variant | None = None  # None: by the cost model
 
 
 def load_model(
@@ -30,20 +48,16 @@ def load_model(
     device: torch.device,
     max_model_len: int | None = None,
     progress: Callable[[float], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> CausalLM:
     """Builds the model in `folder` and fills it. `dtype` None takes that of config.json.
 
-    Raises `ModelLoadError` for whatever is wrong with the folder, before weights are allocated.
+    Raises `ModelLoadError` for whatever is wrong with the folder, before weights are allocated, and
+    `ValueError` for a mesh that the model cannot be divided over.
     """
     start = time.perf_counter()
-    model, report = load_with_report(folder, dtype, device, max_model_len, progress)
-    _log.info(
-        "loaded %d tensors, %.1f MB, in %.1f s; %d set aside",
-        report.num_tensors,
-        report.num_bytes / 1e6,
-        time.perf_counter() - start,
-        len(report.set_aside),
-    )
+    model, report = load_with_report(folder, dtype, device, max_model_len, progress, ranks)
+    _log.info("%s in %.1f s", report, time.perf_counter() - start)
     return model
 
 
@@ -53,8 +67,31 @@ def load_with_report(
     device: torch.device,
     max_model_len: int | None = None,
     progress: Callable[[float], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[CausalLM, LoadReport]:
     """As `load_model`, and what was read."""
+    ranks = ranks or Ranks()
+    model, names = build_model(folder, dtype, device, max_model_len)
+    plan = compile_model(
+        model,
+        ranks.mesh,
+        max_tokens=ranks.max_tokens,
+        itemsize=model.target.dtype.itemsize,
+        num_redundant_experts=ranks.num_redundant_experts,
+        variant=ranks.variant,
+    )
+    model.spmd = localise(model, plan, ranks.rank, ranks.communicator)
+    place = Place(ranks.rank, ranks.mesh.num_ranks)
+    return model, load_weights(model, Checkpoint(folder), names, progress, place)
+
+
+def build_model(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_model_len: int | None = None,
+) -> tuple[CausalLM, TensorNames]:
+    """The whole model on the meta device, from config.json alone."""
     outer = HfConfig(read_json(folder / "config.json"))
     config = text_config(outer)
     found = find_architecture(architecture(outer))
@@ -64,10 +101,7 @@ def load_with_report(
         model = found.model.from_config(dict(config.values), dtype, device, max_model_len)
     except (RuntimeError, OverflowError) as error:  # torch cannot even describe such a tensor
         raise ModelLoadError(f"{folder}: config.json asks for impossible sizes: {error}") from error
-    plan = compile_model(model, Mesh())
-    names = TensorNames(found.prefix, found.other, block)
-    report = load_weights(model, plan, Checkpoint(folder), names, progress)
-    return model, report
+    return model, TensorNames(found.prefix, found.other, block)
 
 
 def _stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:

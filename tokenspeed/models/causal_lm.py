@@ -15,9 +15,10 @@ from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.embedding import Embedding, LMHead
 from tokenspeed.layers.layer import Layer, Target
-from tokenspeed.layers.norm import RMSNorm
+from tokenspeed.layers.norm import ResidualNorm
 from tokenspeed.models.decoder_config import DecoderConfig
-from tokenspeed.spmd.placement import ModuleSpec, Shard
+from tokenspeed.spmd.localise import Spmd
+from tokenspeed.spmd.placement import ModuleSpec
 
 
 class Attention(Protocol):
@@ -36,12 +37,12 @@ class DecoderLayer(Layer):
     flows = (("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),)
 
     def __init__(self, target: Target, config: DecoderConfig, self_attn: Layer, mlp: Layer) -> None:
-        super().__init__()
+        super().__init__(target)
         self.spec = ModuleSpec(outputs=mlp.spec.outputs)
         size, eps = config.hidden_size, config.norm_eps
-        self.input_layernorm = RMSNorm(target, "input_layernorm", size, eps)
+        self.input_layernorm = ResidualNorm(target, "input_layernorm", size, eps)
         self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(target, "post_attention_layernorm", size, eps)
+        self.post_attention_layernorm = ResidualNorm(target, "post_attention_layernorm", size, eps)
         self.mlp = mlp
 
     def forward(
@@ -63,10 +64,10 @@ class Decoder(Layer):
     flows = (("embed_tokens", "layers", "norm"),)
 
     def __init__(self, target: Target, config: DecoderConfig, layers: list[DecoderLayer]) -> None:
-        super().__init__()
+        super().__init__(target)
         self.embed_tokens = Embedding(target, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(target, "norm", config.hidden_size, config.norm_eps)
+        self.norm = ResidualNorm(target, "norm", config.hidden_size, config.norm_eps)
 
     def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
         hidden: Tensor = self.embed_tokens(batch.token_ids)
@@ -80,11 +81,11 @@ class CausalLM(Layer):
     """A model that the engine can run. Its parameters are on the meta device until loaded."""
 
     flows = (("model", "lm_head"),)
+    spmd: Spmd  # once it is built for a rank (`models/build.py`)
 
     def __init__(self, target: Target, config: DecoderConfig, layers: list[DecoderLayer]) -> None:
-        super().__init__()
-        self.spec = ModuleSpec(outputs={"tp": Shard(1)})
-        self.target, self.config = target, config
+        super().__init__(target)
+        self.config = config
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.model = Decoder(target, config, layers)
         self.lm_head = LMHead(target, self.model.embed_tokens, tied=config.tied)
@@ -114,7 +115,7 @@ class CausalLM(Layer):
         return logits
 
     def cache_specs(self, dtype: torch.dtype | None = None) -> list[CacheSpec]:
-        """What each layer keeps per token; `dtype` defaults to the model's."""
+        """What each layer of this rank keeps per token; `dtype` defaults to the model's."""
         kept = dtype or self.target.dtype
         layers = cast(list[DecoderLayer], list(self.model.layers))
         return [cast(Attention, layer.self_attn).cache_spec(kept) for layer in layers]

@@ -1,114 +1,249 @@
 # SPDX-License-Identifier: MIT
-"""Checks a model's placements from the embedding to the logits and derives each weight's shard.
+"""From annotations to an `SpmdPlan`: which collectives stand where, and each weight's shard.
 
-Runs once, on meta parameters, before a byte of weight is read. It reads three attributes of each
-module: `spec` (its boundary), `flows` (chains of children from its input to its output) and its
-own parameters; it never looks at a forward. This release runs on one device: every axis has one
-rank, so every edge is an identity and every shard is the whole weight.
+Runs once, on meta parameters of whole shapes, before a byte of weight is read, and for all ranks at
+once. A plan has variants, which differ in two decisions, and a variant for each range of token
+counts, by the cost model:
+
+    split      between blocks the residual stream and its norms are divided over the tokens of tp:
+               reduce-scatter, norm, all-gather in place of all-reduce, norm
+    dispatch   tokens travel to the ranks of their experts (all-to-all) in place of every token to
+               every rank (all-gather) and back (reduce-scatter)
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import gcd
+from typing import cast
 
 from torch import nn
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import Shard
 
-from tokenspeed.spmd.placement import AXES, REPLICATED, Layout, Mesh, ModuleSpec
+from tokenspeed.spmd.check import Site, check_model, spec_of
+from tokenspeed.spmd.collectives import Collective, Variant, collectives_of, cost_s
+from tokenspeed.spmd.cost import Interconnect
+from tokenspeed.spmd.layout import label
+from tokenspeed.spmd.mesh import Mesh
+from tokenspeed.spmd.placement import Fused
+from tokenspeed.spmd.shards import Cut, cut_of
+from tokenspeed.spmd.stages import Stages, find_stages
 
-
-@dataclass(frozen=True)
-class Edge:
-    """Data that changes its layout on the way from one module to the next."""
-
-    producer: str
-    consumer: str
-    axis: str
-    have: Placement
-    need: Placement
+LOOPBACK = Interconnect(latency_s=20e-6, bandwidth=5e9)  # processes of one machine
 
 
 @dataclass(frozen=True)
 class SpmdPlan:
-    """What the compile found: edges that need work on axes of several ranks, and local shapes."""
+    """What the compile decided. Indices of `buckets` and `variants` belong together."""
 
-    edges: tuple[Edge, ...]
-    shapes: dict[str, tuple[int, ...]]  # parameter path -> shape on this rank
+    mesh: Mesh
+    sites: Mapping[tuple[str, str], Site]  # by module path and side
+    stream: tuple[str, ...]  # paths of the norms that carry the residual stream, in order
+    experts: tuple[str, ...]  # paths of modules of kind experts
+    stages: Stages
+    widths: dict[str, int]  # features of a token at a leaf's input, by path
+    out_widths: dict[str, int]  # and at its output
+    heads: frozenset[str]  # modules that see rows of logits in place of tokens
+    top_k: int  # experts of a token; 0 without experts
+    memory_bandwidth: float  # bytes a second of one device
+    variants: tuple[Variant, ...]
+    buckets: tuple[int, ...]  # variant i serves steps of up to buckets[i] tokens on one dp rank
+    num_slots: int  # physical experts a layer, redundant ones included; 0 without experts
+    whole_shapes: dict[str, tuple[int, ...]]  # parameter path -> shape over all ranks
+
+    def variant_for(self, num_tokens: int) -> int:
+        """The index of the variant for a step of so many tokens on the fullest dp rank."""
+        for index, most in enumerate(self.buckets):
+            if num_tokens <= most:
+                return index
+        return len(self.buckets) - 1
+
+    def collectives(self, variant: int, itemsize: int = 2) -> list[Collective]:
+        """Every collective of one step in the order of the model, one row a site."""
+        return collectives_of(self, self.variants[variant], itemsize)
 
 
-def compile_model(model: nn.Module, mesh: Mesh) -> SpmdPlan:
-    """Type-checks the placements of `model`. `ValueError` names the module and what is wrong."""
-    for axis in AXES:
-        if mesh.size(axis) != 1:
-            raise ValueError(f"mesh axis {axis} must have one rank in this release: {mesh}")
-    edges: dict[Edge, None] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            continue
-        spec = _spec_of(path, module)
-        edges.update(dict.fromkeys(_edges(path, module, spec)))
+def compile_model(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    interconnect: Interconnect = LOOPBACK,
+    memory_bandwidth: float = 2e10,
+    max_tokens: int = 8192,
+    itemsize: int = 2,
+    num_redundant_experts: int = 0,
+    variant: Variant | None = None,
+) -> SpmdPlan:
+    """Type-checks `model` and plans it for `mesh`. `ValueError` names the module and what is wrong.
+
+    `max_tokens` is the most tokens of one step on one dp rank; `itemsize` the bytes of a hidden
+    feature; `memory_bandwidth` bytes a second of one device; `variant` takes the decision out of
+    the cost model's hands.
+    """
+    mesh = _with_kv(model, mesh)
+    sites: dict[tuple[str, str], Site] = {
+        (site.module, site.side): site for site in check_model(model, mesh)
+    }
+    kinds = {path: spec_of(path, m).kind for path, m in _modules(model)}
+    widths = {path: _widths(m) for path, m in _modules(model) if kinds[path] != "composite"}
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    plan = SpmdPlan(
+        mesh,
+        sites,
+        tuple(path for path, kind in kinds.items() if kind == "residual_norm"),
+        tuple(path for path, kind in kinds.items() if kind == "experts"),
+        find_stages(model, mesh.pp),
+        {path: width for path, (width, _) in widths.items()},
+        {path: width for path, (_, width) in widths.items()},
+        frozenset(path for path in kinds if _stands_after_stream(path, kinds)),
+        max((int(getattr(m, "top_k", 0)) for _, m in _modules(model)), default=0),
+        memory_bandwidth,
+        variants=(Variant(),),
+        buckets=(max_tokens,),
+        num_slots=_num_slots(model, mesh, num_redundant_experts),
+        whole_shapes=shapes,
+    )
+    _check_stream(plan)
+    for rank in range(mesh.num_ranks if mesh.num_ranks <= 8 else 1):
+        cuts(model, plan, rank)
+    if variant is not None:
+        return replace(plan, variants=(variant,))
+    return _choose(plan, interconnect, max_tokens, itemsize)
+
+
+def cuts(model: nn.Module, plan: SpmdPlan, rank: int) -> dict[str, Cut]:
+    """Each parameter's cut on `rank`, by path. Experts are not cut along their first dimension
+    here: which of them a rank holds may change while it runs."""
+    found = {}
+    for path, module in _modules(model):
+        spec = spec_of(path, module)
         for name, parameter in module.named_parameters(recurse=False):
-            if name not in spec.weights:
-                raise ValueError(f"{path}: parameter {name} has no placement in its spec")
             full = f"{path}.{name}" if path else name
-            shapes[full] = _local_shape(full, tuple(parameter.shape), spec.weights[name], mesh)
-    return SpmdPlan(tuple(edges), shapes)
+            shape = tuple(parameter.shape)
+            layout = spec.weights[name]
+            if spec.kind == "experts":
+                layout = _without_experts(layout, plan.mesh)
+            found[full] = cut_of(full, shape, layout, plan.mesh, rank)
+    return found
 
 
-def _spec_of(path: str, module: nn.Module) -> ModuleSpec:
-    spec = getattr(module, "spec", None)
-    if not isinstance(spec, ModuleSpec):
-        raise ValueError(f"{path or 'model'} ({type(module).__name__}) declares no ModuleSpec")
-    for layout in (spec.inputs, spec.outputs, *spec.weights.values()):
-        for axis, placement in layout.items():
-            if axis not in AXES:
-                raise ValueError(f"{path}: unknown mesh axis {axis!r}; axes are {AXES}")
-            if not isinstance(placement, (Replicate, Shard, Partial)):
-                raise ValueError(f"{path}: unknown placement {placement!r} on axis {axis}")
-    return spec
+def _without_experts(layout: object, mesh: Mesh) -> Fused | dict[str, Shard]:
+    if isinstance(layout, Fused):
+        parts = tuple(
+            replace(part, layout={a: p for a, p in part.layout.items() if p != Shard(0)})
+            for part in layout.parts
+        )
+        return replace(layout, parts=parts)
+    pairs = cast(dict[str, Shard], layout).items()
+    return {axis: placement for axis, placement in pairs if placement != Shard(0)}
 
 
-def _edges(path: str, module: nn.Module, spec: ModuleSpec) -> Iterator[Edge]:
-    """Every change of layout along the module's flows, its own boundary included."""
-    flows: tuple[tuple[str, ...], ...] = getattr(module, "flows", ())
-    in_flows = {name.split(".")[0] for flow in flows for name in flow}
-    for name, _ in module.named_children():
-        if name not in in_flows:
-            raise ValueError(f"{path or 'model'}: child {name} stands in none of its flows")
-    for flow in flows:
-        where = path or "model"
-        stations = [(f"{where} (input)", REPLICATED, spec.inputs)]
-        for name in flow:
-            child = module.get_submodule(name)
-            members = list(child.named_children()) if isinstance(child, nn.ModuleList) else []
-            for sub, member in [(f"{name}.{i}", m) for i, m in members] or [(name, child)]:
-                full = f"{path}.{sub}" if path else sub
-                child_spec = _spec_of(full, member)
-                stations.append((full, child_spec.inputs, child_spec.outputs))
-        stations.append((f"{where} (output)", spec.outputs, REPLICATED))
-        for (producer, _, have), (consumer, need, _) in pairwise(stations):
-            yield from _changes(producer, consumer, have, need)
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList))
 
 
-def _changes(producer: str, consumer: str, have: Layout, need: Layout) -> Iterator[Edge]:
-    for axis in AXES:
-        source, target = have.get(axis, Replicate()), need.get(axis, Replicate())
-        if source == target:
-            continue
-        if isinstance(target, Partial):
+def _with_kv(model: nn.Module, mesh: Mesh) -> Mesh:
+    """`kv` for the model's key-value heads: each rank gets some whole heads, or shares one."""
+    heads: set[tuple[str, int]] = set()
+    for path, module in _modules(model):
+        for layout in spec_of(path, module).weights.values():
+            for part in layout.parts if isinstance(layout, Fused) else ():
+                if "kv" in part.layout:
+                    heads.add((path, part.size // part.unit))
+    for path, count in heads:
+        if count % mesh.tp and mesh.tp % count:
             raise ValueError(
-                f"{producer} -> {consumer}: has {source!r} on {axis} but needs {target!r}; "
-                "only a module's own sum can make a partial value"
+                f"{path}: {count} key-value heads and {mesh.tp} ranks of tp: one must divide the "
+                "other"
             )
-        yield Edge(producer, consumer, axis, source, target)
+    kv = gcd(mesh.tp, *(count for _, count in heads)) if heads else mesh.tp
+    return replace(mesh, kv=kv)
 
 
-def _local_shape(path: str, shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    local = list(shape)
-    for axis, placement in layout.items():
-        if isinstance(placement, Shard):
-            if not 0 <= placement.dim < len(local) or local[placement.dim] % mesh.size(axis):
-                raise ValueError(f"{path}: {placement} on {axis} does not divide shape {shape}")
-            local[placement.dim] //= mesh.size(axis)
-    return tuple(local)
+def _num_slots(model: nn.Module, mesh: Mesh, redundant: int) -> int:
+    for path, module in _modules(model):
+        if spec_of(path, module).kind == "experts":
+            count = int(module.get_parameter("w2").shape[0])
+            if (count + redundant) % mesh.ep:
+                more = f" and {redundant} redundant ones" if redundant else ""
+                raise ValueError(
+                    f"{path}: {count} experts{more} cannot be divided over {mesh.ep} ranks of ep"
+                )
+            return count + redundant
+    if mesh.ep > 1:
+        raise ValueError(f"mesh {mesh}: the model has no experts for the axis ep")
+    if redundant:
+        raise ValueError(f"{redundant} redundant experts: the model has no experts")
+    return 0
+
+
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Features of a token before and after a leaf; of a head for what works on heads."""
+    kind = spec_of("", module).kind
+    borrowed = getattr(module, "borrowed", {})
+    weights = {**borrowed, **dict(module.named_parameters(recurse=False))}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if kind == "experts":
+        return shapes["w13"][-1], shapes["w2"][1]
+    if kind == "head_linear":
+        return 0, 0
+    first, last = shapes["weight"][0], shapes["weight"][-1]
+    return (1, last) if kind == "embedding" else (last, first)
+
+
+def _stands_after_stream(path: str, kinds: Mapping[str, str]) -> bool:
+    """Whether `path` sees sampled rows: a linear outside of all that the stream runs through."""
+    stream = [p.rpartition(".")[0] for p, kind in kinds.items() if kind == "residual_norm"]
+    return (
+        kinds[path] == "linear"
+        and bool(stream)
+        and not any(path.startswith(f"{parent}.") for parent in stream if parent)
+    )
+
+
+def _check_stream(plan: SpmdPlan) -> None:
+    """A norm of the stream gets sums over tp or whole tokens, and nothing else."""
+    tp = plan.mesh.axis_atoms("tp")
+    for path in plan.stream:
+        site = plan.sites.get((path, "in"))
+        if site is None:
+            continue
+        for move in site.moves:
+            if move.kind != "all_reduce" or not set(move.atoms) <= set(tp):
+                raise ValueError(
+                    f"{site.producer} -> {site.consumer}: the residual stream takes sums over tp "
+                    f"or whole tokens; this needs {move.kind} over {label(move.atoms, plan.mesh)}"
+                )
+
+
+def _choose(plan: SpmdPlan, interconnect: Interconnect, max_tokens: int, itemsize: int) -> SpmdPlan:
+    """The cheapest variant for each power of two of tokens, neighbours of one variant merged."""
+    candidates = [Variant()]
+    if plan.stream and plan.mesh.tp > 1:
+        candidates.append(Variant(split=True))
+    if plan.experts and can_dispatch(plan.mesh) and _gathers(plan):
+        candidates += [replace(each, dispatch=True) for each in candidates]
+    found: list[tuple[int, Variant]] = []
+    bucket = 1
+    while True:
+        bucket = min(bucket, max_tokens)
+        best = min(candidates, key=lambda v: cost_s(plan, v, bucket, interconnect, itemsize))
+        if found and found[-1][1] == best:
+            found.pop()
+        found.append((bucket, best))
+        if bucket == max_tokens:
+            break
+        bucket *= 2
+    return replace(
+        plan, variants=tuple(v for _, v in found), buckets=tuple(most for most, _ in found)
+    )
+
+
+def can_dispatch(mesh: Mesh) -> bool:
+    """Whether tokens can travel to their experts: ranks that share an expert share its tokens."""
+    return mesh.ep > 1 and not {*mesh.axis_atoms("etp")} & {*mesh.axis_atoms("dp")}
+
+
+def _gathers(plan: SpmdPlan) -> bool:
+    """Whether experts get tokens of other dp ranks at all."""
+    first = plan.sites.get((plan.experts[0], "in"))
+    return first is not None and any(move.kind == "all_gather" for move in first.moves)

@@ -5,42 +5,102 @@ The placements are those of `torch.distributed.tensor`. A `Layout` names, for ea
 placement of one tensor; an axis that is not named replicates.
 
     Replicate()   every rank of the axis holds the whole tensor
-    Shard(dim)    rank i holds the i-th of equal pieces along `dim`
+    Shard(dim)    rank i holds the i-th piece along `dim`
     Partial()     the tensor is the sum over the ranks; as a weight: rank 0 holds it, the others 0
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
 
-__all__ = ["AXES", "REPLICATED", "Layout", "Mesh", "ModuleSpec", "Partial", "Replicate", "Shard"]
+__all__ = [
+    "REPLICATED",
+    "Flow",
+    "Fused",
+    "Inline",
+    "Layout",
+    "ModuleSpec",
+    "Part",
+    "Partial",
+    "Replicate",
+    "Shard",
+    "tokens",
+]
 
 Layout = Mapping[str, Placement]
 REPLICATED: Layout = {}
-AXES = ("tp", "ep", "dp", "pp")
+
+
+def tokens(**axes: Placement) -> Layout:
+    """The layout of hidden states [tokens, features]: each `dp` rank has tokens of its own.
+
+    `axes` says what is special on the other axes: `Shard(0)` splits tokens, `Shard(1)` features.
+    """
+    return {"dp": Shard(0), **axes}
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """How many ranks each axis has: tensor, expert, data (attention), pipeline parallel."""
+class Part:
+    """Some rows of a fused weight; a rank's piece is a whole number of `unit` rows (a head)."""
 
-    tp: int = 1
-    ep: int = 1
-    dp: int = 1
-    pp: int = 1
+    size: int
+    layout: Layout
+    unit: int = 1
 
-    def size(self, axis: str) -> int:
-        return int(getattr(self, axis))
+
+@dataclass(frozen=True)
+class Fused:
+    """A weight made of parts along `dim`, each divided over the ranks on its own.
+
+        whole:   | q q q q | k k | v v |      rank 0 of 2:   | q q | k | v |
+
+    A part on the axis `kv` has as many pieces as there are key-value heads, if these are fewer
+    than the tensor-parallel ranks.
+    """
+
+    dim: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Inline:
+    """A computation between two children in a flow that is not a module of its own.
+
+    "elementwise" works on single features, "headwise" on whole sequences of single heads. Neither
+    commutes with a sum, so what goes through is never `Partial`; what comes out is laid out as what
+    went in, and no collective can stand at its sides. A flow may end in "shared": what all heads
+    read, whole.
+    """
+
+    name: str
+    kind: Literal["elementwise", "headwise", "shared"]
+
+
+Kind = Literal[
+    "composite",
+    "embedding",
+    "linear",
+    "head_linear",
+    "norm",  # of whole tokens
+    "residual_norm",  # also adds the residual stream: has `weight`, `eps` and `add(x, residual)`
+    "head_norm",  # of each head by itself
+    "router",
+    "experts",
+]
+Flow = tuple[str | Inline, ...]
 
 
 @dataclass(frozen=True)
 class ModuleSpec:
     """A module's boundary: hidden states in, hidden states out, and its own parameters.
 
-    Hidden states are [tokens, features]: `Shard(0)` splits tokens, `Shard(1)` features.
+    `kind` says which typing rule of `spmd/rules.py` connects the three. A composite has no
+    parameters; its `flows` do.
     """
 
-    inputs: Layout = field(default_factory=dict)
-    outputs: Layout = field(default_factory=dict)
-    weights: Mapping[str, Layout] = field(default_factory=dict)
+    kind: Kind = "composite"
+    inputs: Layout = field(default_factory=tokens)
+    outputs: Layout = field(default_factory=tokens)
+    weights: Mapping[str, Layout | Fused] = field(default_factory=dict)
