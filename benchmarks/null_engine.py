@@ -119,7 +119,7 @@ class _Heart(threading.Thread):
 
 def run(args: argparse.Namespace) -> int:
     """The engine process: one step every `step_s` seconds while there is work."""
-    take_cpu_share(*args.cpu_share)
+    take_cpu_share(*args.share)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     outbox.connect(args.outbox)
@@ -200,7 +200,7 @@ def main() -> int:
         one.add_argument("--stamps", default="", help="a file for the time of every token")
     for name in ("--config", "--inbox", "--outbox"):
         engine.add_argument(name, required=True)
-    engine.add_argument("--cpu-share", nargs=2, type=int, default=(0, 1))
+    engine.add_argument("--share", nargs=2, type=int, default=(0, 1))
     gateway.add_argument("--host", default="127.0.0.1")
     gateway.add_argument("--port", type=int, default=8000)
     gateway.add_argument("--api-key", nargs="*", default=[])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tokenspeed import LLM
 from tokenspeed.config import EngineConfig, ServerOptions
 
 GROUPS = [*EngineConfig.groups().values(), ServerOptions]
@@ -23,6 +24,7 @@ GROUPS = [*EngineConfig.groups().values(), ServerOptions]
         {"device": "tpu"},
         {"overlap_depth": 2},
         {"tensor_parallel_size": 2},
+        {"data_parallel_size": 0},
         {"max_num_seqs": 64, "max_num_batched_tokens": 63},
         {"max_modle_len": 100},
     ],
@@ -32,6 +34,18 @@ def test_wrong_engine_options_are_refused_by_name(options: dict[str, object]) ->
     name = list(options)[-1]
     with pytest.raises(ValueError, match=name):
         EngineConfig.of(**options)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_several_engines_are_started_by_this_process_only(launcher: str) -> None:
+    assert EngineConfig.of(data_parallel_size=3).parallel.data_parallel_size == 3
+    with pytest.raises(ValueError, match=f"data_parallel_size above 1 .* launcher {launcher}"):
+        EngineConfig.of(data_parallel_size=2, launcher=launcher)
+
+
+def test_an_llm_is_one_engine() -> None:
+    with pytest.raises(ValueError, match="data_parallel_size is 2, and an LLM is one engine"):
+        LLM(data_parallel_size=2)
 
 
 @pytest.mark.parametrize(

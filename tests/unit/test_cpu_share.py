@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: MIT
-"""Cores divided among processes of one machine."""
+"""Cores and memory divided among processes of one machine."""
 
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
+from tokenspeed.config import CacheOptions
+from tokenspeed.execution import kv_cache
 from tokenspeed.execution.cpu_share import cores_of, cpu_share
+from tokenspeed.layers.cache_spec import CacheSpec
 
 PAIRS = [frozenset({i, i + 8}) for i in range(8)]  # eight cores of two threads
 
@@ -46,3 +50,22 @@ def test_a_process_and_its_kernels_keep_to_the_share() -> None:
     run = [sys.executable, "-c", code]
     said = subprocess.run(run, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert said == f"{sorted(mine[-1])} 1\n"
+
+
+def test_engines_of_one_machine_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "free_memory", lambda: 1000 * 64 * 4)  # of 1000 pages
+    specs = [CacheSpec(((1,),), torch.float32)]
+
+    def pages(num_sharers: int, **options: int) -> int:
+        return kv_cache.choose_num_pages(
+            CacheOptions(**options),
+            specs,
+            max_model_len=1 << 20,
+            max_num_seqs=64,
+            num_sharers=num_sharers,
+        )
+
+    assert [pages(n) for n in (1, 2, 5)] == [300, 150, 60]
+    assert pages(2, num_pages=500) == 500
+    with pytest.raises(ValueError, match="for each of 2 engines: lower num_pages"):
+        pages(2, num_pages=501)

@@ -34,9 +34,16 @@ def resolve_folders(config: EngineConfig) -> tuple[Path, Path]:
 
 
 def build_engine(
-    config: EngineConfig, *, folder: Path | None = None, progress: Progress | None = None
+    config: EngineConfig,
+    *,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    num_sharers: int = 1,
 ) -> Engine:
-    """Loads the model and allocates everything. `ModelLoadError`, or `ValueError` for options."""
+    """Loads the model and allocates everything. `ModelLoadError`, or `ValueError` for options.
+
+    `num_sharers`: engines that divide this machine's memory among them.
+    """
     tell = progress or (lambda fraction, what: None)
     tell(0.0, "resolving the model")
     device = _device(config.model.device)
@@ -48,7 +55,7 @@ def build_engine(
         progress=lambda fraction: tell(fraction * WEIGHTS_SHARE, "loading weights"),
     )
     tell(WEIGHTS_SHARE, "allocating the KV cache")
-    engine = assemble(config, model, device)
+    engine = assemble(config, model, device, num_sharers)
     tell(READY_SHARE, "warming up")
     warm_up(engine)
     return engine
@@ -68,7 +75,9 @@ def warm_up(engine: Engine) -> None:
     engine.flush_cache()
 
 
-def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Engine:
+def assemble(
+    config: EngineConfig, model: CausalLM, device: torch.device, num_sharers: int = 1
+) -> Engine:
     """The engine around a loaded model. `ValueError` if the cache cannot hold one request."""
     options, depth = config.scheduler, config.scheduler.overlap_depth
     page_size = config.cache.page_size
@@ -79,6 +88,7 @@ def assemble(config: EngineConfig, model: CausalLM, device: torch.device) -> Eng
         specs,
         max_model_len=longest,
         max_num_seqs=options.max_num_seqs,
+        num_sharers=num_sharers,
     )
     max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
     scheduler = Scheduler(

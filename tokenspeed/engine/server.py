@@ -156,7 +156,7 @@ class Loop:
             self._sent = stats
 
 
-def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
+def main(config_json: str, inbox_addr: str, outbox_addr: str, num_sharers: int = 1) -> int:
     """Runs the engine process; returns its exit status. Every failure is also sent as `Fatal`."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
@@ -165,7 +165,7 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
     heart = Heart(context, outbox_addr)
     heart.start()
     try:
-        engine = _load(decode_config(config_json), outbox)
+        engine = _load(decode_config(config_json), outbox, num_sharers)
         heart.engine = engine
         Loop(engine, inbox, outbox).run()
         return 0
@@ -181,13 +181,15 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str) -> int:
         context.destroy(linger=LINGER_MS)
 
 
-def _load(config: EngineConfig, outbox: Outbox) -> "Engine":
+def _load(config: EngineConfig, outbox: Outbox, num_sharers: int) -> "Engine":
     outbox.send(m.Loading(0.0, "starting"))
     # Only now, because it takes seconds and the heart should beat from the first moment on.
     from tokenspeed.engine.build import build_engine
 
     engine = build_engine(
-        config, progress=lambda fraction, what: outbox.send(m.Loading(fraction, what))
+        config,
+        progress=lambda fraction, what: outbox.send(m.Loading(fraction, what)),
+        num_sharers=num_sharers,
     )
     outbox.send(engine.ready)
     return engine
@@ -198,7 +200,8 @@ if __name__ == "__main__":
     parser.add_argument("--config", required=True)
     parser.add_argument("--inbox", required=True)
     parser.add_argument("--outbox", required=True)
-    parser.add_argument("--cpu-share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"))
+    parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"))
     arguments = parser.parse_args()
-    take_cpu_share(*arguments.cpu_share)
-    raise SystemExit(main(arguments.config, arguments.inbox, arguments.outbox))
+    take_cpu_share(*arguments.share)
+    addresses = (arguments.inbox, arguments.outbox)
+    raise SystemExit(main(arguments.config, *addresses, arguments.share[1]))

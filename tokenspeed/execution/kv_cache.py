@@ -50,13 +50,15 @@ def choose_num_pages(
     *,
     max_model_len: int,
     max_num_seqs: int,
+    num_sharers: int = 1,
 ) -> int:
     """`num_pages`, or as many as `kv_cache_memory_bytes` or a share of the free memory holds.
 
     Left to itself it never takes more than every slot at its full length could use twice over:
-    once running, once remembered. `ValueError` if the machine has not as much memory as was asked.
+    once running, once remembered. `num_sharers` processes make such a cache on this machine, each
+    for itself. `ValueError` if the machine has not as much memory as was asked.
     """
-    one_page, free = page_bytes(specs, options.page_size), free_memory()
+    one_page, free = page_bytes(specs, options.page_size), free_memory() // num_sharers
     asked = options.num_pages
     if asked is None and options.kv_cache_memory_bytes is not None:
         asked = options.kv_cache_memory_bytes // one_page
@@ -65,7 +67,8 @@ def choose_num_pages(
         return min(most, int(free * FREE_MEMORY_SHARE) // one_page)
     if asked * one_page > free:
         raise ValueError(
-            f"a KV cache of {asked} pages takes {asked * one_page} bytes, and {free} are free: "
+            f"a KV cache of {asked} pages takes {asked * one_page} bytes, and {free} are free"
+            f"{f' for each of {num_sharers} engines' if num_sharers > 1 else ''}: "
             "lower num_pages or kv_cache_memory_bytes"
         )
     return asked

@@ -224,13 +224,13 @@ class EnginePool:
 def make_clients(
     config: EngineConfig, options: ServerOptions, metrics: Metrics, command: tuple[str, ...]
 ) -> list[EngineClient]:
-    """A client for each engine. Several share this machine's cores out among them."""
+    """A client for each engine. Several divide this machine's cores and memory."""
     count = config.parallel.data_parallel_size
     parallel = dataclasses.replace(config.parallel, data_parallel_size=1)
     config = dataclasses.replace(config, parallel=parallel)
     made = []
     for index, of_engine in enumerate(metrics.engines):
-        share = ("--cpu-share", str(index), str(count)) if count > 1 else ()
+        share = ("--share", str(index), str(count)) if count > 1 else ()
         name = f"engine {index}" if count > 1 else "the engine"
         timeout_s = options.watchdog_timeout_s
         made.append(EngineClient(config, of_engine, timeout_s, (*command, *share), name))
