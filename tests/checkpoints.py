@@ -69,6 +69,10 @@ def _deepseek_v3(**changes: Any) -> Any:
     return transformers.DeepseekV3Config(**(values | changes))
 
 
+def _qwen2(**changes: Any) -> Any:
+    return transformers.Qwen2Config(**(_COMMON | {"tie_word_embeddings": True} | changes))
+
+
 def _qwen3(**changes: Any) -> Any:
     return transformers.Qwen3Config(**(_COMMON | {"head_dim": 32} | changes))
 
@@ -104,6 +108,7 @@ def _llama(**changes: Any) -> Any:
 FAMILIES: dict[str, Callable[..., Any]] = {
     "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
     "llama": _llama,

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 CLASSES = {
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "llama": "LlamaForCausalLM",
@@ -49,6 +50,7 @@ def test_cache_specs_and_sizes(family: str) -> None:
     shapes = {
         "deepseek_v2": ((40,),),
         "deepseek_v3": ((40,),),
+        "qwen2": ((2, 16), (2, 16)),
         "qwen3": ((2, 32), (2, 32)),
         "qwen3_moe": ((2, 16), (2, 16)),
         "llama": ((2, 16), (2, 16)),
@@ -87,7 +89,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"rope_theta": 1}},
         "rope_theta: must be a finite number above 1",
     ),
-    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: only 1"),
+    ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 of a head is not"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window"),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window"),
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types: only full_attention"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: more than 8"),

@@ -78,8 +78,10 @@ def _read_rope(config: HfConfig, dim: int, max_model_len: int | None) -> tuple[R
     scaling = scaling or HfConfig({}, f"{config.where}: rope_parameters")
     theta = config.number("rope_theta", 10000.0)
     theta = scaling.number("rope_theta", theta, above=1.0)
-    if scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1:
-        raise config.error("partial_rotary_factor", "only 1 is supported")
+    part = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    if part != 1 and part * config.integer("head_dim", dim) != dim:
+        why = f"{part} of a head is not supported; {dim} features turn in this model"
+        raise config.error("partial_rotary_factor", why)
     key = "rope_type" if scaling.has("rope_type") else "type"
     kind = scaling.word(key, ROPE_TYPES, "default")
     if kind == "yarn":

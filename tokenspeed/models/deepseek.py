@@ -6,68 +6,45 @@ decoder layer predict several tokens ahead (MTP); their weights are recognised a
 Sources: arXiv:2405.04434 (V2), arXiv:2412.19437 (V3).
 """
 
-import re
-from typing import Any, ClassVar, Literal, Self
-
-import torch
+from typing import ClassVar, Literal
 
 from tokenspeed.layers.attention_mla import MlaAttention, MlaShape
-from tokenspeed.layers.layer import Layer, Target
-from tokenspeed.layers.mlp import MLP
+from tokenspeed.layers.layer import Layer
 from tokenspeed.layers.moe import MAX_EXPERTS, MoE, Routing
-from tokenspeed.layers.rope import RopeConfig, rope_table
-from tokenspeed.models.causal_lm import CausalLM, DecoderLayer
-from tokenspeed.models.decoder_config import DecoderConfig, read_decoder
+from tokenspeed.layers.rope import RopeConfig
+from tokenspeed.models.decoder_model import Build, DecoderModel
 from tokenspeed.models.hf_config import HfConfig
 
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
-
-class DeepseekV3ForCausalLM(CausalLM):
+class DeepseekV3ForCausalLM(DecoderModel):
     """DeepSeek V3 and R1, Kimi K2: sigmoid routing with a bias, in groups."""
 
     default_method: ClassVar[str] = "noaux_tc"
-    num_mtp_layers: int = 0
 
     @classmethod
-    def from_config(
-        cls,
-        hf_config: dict[str, Any],
-        dtype: torch.dtype,
-        device: torch.device,
-        max_model_len: int | None = None,
-    ) -> Self:
-        config, target = HfConfig(hf_config), Target(device, dtype)
-        rope_dim = config.integer("qk_rope_head_dim")
-        decoder = read_decoder(config, rope_dim=rope_dim, max_model_len=max_model_len)
-        shape = _read_attention(config, decoder.rope)
-        cos_sin = rope_table(decoder.rope, decoder.max_position, device)
-        layers = [
-            DecoderLayer(
-                target,
-                decoder,
-                MlaAttention(target, shape, cos_sin),
-                cls.feed_forward(target, config, decoder, index),
-            )
-            for index in range(decoder.num_layers)
-        ]
-        model = cls(target, decoder, layers)
-        model.num_mtp_layers = config.integer("num_nextn_predict_layers", 0, minimum=0)
-        return model
+    def rope_dim(cls, config: HfConfig) -> int:
+        return config.integer("qk_rope_head_dim")
 
     @classmethod
-    def feed_forward(
-        cls, target: Target, config: HfConfig, decoder: DecoderConfig, index: int
-    ) -> Layer:
+    def read_mtp_layers(cls, config: HfConfig) -> int:
+        return config.integer("num_nextn_predict_layers", 0, minimum=0)
+
+    @classmethod
+    def attention(cls, build: Build) -> MlaAttention:
+        shape = _read_attention(build.config, build.decoder.rope)
+        return MlaAttention(build.target, shape, build.cos_sin)
+
+    @classmethod
+    def feed_forward(cls, build: Build, index: int) -> Layer:
         """Experts from layer `first_k_dense_replace` on, in every `moe_layer_freq`-th layer."""
+        config = build.config
         dense = not config.has("n_routed_experts")
         dense = dense or index < config.integer("first_k_dense_replace", minimum=0)
         if dense or index % config.integer("moe_layer_freq", 1):
-            inner, bias = config.integer("intermediate_size"), config.boolean("mlp_bias", False)
-            return MLP(target, decoder.hidden_size, inner, bias=bias)
+            return super().feed_forward(build, index)
         inner = config.integer("moe_intermediate_size")
         shared = inner * config.integer("n_shared_experts", 0, minimum=0)
-        return MoE(target, decoder.hidden_size, cls.routing(config), inner, shared)
+        return MoE(build.target, build.decoder.hidden_size, cls.routing(config), inner, shared)
 
     @classmethod
     def routing(cls, config: HfConfig) -> Routing:
@@ -91,14 +68,6 @@ class DeepseekV3ForCausalLM(CausalLM):
         )
         _check_routing(config, routing)
         return routing
-
-    def sets_aside(self, name: str) -> bool:
-        layer = _LAYER.match(name)
-        if layer is not None:
-            first = self.config.num_layers
-            if first <= int(layer[1]) < first + self.num_mtp_layers:
-                return True
-        return super().sets_aside(name)
 
 
 class DeepseekV2ForCausalLM(DeepseekV3ForCausalLM):

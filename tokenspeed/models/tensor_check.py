@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.layers.layer import Layer, Source
+from tokenspeed.layers.moe import Experts
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.piece import Piece
@@ -40,13 +41,21 @@ def wanted_sources(model: CausalLM, prefix: str) -> list[dict[str, Source]]:
         parent = path.rpartition(".")[0]
         sources = {prefix + (f"{parent}." if parent else "") + s.name: s for s in module.sources()}
         covered = sum(_num_picked(source) for source in sources.values())
-        if covered != sum(p.numel() for p in module.parameters(recurse=False)):
+        if covered != _num_to_fill(module):
             raise TypeError(f"{path}: its sources do not cover its parameters")
         if seen & sources.keys():
             raise TypeError(f"{path}: its sources are another module's")
         seen |= sources.keys()
         modules.append(sources)
     return modules
+
+
+def _num_to_fill(module: Layer) -> int:
+    """Elements of a module's own parameters; copies of an expert are read once."""
+    count = sum(p.numel() for p in module.parameters(recurse=False))
+    if isinstance(module, Experts):
+        return count // len(module.held) * len(set(module.held))
+    return count
 
 
 def _num_picked(source: Source) -> int:
