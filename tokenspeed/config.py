@@ -74,6 +74,16 @@ class ParallelOptions:
 
 
 @dataclass(frozen=True)
+class ExpertOptions:
+    """Which rank holds which experts. These options change performance, and the order of sums."""
+
+    enable_eplb: bool = option(False, "measure which experts are busy, and move them between ranks")
+    num_redundant_experts: int = option(0, "slots for second copies in each layer", low=0)
+    eplb_window_steps: int = option(1000, "steps whose load counts", low=1)
+    eplb_step_interval: int = option(3000, "steps between two rebalances", low=1)
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Everything an engine needs, in groups. Build it with `EngineConfig.of(**flat_options)`."""
 
@@ -81,6 +91,7 @@ class EngineConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
+    experts: ExpertOptions = field(default_factory=ExpertOptions)
 
     @classmethod
     def of(cls, **options: Any) -> "EngineConfig":
@@ -101,7 +112,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in self.groups():
             check_options(getattr(self, name))
-        scheduler, parallel = self.scheduler, self.parallel
+        scheduler, parallel, experts = self.scheduler, self.parallel, self.experts
         if scheduler.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1: {scheduler.overlap_depth}")
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
@@ -109,6 +120,14 @@ class EngineConfig:
                 "max_num_batched_tokens must be at least max_num_seqs, so that each running request"
                 f" can decode in every step: {scheduler.max_num_batched_tokens}"
                 f" < {scheduler.max_num_seqs}"
+            )
+        if experts.enable_eplb and parallel.expert_parallel_size == 1:
+            raise ValueError(
+                "enable_eplb needs expert_parallel_size above 1: experts must have ranks"
+            )
+        if experts.num_redundant_experts and not experts.enable_eplb:
+            raise ValueError(
+                "num_redundant_experts needs enable_eplb: nothing else would choose what they copy"
             )
         for f in dataclasses.fields(parallel):
             if f.name == "data_parallel_size":

@@ -25,6 +25,7 @@ class Slots:
 
     def __init__(self, placement: ExpertPlacement, place: int, device: torch.device) -> None:
         self.place, self._device = place, device
+        self._load: Tensor | None = None
         self.replace(placement)
 
     def replace(self, placement: ExpertPlacement) -> None:
@@ -35,6 +36,16 @@ class Slots:
         self._plain = np.array_equal(placement.slots, slots)
         self._replicas = torch.from_numpy(placement.replicas.copy()).to(self._device)
         self._counts = torch.from_numpy(placement.num_replicas.copy()).to(self._device)
+
+    def count_into(self, load: Tensor) -> None:
+        """From now on adds the tokens routed to each expert to `load` [E] int64."""
+        self._load = load
+
+    def count(self, ids: Tensor) -> None:
+        """ids [T, k] of experts, each token's on one rank only."""
+        if self._load is not None:
+            ones = torch.ones(ids.numel(), dtype=torch.int64, device=ids.device)
+            self._load.index_add_(0, ids.flatten(), ones)
 
     def physical(self, ids: Tensor) -> Tensor:
         """ids [T, k] of experts -> slots [T, k], replicas taken in turns of the token's place."""
@@ -66,6 +77,8 @@ class Gathered:
     def __call__(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         x, weights, ids = self._enter(x), self._enter(weights), self._enter(ids)
         if self._slots is not None:
+            if self._slots.place == 0:
+                self._slots.count(ids)
             ids = self._slots.local(self._slots.physical(ids))
         return self._leave(self._forward(x, weights, ids))
 
@@ -90,6 +103,7 @@ class Dispatched:
         """Sums over the ranks that share tokens are left to `leave`: each has zeros elsewhere."""
         begin = piece_start(len(x), self._pieces, self._piece)
         mine = slice(begin, begin + piece(len(x), self._pieces, self._piece))
+        self._slots.count(ids[mine])
         out = torch.zeros(x.shape, dtype=_wide(x.dtype), device=x.device)
         out[mine] = self._exchange(x[mine], weights[mine], self._slots.physical(ids)[mine])
         return self._leave(out.to(x.dtype))
