@@ -73,6 +73,7 @@ class Tensor {
     int ndim() const { return view_.ndim; }
     int64_t size(int axis) const { return view_.shape[axis]; }
     int64_t stride(int axis) const { return view_.strides[axis]; }
+    int64_t element_bytes() const { return view_.dtype.bits * view_.dtype.lanes / 8; }
     bool is(const Type& type) const {
         return view_.dtype.code == type.code && view_.dtype.bits == type.bits;
     }

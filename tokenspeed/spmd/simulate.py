@@ -16,47 +16,12 @@ import torch
 from torch import Tensor
 
 from tokenspeed.errors import RankDiedError
+from tokenspeed.spmd.call import Call, Count, own_part
 from tokenspeed.spmd.group import Communicator, Group
 
 T = TypeVar("T")
 Partition = Sequence[tuple[int, ...]]
 _GRACE_S = 5.0  # for the other ranks to notice a failure
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of one rank. `shape` is that of its own tensor; sizes run along `dim`."""
-
-    kind: str
-    ranks: tuple[int, ...]  # the group
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    dim: int = 0
-    sizes: tuple[int, ...] = ()  # all_to_all: rows sent to each rank
-    receive: tuple[int, ...] = ()  # all_to_all: rows from each rank
-    peer: int = -1  # root, receiver or source, in the group
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of this rank's tensor or of its result, whichever is larger."""
-        elements = 1
-        for axis, size in enumerate(self.shape):
-            whole = max(size, sum(self.sizes), sum(self.receive)) if axis == self.dim else size
-            elements *= whole
-        return elements * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        sizes = f", dim {self.dim}, sizes {list(self.sizes)}" if self.sizes else ""
-        rows = f", receive {list(self.receive)}" if self.receive else ""
-        peer = f", peer {self.peer}" if self.peer >= 0 else ""
-        shape = f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
-        return f"{self.kind}({shape}{sizes}{rows}{peer}) in {self.ranks}"
-
-
-@dataclass(frozen=True)
-class Count:
-    calls: int = 0
-    num_bytes: int = 0
 
 
 def run_ranks(
@@ -110,10 +75,8 @@ class VirtualCommunicator(Communicator):
     def group(self, partition: Partition) -> Group:
         key = tuple(tuple(part) for part in partition)
         if key not in self._asked:
-            if sorted(rank for part in key for rank in part) != list(range(self.num_ranks)):
-                raise ValueError(f"{key} is no partition of {self.num_ranks} ranks")
+            ranks = own_part(key, self.rank, self.num_ranks)
             self._world.check_order(self.rank, len(self._asked), key)
-            ranks = next(part for part in key if self.rank in part)
             self._asked[key] = VirtualGroup(self, ranks, self._world)
         return self._asked[key]
 
