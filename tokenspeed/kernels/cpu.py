@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Registers the compiled CPU kernels. Knows no arithmetic: that is csrc/cpu.
 
-The callables are the compiled functions themselves, so that a call costs no Python.
+The callables are the compiled functions themselves, so that a call costs no Python; collectives
+with a fused norm are a group's call and a compiled one.
 """
 
 import torch
 
 from tokenspeed import _cpu
+from tokenspeed.kernels.collective import all_reduce_add_rms_norm_by, reduce_scatter_add_rms_norm_by
 from tokenspeed.kernels.registry import Ask, Kernel, register
 
 
@@ -27,6 +29,8 @@ _WIDE: dict[str, Kernel] = {
     "moe": _cpu.moe,
     "linear": _cpu.linear,
     "head_linear": _cpu.head_linear,
+    "all_reduce_add_rms_norm": all_reduce_add_rms_norm_by(_cpu.add_rms_norm),
+    "reduce_scatter_add_rms_norm": reduce_scatter_add_rms_norm_by(_cpu.add_rms_norm),
 }
 _FLOAT32: dict[str, Kernel] = {
     "route": _cpu.route,

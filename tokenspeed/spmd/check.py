@@ -50,14 +50,15 @@ def check_model(model: nn.Module, mesh: Mesh) -> list[Site]:
     Types are checked on a mesh where every axis counts first, so that one device refuses what many
     would.
     """
+    modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList)]
+    specs = {path: spec_of(path, module) for path, module in modules}
     for each in (GENERIC, mesh):
         sites: dict[tuple[str, str], Site] = {}
-        for path, module in model.named_modules():
-            if not isinstance(module, nn.ModuleList):
-                spec = spec_of(path, module)
-                _check_leaf(path, module, spec, each)
-                for site in _sites(path, module, spec, each):
-                    _add(sites, _sunk(model, site, each))
+        for path, module in modules:
+            _check_leaf(path, module, specs[path], each)
+        for path, module in modules:
+            for site in _sites(path, module, specs[path], each):
+                _add(sites, _sunk(model, site, each))
         _check_root(model, each)
     return [site for site in sites.values() if site.moves]
 
@@ -195,7 +196,8 @@ def _edge(
             yield Site(consumer.path, "in", producer.name, consumer.name, have, need, ())
         return
     edge = f"{producer.name} -> {consumer.name}"
-    atom = next(a for a in range(len(have)) if have[a] != need[a])
+    changed = [a for a in range(len(have)) if have[a] != need[a]]
+    atom = next((a for a in changed if isinstance(need[a], Partial)), changed[0])
     axis = axis_of(atom, mesh, producer.outputs, consumer.inputs)
     what = f"{edge}: has {have[atom]!r} on {axis} but needs {need[atom]!r}"
     if inline is not None:
