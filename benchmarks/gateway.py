@@ -7,13 +7,18 @@ tokens in an event. Added latency is the time from the engine's send to the clie
 read from the machine's monotonic clock. Events per second per core is events over the gateway
 process's own CPU time (user and system), so a busy machine or a slow client cannot flatter it.
 
-    python benchmarks/gateway.py [--streams 64 256] [--rate 8000 40000] [--tokens 300]
+With several engines the null engines together keep the pace. `routing_ms` is what choosing one of
+four engines costs a prompt of so many tokens, every one of whose blocks one engine has.
+
+    python benchmarks/gateway.py [--streams 64 256] [--rate 8000 40000] [--tokens 300] [--engines 1]
 """
 
 import argparse
 import asyncio
+import itertools
 import json
 import platform
+import random
 import subprocess
 import sys
 import tempfile
@@ -23,6 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+
+from benchmarks.null_engine import PAGE_SIZE
+from tokenspeed.engine.routing import Load, PrefixRouter
 
 LETTER = "x"
 
@@ -79,12 +87,35 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def measure(streams: int, rate: float, tokens: int, port: int) -> dict[str, Any]:
+def routing_ms(num_tokens: int) -> float:
+    """Median time to choose an engine for a prompt and to record it."""
+    router = PrefixRouter([4 * num_tokens // PAGE_SIZE] * 4, PAGE_SIZE)
+    prompt = random.Random(0).choices(range(150_000), k=num_tokens)
+    times = []
+    for _ in range(50):
+        begin = time.perf_counter()
+        route = router.choose(prompt, b"", [Load()] * 4)
+        assert route is not None
+        router.record(route)
+        times.append(time.perf_counter() - begin)
+    return round(percentile(times, 0.5) * 1e3, 2)
+
+
+def sent_times(folder: str) -> dict[int, list[float]]:
+    """When each stream's tokens left their engine, by the stream's seed."""
+    sent: dict[int, list[float]] = {}
+    for file in Path(folder).glob("stamps.*"):
+        for seed, times in json.loads(file.read_text()).items():
+            sent[int(seed)] = sorted(sent.get(int(seed), []) + times)
+    return sent
+
+
+def measure(streams: int, rate: float, tokens: int, port: int, engines: int) -> dict[str, Any]:
     """One run with `streams` streams that together ask for `rate` tokens a second."""
     with tempfile.TemporaryDirectory() as folder:
-        stamps = Path(folder, "stamps.json")
         command = [sys.executable, "-m", "benchmarks.null_engine", "serve", "--port", str(port)]
-        command += ["--step-s", str(streams / rate), "--stamps", str(stamps)]
+        command += ["--step-s", str(streams / rate), "--stamps", f"{folder}/stamps"]
+        command += ["--data-parallel-size", str(engines)]
         gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:
@@ -106,7 +137,7 @@ def measure(streams: int, rate: float, tokens: int, port: int) -> dict[str, Any]
         finally:
             gateway.terminate()
             gateway.wait(20)
-        sent = {int(seed): times for seed, times in json.loads(stamps.read_text()).items()}
+        sent = sent_times(folder)
     assert counted == streams * tokens, f"{counted} tokens, not {streams * tokens}"
     received = found["received"]
     assert all(len(times) == tokens for times in received)
@@ -118,6 +149,7 @@ def measure(streams: int, rate: float, tokens: int, port: int) -> dict[str, Any]
     writes_seen = sum(len(set(times)) for times in received)
     cpu_s = after.user + after.system - before.user - before.system
     return {
+        "engines": engines,
         "streams": streams,
         "tokens": streams * tokens,
         "asked_tokens_per_s": rate,
@@ -142,6 +174,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rate", type=float, nargs="+", default=[8000, 40000])
     parser.add_argument("--tokens", type=int, default=300, help="of each stream")
+    parser.add_argument("--engines", type=int, nargs="+", default=[1])
     parser.add_argument("--port", type=int, default=8311)
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
@@ -150,14 +183,16 @@ def main() -> None:
     if args.load:
         args.result.write_text(json.dumps(load(args.load, args.streams[0], args.tokens)))
         return
-    runs = [measure(s, r, args.tokens, args.port) for s in args.streams for r in args.rate]
+    cases = itertools.product(args.engines, args.streams, args.rate)
+    runs = [measure(s, r, args.tokens, args.port, e) for e, s, r in cases]
     names = list(runs[0])
     print("  ".join(names))
     for run in runs:
         print("  ".join(f"{run[name]:>{len(name)}}" for name in names))
     versions = {p: __import__(p).__version__ for p in ("uvicorn", "uvloop", "msgspec")}
     machine = {"python": platform.python_version(), "machine": platform.machine(), **versions}
-    line = json.dumps({"benchmark": "gateway", **machine, "runs": runs})
+    routing = {str(n): routing_ms(n) for n in (1_000, 10_000, 100_000)}
+    line = json.dumps({"benchmark": "gateway", **machine, "runs": runs, "routing_ms": routing})
     print(line)
     if args.json:
         args.json.write_text(line + "\n")

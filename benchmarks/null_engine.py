@@ -144,7 +144,7 @@ def run(args: argparse.Namespace) -> int:
                     echo.abort(abort.request_id)
                 case m.Shutdown():
                     if args.stamps:
-                        Path(args.stamps).write_text(json.dumps(stamps))
+                        Path(f"{args.stamps}.{args.share[0]}").write_text(json.dumps(stamps))
                     os._exit(0)
         if not echo.running and not echo.waiting:
             outbox.send(encode(m.StatsMessage(echo.stats())))
@@ -197,7 +197,7 @@ def main() -> int:
     for one in (engine, gateway):
         one.add_argument("--step-s", type=float, default=0.005)
         one.add_argument("--load-s", type=float, default=0.0)
-        one.add_argument("--stamps", default="", help="a file for the time of every token")
+        one.add_argument("--stamps", default="", help="FILE.n: the time of every token of engine n")
     for name in ("--config", "--inbox", "--outbox"):
         engine.add_argument(name, required=True)
     engine.add_argument("--share", nargs=2, type=int, default=(0, 1))
