@@ -184,6 +184,22 @@ def test_one_rank_has_nothing_to_balance(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("hosts", "num_nodes"),
+    [("aaaa", 1), ("aabb", 2), ("abcd", 4), ("abab", 1), ("abbb", 1), ("abba", 1)],
+)
+def test_nodes_are_runs_of_equal_length(checkpoint: Path, hosts: str, num_nodes: int) -> None:
+    def work(communicator: Communicator) -> tuple[int, int]:
+        ranks = Ranks(Mesh(ep=4), communicator.rank, communicator)
+        model = load_model(checkpoint, torch.float64, CPU, 192, ranks=ranks)
+        balancer = make_balancer(model, EAGER, hosts[communicator.rank])
+        assert balancer is not None
+        balancer.close()
+        return balancer.solver.num_nodes, balancer.solver.num_groups
+
+    assert run_ranks(4, work) == [(num_nodes, 4)] * 4
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"enable_eplb": True}, "enable_eplb needs expert_parallel_size above 1"),

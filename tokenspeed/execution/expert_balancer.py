@@ -10,11 +10,14 @@ its own while steps go on; deciding broadcasts its placements, so that ranks nev
 alike. All else happens on the thread that runs the steps: no weight changes under a step.
 """
 
+import hashlib
+import itertools
+import socket
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from tokenspeed.config import ExpertOptions
 from tokenspeed.execution.expert_load import ExpertLoad
+from tokenspeed.layers.moe import MoE
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.expert_exchange import exchange
 from tokenspeed.spmd.expert_placement import ExpertPlacement
@@ -51,8 +55,13 @@ class BalanceStats:
     num_moved: int = 0  # slots
 
 
-def make_balancer(model: CausalLM, options: ExpertOptions) -> "ExpertBalancer | None":
-    """Of the model's layers on this rank; None if balancing is off or none of them has experts."""
+def make_balancer(
+    model: CausalLM, options: ExpertOptions, host: str | None = None
+) -> "ExpertBalancer | None":
+    """Of the model's layers on this rank; None if balancing is off or none of them has experts.
+
+    `host` names the machine, for placements that respect nodes; None asks the machine itself.
+    """
     if not options.enable_eplb:
         return None
     spmd = model.spmd
@@ -67,7 +76,14 @@ def make_balancer(model: CausalLM, options: ExpertOptions) -> "ExpertBalancer | 
     if not layers:
         return None
     first = layers[0].slots.placement
-    solver = Solver(first.num_experts, first.num_ranks, first.num_slots - first.num_experts)
+    moe = cast(MoE, modules[next(iter(spmd.slots)).rpartition(".")[0]])
+    solver = Solver(
+        first.num_experts,
+        first.num_ranks,
+        first.num_slots - first.num_experts,
+        num_nodes=_num_nodes(group, host or socket.gethostname(), layers[0].weights[0].device),
+        num_groups=moe.gate.routing.n_group,
+    )
     return ExpertBalancer(
         layers,
         group,
@@ -75,6 +91,16 @@ def make_balancer(model: CausalLM, options: ExpertOptions) -> "ExpertBalancer | 
         window_steps=options.eplb_window_steps,
         step_interval=options.eplb_step_interval,
     )
+
+
+def _num_nodes(group: Group, host: str, device: torch.device) -> int:
+    """Machines that the group's ranks stand on; 1 unless they divide the ranks in equal runs."""
+    name = int.from_bytes(hashlib.blake2b(host.encode(), digest_size=7).digest(), "big")
+    count = len(group.ranks)
+    mine = torch.tensor([name], dtype=torch.int64, device=device)
+    names = group.all_gather(mine, 0, [1] * count).tolist()
+    runs = [len(list(run)) for _, run in itertools.groupby(names)]
+    return len(runs) if len(runs) == len(set(names)) and len(set(runs)) == 1 else 1
 
 
 class ExpertBalancer:
@@ -91,7 +117,7 @@ class ExpertBalancer:
     ) -> None:
         if not layers or step_interval < 1:
             raise ValueError(f"{len(layers)} layer(s), one rebalance in {step_interval} step(s)")
-        self._layers, self._group, self._solver = layers, group, solver
+        self._layers, self._group, self.solver = layers, group, solver
         self._interval, self._lag = step_interval, step_interval // LAG
         device = layers[0].weights[0].device
         self._load = ExpertLoad(
@@ -138,7 +164,7 @@ class ExpertBalancer:
         self.stats = replace(self.stats, mean=float(np.mean(found)), worst=max(found))
         self._measured = True
         if self._thread is not None:
-            self._solved = self._thread.submit(self._solver.solve, loads, now)
+            self._solved = self._thread.submit(self.solver.solve, loads, now)
 
     def _decide(self) -> None:
         shape = (len(self._layers), self._layers[0].slots.placement.num_slots)
