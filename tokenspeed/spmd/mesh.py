@@ -88,7 +88,7 @@ class Mesh:
         """Ranks that share each expert."""
         return self.stage_ranks // self.ep
 
-    @property
+    @cached_property
     def _strides(self) -> tuple[int, ...]:
         """Where views cut a stage's ranks, from 1 up to `stage_ranks`."""
         cuts = {1, self.tp, self.tp * self.dp, self.etp, self.stage_ranks}
@@ -105,6 +105,10 @@ class Mesh:
 
     def axis_atoms(self, axis: str) -> tuple[int, ...]:
         """Which atoms make up an axis, outermost first. `pp` has none: it divides layers."""
+        return self._axes[axis]
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple[int, ...]]:
         kv = self.tp // (self.kv or self.tp)
         spans = {
             "dp": (self.tp, self.tp * self.dp),
@@ -113,9 +117,11 @@ class Mesh:
             "ep": (self.etp, self.stage_ranks),
             "etp": (1, self.etp),
         }
-        low, high = spans[axis]
-        strides = self._strides[::-1]
-        return tuple(i for i in range(len(self.atoms)) if low <= strides[i + 1] < high)
+        inner = self._strides[-2::-1]  # of each atom
+        return {
+            axis: tuple(i for i, stride in enumerate(inner) if low <= stride < high)
+            for axis, (low, high) in spans.items()
+        }
 
     def size(self, axis: str) -> int:
         return self.tp if axis == "kv" and self.kv is None else int(getattr(self, axis))
