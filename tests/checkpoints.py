@@ -89,6 +89,21 @@ def _qwen3_moe(**changes: Any) -> Any:
     return transformers.Qwen3MoeConfig(**(values | changes))
 
 
+def _minimax_m2(**changes: Any) -> Any:
+    values = _COMMON | {
+        "head_dim": 16,
+        "intermediate_size": 24,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5000000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    }
+    return transformers.MiniMaxM2Config(**(values | changes))
+
+
 def _llama(**changes: Any) -> Any:
     values = _COMMON | {
         "attention_bias": True,
@@ -111,6 +126,7 @@ FAMILIES: dict[str, Callable[..., Any]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
+    "minimax_m2": _minimax_m2,
     "llama": _llama,
 }
 

@@ -28,6 +28,7 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
     "llama": "LlamaForCausalLM",
 }
 
@@ -53,6 +54,7 @@ def test_cache_specs_and_sizes(family: str) -> None:
         "qwen2": ((2, 16), (2, 16)),
         "qwen3": ((2, 32), (2, 32)),
         "qwen3_moe": ((2, 16), (2, 16)),
+        "minimax_m2": ((2, 16), (2, 16)),
         "llama": ((2, 16), (2, 16)),
     }
     assert [spec.shapes for spec in model.cache_specs()] == [shapes[family]] * 3
@@ -95,6 +97,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "layer_types: only full_attention"),
     ("qwen3_moe", {"num_experts_per_tok": 9}, "num_experts_per_tok: more than 8"),
     ("qwen3_moe", {"mlp_only_layers": ["x"]}, "mlp_only_layers: must hold non-negative"),
+    ("minimax_m2", {"num_experts_per_tok": 9}, "num_experts_per_tok: more than 8"),
+    ("minimax_m2", {"qk_norm_type": "per_head"}, "qk_norm_type: 'per_head' is not supported"),
+    ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm: only true"),
+    ("minimax_m2", {"attn_type_list": [1, 0, 1]}, "attn_type_list: only full attention"),
+    ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func: 'softmax' is not supported"),
+    ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias: only true"),
+    ("minimax_m2", {"shared_intermediate_size": 8}, "shared_intermediate_size: shared experts"),
+    ("minimax_m2", {"rotary_dim": 17}, "rotary_dim: must be in [1, 16]"),
+    ("minimax_m2", {"rotary_dim": 12}, "partial_rotary_factor: 0.5 of a head is not supported"),
     ("deepseek_v3", {"topk_method": "magic"}, "topk_method: 'magic' is not supported"),
     ("deepseek_v3", {"scoring_func": "tanh"}, "scoring_func: 'tanh' is not supported"),
     ("deepseek_v3", {"n_group": 5}, "n_group: 5 does not divide 16"),

@@ -160,6 +160,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"mlp_only_layers": [], "decoder_sparse_step": 2, "norm_topk_prob": False},
     ),
+    "minimax, every head its own keys, a quarter of each head turns": (
+        "minimax_m2",
+        {
+            "num_key_value_heads": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+    ),
     "llama, linear rope, one head group": (
         "llama",
         {

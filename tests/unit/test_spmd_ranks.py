@@ -37,7 +37,7 @@ MESHES = [
 ]
 VARIANTS = [Variant(split=s, dispatch=d) for s in (False, True) for d in (False, True)]
 SIZES = {"num_attention_heads": 8, "hidden_size": 64}
-WITH_EXPERTS = {"deepseek_v2", "deepseek_v3", "qwen3_moe"}
+WITH_EXPERTS = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_moe"}
 
 # A ragged prefill, a mixed batch with a chunk and decodes, a step
 # in which some ranks have nothing, a prefix hit of slot 3 on the pages of slot 1, decodes.

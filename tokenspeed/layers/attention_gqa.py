@@ -2,6 +2,7 @@
 """Grouped-query attention over paged keys and values, with optional q/k norm and biases."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.linear import Linear
 from tokenspeed.layers.norm import RMSNorm
+from tokenspeed.layers.qk_norm import QkMeanSquare, QkNorm
 from tokenspeed.spmd.placement import Inline, ModuleSpec, Partial, Shard, tokens
 
 
@@ -24,7 +26,8 @@ class GqaShape:
     head_dim: int
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm_eps: float | None = None  # norm of each head's q and k before rope
+    qk_norm: Literal["head", "token"] | None = None  # before rope: of each head, or of all at once
+    norm_eps: float = 1e-6
 
 
 class GqaAttention(Layer):
@@ -57,8 +60,13 @@ class GqaAttention(Layer):
         self.flows = (("qkv_proj", attention, "o_proj"),)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
-        if shape.qk_norm_eps is not None:
-            size, eps, heads = shape.head_dim, shape.qk_norm_eps, tokens(tp=Shard(1))
+        self.qk_norm: QkNorm | None = None
+        if shape.qk_norm == "token":
+            self.qk_mean_square = QkMeanSquare(target)
+            self.qk_norm = QkNorm(target, q_size, kv_size, shape.head_dim, shape.norm_eps)
+            self.flows = (("qkv_proj", "qk_mean_square", "qk_norm", attention, "o_proj"),)
+        elif shape.qk_norm == "head":
+            size, eps, heads = shape.head_dim, shape.norm_eps, tokens(tp=Shard(1))
             self.q_norm = RMSNorm(target, "q_norm", size, eps, "head_norm", heads)
             self.k_norm = RMSNorm(target, "k_norm", size, eps, "head_norm", heads)
             self.flows = (
@@ -91,6 +99,10 @@ class GqaAttention(Layer):
         q, k, v = torch.split_with_sizes(heads, self.parts, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
+        elif self.qk_norm is not None and self.qk_norm.num_summands == 1:
+            q, k = self.qk_norm.norm_whole(q, k)
+        elif self.qk_norm is not None:
+            q, k = self.qk_norm(self.qk_mean_square(q, k), q, k)
         q = self.rope_append(
             q, k, v, self.cos_sin, batch.positions, batch.cache_index, keys, values, False
         )

@@ -119,7 +119,7 @@ def _fp8_block(config: HfConfig) -> Block | None:
     if quantization is None:
         return None
     quantization.word("quant_method", ("fp8",))
-    quantization.word("fmt", ("e4m3",), "e4m3")
+    quantization.word("fmt", ("e4m3", "float8_e4m3fn"), "e4m3")
     sizes = quantization.integers("weight_block_size")
     if len(sizes) != 2 or min(sizes) < 1:
         raise quantization.error(

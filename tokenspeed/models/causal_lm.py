@@ -120,6 +120,10 @@ class CausalLM(Layer):
         layers = cast(list[DecoderLayer], list(self.model.layers))
         return [cast(Attention, layer.self_attn).cache_spec(kept) for layer in layers]
 
+    def checkpoint_name(self, name: str) -> str:
+        """What the checkpoint calls the tensor that is `name` by its module's path."""
+        return name
+
     def sets_aside(self, name: str) -> bool:
         """Whether a checkpoint tensor that no module asks for is known and left out on purpose."""
         tied_head = self.config.tied and name == "lm_head.weight"

@@ -60,6 +60,17 @@ def read_heads(config: HfConfig, *, default_head_dim: int | None = None) -> tupl
     return heads, kv_heads, head_dim
 
 
+def read_rotary_factor(config: HfConfig) -> float:
+    """Which part of each head turns, by the configuration."""
+    scaling = _rope_section(config)
+    return scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+
+
+def _rope_section(config: HfConfig) -> HfConfig:
+    found = config.section("rope_parameters") or config.section("rope_scaling")
+    return found or HfConfig({}, f"{config.where}: rope_parameters")
+
+
 def _refuse_sliding_window(config: HfConfig) -> None:
     if config.has("sliding_window") and config.boolean("use_sliding_window", True):
         raise config.error("sliding_window", "sliding-window attention is not supported")
@@ -74,11 +85,10 @@ def _read_rope(config: HfConfig, dim: int, max_model_len: int | None) -> tuple[R
     Older files keep `rope_theta` beside `rope_scaling`; newer ones keep all in `rope_parameters`.
     """
     limit = config.integer("max_position_embeddings")
-    scaling = config.section("rope_parameters") or config.section("rope_scaling")
-    scaling = scaling or HfConfig({}, f"{config.where}: rope_parameters")
+    scaling = _rope_section(config)
     theta = config.number("rope_theta", 10000.0)
     theta = scaling.number("rope_theta", theta, above=1.0)
-    part = scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    part = read_rotary_factor(config)
     if part != 1 and part * config.integer("head_dim", dim) != dim:
         why = f"{part} of a head is not supported; {dim} features turn in this model"
         raise config.error("partial_rotary_factor", why)

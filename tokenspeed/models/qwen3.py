@@ -21,6 +21,7 @@ class Qwen3ForCausalLM(DecoderModel):
             *read_heads(build.config, default_head_dim=cls.default_head_dim),
             qkv_bias=bias,
             o_bias=bias,
-            qk_norm_eps=build.decoder.norm_eps,
+            qk_norm="head",
+            norm_eps=build.decoder.norm_eps,
         )
         return GqaAttention(build.target, shape, build.cos_sin)

@@ -7,6 +7,7 @@ from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.deepseek import DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
 from tokenspeed.models.llama import LlamaForCausalLM
+from tokenspeed.models.minimax_m2 import MiniMaxM2ForCausalLM
 from tokenspeed.models.qwen2 import Qwen2ForCausalLM
 from tokenspeed.models.qwen3 import Qwen3ForCausalLM
 from tokenspeed.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -28,6 +29,7 @@ ARCHITECTURES = {
         DeepseekV3ForCausalLM, "language_model.", ("vision_tower.", "mm_projector.")
     ),
     "LlamaForCausalLM": Architecture(LlamaForCausalLM),
+    "MiniMaxM2ForCausalLM": Architecture(MiniMaxM2ForCausalLM),
     "Qwen2ForCausalLM": Architecture(Qwen2ForCausalLM),
     "Qwen3ForCausalLM": Architecture(Qwen3ForCausalLM),
     "Qwen3MoeForCausalLM": Architecture(Qwen3MoeForCausalLM),

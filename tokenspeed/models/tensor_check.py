@@ -39,7 +39,8 @@ def wanted_sources(model: CausalLM, prefix: str) -> list[dict[str, Source]]:
         if not isinstance(module, Layer):
             continue
         parent = path.rpartition(".")[0]
-        sources = {prefix + (f"{parent}." if parent else "") + s.name: s for s in module.sources()}
+        inside = f"{parent}." if parent else ""
+        sources = {prefix + model.checkpoint_name(inside + s.name): s for s in module.sources()}
         covered = sum(_num_picked(source) for source in sources.values())
         if covered != _num_to_fill(module):
             raise TypeError(f"{path}: its sources do not cover its parameters")

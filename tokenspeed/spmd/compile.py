@@ -186,6 +186,8 @@ def _widths(module: nn.Module) -> tuple[int, int]:
         return shapes["w13"][-1], shapes["w2"][1]
     if kind == "head_linear":
         return 0, 0
+    if kind in ("mean_square", "scale"):
+        return 2, 2  # numbers of a token: one of its queries, one of its keys
     first, last = shapes["weight"][0], shapes["weight"][-1]
     return (1, last) if kind == "embedding" else (last, first)
 

@@ -86,6 +86,8 @@ Kind = Literal[
     "norm",  # of whole tokens
     "residual_norm",  # also adds the residual stream: has `weight`, `eps` and `add(x, residual)`
     "head_norm",  # of each head by itself
+    "mean_square",  # of each token's features: where they are divided, a summand
+    "scale",  # features times numbers of their token
     "router",
     "experts",
 ]

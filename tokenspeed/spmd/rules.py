@@ -98,6 +98,27 @@ def head_norm(t: Types) -> str | None:
     return _whole_weights(t) or _expect(t, may, t.inputs, "it norms whole heads")
 
 
+def mean_square(t: Types) -> str | None:
+    """Of a token's features: who has some of them has a summand."""
+    if t.inputs == FEATURES:
+        return _expect(t, (FEATURES,), PARTIAL, "it sees some of the features")
+    return _expect(t, (WHOLE, TOKENS), t.inputs, "it sees whole tokens")
+
+
+def scale(t: Types) -> str | None:
+    """Features times numbers of their token, the input: weights divided as features come out."""
+    for name, weight in t.weights.items():
+        if weight == ROWS:
+            wrong = _expect(t, (WHOLE,), FEATURES, f"its {name} is divided by features")
+        elif weight == WHOLE:
+            wrong = _expect(t, (WHOLE, TOKENS), t.inputs, f"its {name} is whole")
+        else:
+            return _unknown(t, name)
+        if wrong:
+            return wrong
+    return None
+
+
 def router(t: Types) -> str | None:
     """Chooses among all experts: whole tokens, whole weights."""
     return _whole_weights(t) or _expect(t, (WHOLE, TOKENS), t.inputs, "it scores whole tokens")
@@ -129,6 +150,8 @@ RULES: dict[str, Rule] = {
     "norm": norm,
     "residual_norm": norm,
     "head_norm": head_norm,
+    "mean_square": mean_square,
+    "scale": scale,
     "router": router,
     "experts": experts,
 }
