@@ -35,8 +35,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory of one device")
     for axis, (flag, text) in AXES.items():
         parser.add_argument(f"--{axis}", flag, dest=axis, type=int, metavar="N", help=text)
-    parser.add_argument("--auto", action="store_true", help="search all meshes of --count devices")
-    parser.add_argument("--tps-floor", type=float, default=70.0, metavar="TPS")
+    parser.add_argument(
+        "--auto", action="store_true", help="search all meshes of --count devices, and batches"
+    )
+    parser.add_argument("--tps-floor", type=float, default=70.0, metavar="TPS", help="of a user")
     _add_load(parser)
     formats, kinds = ("auto", "fp32", "bf16", "fp8", "int4", "fp4"), ("auto", "bf16", "fp8")
     text = "of the weights; auto: as the checkpoint stores them"
@@ -67,12 +69,13 @@ def run(args: argparse.Namespace) -> int:
     from tokenspeed.planner.search import search
 
     planned = open_model(args.model, weight_dtype=args.weight_dtype, kv_dtype=args.kv_cache_dtype)
-    device = with_memory(find_device(args.gpu), args.memory_gib)
-    load = _load(args, planned)
-    mesh = _mesh(args, planned)
+    load, mesh = _load(args, planned), _mesh(args, planned)
+    count = args.count or mesh.num_ranks
+    device = with_memory(find_device(args.gpu, count), args.memory_gib)
     found: Found | None = None
     if args.auto or args.plot:
-        found = search(planned, device, args.count or mesh.num_ranks, load, args.tps_floor)
+        fixed = args.batch is not None
+        found = search(planned, device, count, load, args.tps_floor, fixed_batch=fixed)
     chosen = _best(args, found) if args.auto and found else _fixed(planned, mesh, device, load)
     if args.plot and found:
         from tokenspeed.planner.plot import draw
@@ -139,7 +142,8 @@ def _lines(args: argparse.Namespace, chosen: "Estimate", found: "Found | None") 
 
     if found is not None:
         yield report.render(report.search_table(found)) + "\n"
-        yield report.render(report.refused_table(found)) + "\n"
+        if found.refused:
+            yield report.render(report.refused_table(found)) + "\n"
     yield report.summary(chosen) + "\n"
     for table in report.tables(chosen, args.price_per_gpu_hour):
         yield report.render(table) + "\n"

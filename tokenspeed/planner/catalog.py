@@ -14,6 +14,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from tokenspeed.errors import ModelLoadError
+from tokenspeed.layers.attention_gqa import GqaAttention
+from tokenspeed.layers.attention_mla import MlaAttention
 from tokenspeed.layers.moe import Experts, Router, Routing
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
@@ -39,6 +41,16 @@ class PlannedModel:
         """How tokens choose among the experts at `path`."""
         router = self.model.get_submodule(path.rpartition(".")[0] + ".gate")
         return cast(Router, router).routing
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the rotary tables, which every rank holds whole; layers share them."""
+        found = {
+            id(module.cos_sin): module.cos_sin
+            for module in self.model.modules()
+            if isinstance(module, (GqaAttention, MlaAttention))
+        }
+        return sum(table.nbytes for table in found.values())
 
     @property
     def has_experts(self) -> bool:
@@ -85,7 +97,7 @@ def find_config(name: str) -> Path:
     if name in shipped_names():
         return SHAPES / f"{name}.json"
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder / "config.json"
     try:
         cached = try_to_load_from_cache(name, "config.json")

@@ -93,12 +93,15 @@ DEVICES = {
 }
 
 
-def find_device(name: str) -> Device:
-    """A device by its short name; `cpu` is this machine, measured. `ValueError` lists the names."""
+def find_device(name: str, count: int = 1) -> Device:
+    """A device by its short name. `ValueError` lists the names.
+
+    `cpu` is a share of this machine, measured, as large as one of `count` processes gets.
+    """
     if name == "cpu":
         from tokenspeed.planner.this_cpu import measure
 
-        return measure()
+        return measure(count)
     if name not in DEVICES:
         raise ValueError(f"unknown device {name!r}; known: {', '.join([*DEVICES, 'cpu'])}")
     return DEVICES[name]

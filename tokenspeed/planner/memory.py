@@ -22,6 +22,7 @@ class Room:
 
     device_bytes: float
     weight_bytes: float
+    table_bytes: float  # rotary tables
     runtime_bytes: float
     activation_bytes: float
     kv_bytes_per_token: float
@@ -32,8 +33,11 @@ class Room:
     @property
     def kv_bytes(self) -> float:
         """Left for keys and values; negative if the weights do not fit."""
-        taken = self.weight_bytes + self.runtime_bytes + self.activation_bytes
-        return self.device_bytes - taken
+        return self.device_bytes - self.weight_bytes - self.other_bytes
+
+    @property
+    def other_bytes(self) -> float:
+        return self.table_bytes + self.runtime_bytes + self.activation_bytes
 
     @property
     def num_pages(self) -> int:
@@ -59,10 +63,9 @@ class Room:
         """`DoesNotFitError` says by how many GiB, and what would fit."""
         if self.kv_bytes < self.page_size * self.kv_bytes_per_token:
             raise DoesNotFitError(
-                f"weights of {self.weight_bytes / GIB:.1f} GiB and "
-                f"{(self.runtime_bytes + self.activation_bytes) / GIB:.1f} GiB of runtime and "
-                f"activations exceed the {self.device_bytes / GIB:.1f} GiB of a rank by "
-                f"{-self.kv_bytes / GIB:.1f} GiB"
+                f"weights of {self.weight_bytes / GIB:.1f} GiB, and {self.other_bytes / GIB:.1f} "
+                f"GiB of runtime and activations, exceed the {self.device_bytes / GIB:.1f} GiB of "
+                f"a rank by {-self.kv_bytes / GIB:.1f} GiB"
             )
         if self.concurrency(context) < batch:
             per_dp = -(-batch // self.num_dp)
@@ -85,6 +88,7 @@ def measure_room(
     return Room(
         device_bytes=device.memory_bytes,
         weight_bytes=max(workload.weight_bytes(stage) for stage in stages),
+        table_bytes=workload.planned.table_bytes,
         runtime_bytes=device.runtime_bytes,
         activation_bytes=_activations(workload, step_tokens, rows),
         kv_bytes_per_token=workload.kv_bytes_per_token,

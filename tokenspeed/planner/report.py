@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed.tensor.placement_types import Placement, Shard
+
 from tokenspeed.planner.devices import GIB
 from tokenspeed.planner.estimate import Estimate
 from tokenspeed.planner.search import Found
@@ -102,8 +104,12 @@ def _placement(spec: ModuleSpec) -> str:
 
 
 def _layout_text(layout: Layout) -> str:
-    placed = [f"{axis} {placement!r}" for axis, placement in layout.items()]
+    placed = [f"{axis} {_word(placement)}" for axis, placement in layout.items()]
     return " ".join(placed) if placed else "whole"
+
+
+def _word(placement: Placement) -> str:
+    return f"Shard({placement.dim})" if isinstance(placement, Shard) else str(placement)
 
 
 def _memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
@@ -116,6 +122,7 @@ def _memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
     for name, size in sorted(sizes.items(), key=lambda item: -item[1]):
         if size:
             yield f"weights in {name}", _gib(size)
+    yield "rotary tables", _gib(room.table_bytes)
     yield "activations of one step", _gib(room.activation_bytes)
     yield "runtime, graphs, buffers (estimate)", _gib(room.runtime_bytes)
     yield "left for keys and values", _gib(room.kv_bytes)
@@ -206,7 +213,7 @@ def assumptions(found: Estimate) -> list[str]:
         f"{device.compute_share:.0%} of the peak, {device.link_share:.0%} of the links; "
         f"{1e6 * device.link_latency_s:.0f} us an exchange, {1e6 * device.launch_s:.1f} us a "
         "kernel (estimates)",
-        "experts evenly loaded, nothing overlapped, no speculation; latent attention absorbed",
+        "tokens choose experts evenly, nothing overlaps, no speculation; latent attention absorbed",
         f"steps of at most {load.step_tokens} tokens on a dp rank, pages of {load.page_size}",
         "weights as the checkpoint stores them unless --weight-dtype says otherwise",
     ]
@@ -227,6 +234,7 @@ def values(found: Estimate, price: float | None, *, compiled: bool = True) -> di
         "context": found.load.context,
         "computed_tokens": found.computed_tokens,
         "weight_bytes_per_rank": room.weight_bytes,
+        "table_bytes": room.table_bytes,
         "activation_bytes": room.activation_bytes,
         "runtime_bytes": room.runtime_bytes,
         "kv_bytes_per_rank": room.kv_bytes,

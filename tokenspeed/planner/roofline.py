@@ -2,15 +2,18 @@
 """How long a step takes: the slower of memory and arithmetic for each op, collectives, launches.
 
     op          max(bytes / bandwidth, flops / peak)
-    experts     weights of the experts that are touched: E (1 - (1 - k/E)^tokens) of E
+    experts     weights of the experts that are touched: E (1 - (1 - k/E)^tokens) of E, and what
+                the busiest rank has more than the mean of that
     attention   keys and values of the context, read once per sequence and step
     collective  start-up time + bytes / bandwidth for each exchange (spmd/cost.py)
 
-Assumes balanced experts, and nothing overlapped with anything. Knows no memory limits.
+Assumes that tokens choose experts evenly, and nothing overlapped with anything. Knows no memory
+limits.
 """
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, sqrt
+from statistics import NormalDist
 
 from tokenspeed.planner.devices import Device
 from tokenspeed.planner.workload import Op, Workload
@@ -68,16 +71,29 @@ def op_time_s(op: Op, device: Device, step: Step) -> float:
     """Seconds of one op, without its launch."""
     if op.kind == "attention":
         return _attention_s(op, device, step)
-    tokens, touched = step.tokens, 1.0
     if op.kind == "experts":
-        tokens = step.all_tokens
-        touched = touched_share(op.expert_share, tokens)
-    elif op.kind == "logits":
-        tokens = step.sequences
+        return _experts_s(op, device, step.all_tokens)
+    tokens = step.sequences if op.kind == "logits" else step.tokens
     elements = op.num_elements + op.shared_elements
-    weights = 0.0 if op.flops == 0 else elements * op.format.bytes_per_element * touched
+    weights = elements * op.format.bytes_per_element if op.flops else 0.0
     moved = (weights + tokens * op.traffic) / device.bytes_per_s()
     return max(moved, tokens * op.flops / device.flops_per_s(op.format.arithmetic))
+
+
+def _experts_s(op: Op, device: Device, tokens: float) -> float:
+    """The busiest rank: its experts that are touched, and the tokens that come to them."""
+    touched = touched_share(op.expert_share, tokens)
+    mean, here = touched * op.num_experts, op.num_experts
+    busiest = min(_most(mean, mean * (1.0 - touched), op.expert_ranks), here) / here
+    chosen = tokens * op.expert_share * op.num_experts  # pairs of token and expert
+    pairs = _most(chosen, chosen, op.expert_ranks) / chosen
+    moved = (busiest * op.weight_bytes + tokens * op.traffic) / device.bytes_per_s()
+    return max(moved, pairs * tokens * op.flops / device.flops_per_s(op.format.arithmetic))
+
+
+def _most(mean: float, variance: float, ranks: int) -> float:
+    """The expected largest of `ranks` normal variables (Blom 1958)."""
+    return mean + sqrt(variance) * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def _attention_s(op: Op, device: Device, step: Step) -> float:

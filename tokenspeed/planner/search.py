@@ -28,22 +28,32 @@ class Found:
 
 
 def search(
-    planned: PlannedModel, device: Device, count: int, load: Load, tps_floor: float
+    planned: PlannedModel,
+    device: Device,
+    count: int,
+    load: Load,
+    tps_floor: float,
+    *,
+    fixed_batch: bool = False,
 ) -> Found:
-    """Judges every mesh of `count` ranks for requests of the load's context."""
+    """Judges every mesh of `count` ranks for requests of the load's context.
+
+    `fixed_batch`: at the load's batch, in place of the largest that keeps the floor.
+    """
+    least = load.batch if fixed_batch else 1
     ranked: list[Estimate] = []
     slow: list[Estimate] = []
     refused: Counter[str] = Counter()
     for sizes in _sizes(count):
         try:
             found = estimate(planned, Mesh(**sizes), device, load)
-            found.with_batch(1).room.check(1, load.context)
+            found.with_batch(least).room.check(least, load.context)
         except DoesNotFitError:
             refused["does not fit in memory"] += 1
         except ValueError as error:
             refused[_reason(str(error))] += 1
         else:
-            best = largest_batch(found, tps_floor)
+            best = found if fixed_batch else largest_batch(found, tps_floor)
             (ranked if best.tps_per_user >= tps_floor else slow).append(best)
     ranked.sort(key=lambda each: -each.tokens_per_minute_per_device)
     slow.sort(key=lambda each: -each.tps_per_user)

@@ -17,27 +17,25 @@ MATRIX = 1024
 REPEATS = 3
 
 
-def measure() -> Device:
-    """All of this machine as one device: what a copy and a matrix product reach right now."""
+def measure(count: int = 1) -> Device:
+    """This machine divided by `count`: what a copy and a matrix product reach right now."""
     source = torch.ones(COPY_BYTES // 4)
     target = torch.empty_like(source)
     bandwidth = 2 * COPY_BYTES / _best_s(lambda: target.copy_(source))
-    peaks = {
-        "fp32": _flops_per_s(torch.float32),
-        "bf16": _flops_per_s(torch.bfloat16),
-    }
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16}
     return Device(
-        name="this CPU",
-        memory_bytes=float(_available_bytes()),
-        bandwidth=bandwidth,
-        peaks=peaks,
-        link_bandwidth=bandwidth / 4,  # written by one process and read by another
+        name="this CPU" if count == 1 else f"1/{count} of this CPU",
+        memory_bytes=_available_bytes() / count,
+        bandwidth=bandwidth / count,
+        peaks={name: _flops_per_s(dtype) / count for name, dtype in kinds.items()},
+        link_bandwidth=bandwidth / 4 / count,  # written by one process and read by another
         link_latency_s=20e-6,
         network=Interconnect(50e-6, 1e9),
         bandwidth_share=1.0,
         compute_share=1.0,
         link_share=1.0,
         launch_s=5e-6,  # a call through Python and the dispatcher
+        node_size=count,
         runtime_bytes=0.5 * 2**30,
         source="measured; links and call times are estimates",
     )

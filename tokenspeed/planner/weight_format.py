@@ -6,7 +6,7 @@ each block of 128 x 128, and four bits with a 16-bit scale for each group of 32 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -58,18 +58,46 @@ def _stored(config: HfConfig, plain: WeightFormat) -> FormatOf:
     if section is None:
         return _kept(plain, lambda path, module: plain)
     if section.word("quant_method", ("fp8", "compressed-tensors")) == "fp8":
-        spared = section.values.get("modules_to_not_convert") or []
+        spared = _words(section, "modules_to_not_convert")
         return _kept(
             plain, lambda path, module: plain if _names(spared, path.split(".")[-1]) else FP8
         )
     section.word("format", ("pack-quantized",))
-    ignored = section.values.get("ignore") or []
+    for group in _groups(section):
+        if group.integer("num_bits") != 4 or group.integer("group_size") != 32:
+            raise group.error("num_bits", "only four bits in groups of 32 are known")
+    ignored = _words(section, "ignore")
 
     def stored(path: str, module: nn.Module) -> WeightFormat:
         name = f"{path}.0.gate_proj" if isinstance(module, Experts) else path
         return plain if _names(ignored, name) else INT4
 
     return _kept(plain, stored)
+
+
+def _groups(section: HfConfig) -> Iterator[HfConfig]:
+    """The weights' part of each group."""
+    groups = section.section("config_groups")
+    if groups is None:
+        raise section.error("config_groups", "is missing")
+    for name in groups.values:
+        group = groups.section(name)
+        weights = group.section("weights") if group else None
+        if weights is None:
+            raise groups.error(name, "says nothing of weights")
+        yield weights
+
+
+def _words(section: HfConfig, key: str) -> list[str]:
+    value = section.values.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise section.error(key, f"must be a list of names, is {value!r}")
+    for word in value:
+        try:
+            re.compile(word.removeprefix("re:"))
+        except re.error as error:
+            raise section.error(key, f"{word!r} is no pattern: {error}") from error
+    return value
 
 
 def _names(patterns: list[str], name: str) -> bool:

@@ -41,6 +41,8 @@ class Op:
     traffic: float = 0.0  # bytes of activations read and written per token
     kernels: int = 0
     expert_share: float = 1.0  # of the experts that one token chooses
+    num_experts: int = 0  # on this rank
+    expert_ranks: int = 1  # over which all experts are divided
     shared_elements: int = 0  # read here, but held and counted by another module
     kv_bytes: float = 0.0  # per token of context
     kv_flops: float = 0.0  # per query and token of context
@@ -191,6 +193,8 @@ def _experts(
         traffic=2.0 * ACTIVATION_BYTES * module.w2.shape[1],
         kernels=KERNELS[Experts],
         expert_share=share,
+        num_experts=slots,
+        expert_ranks=plan.mesh.ep,
     )
 
 
