@@ -271,3 +271,10 @@ def test_end_of_sequence_ids(tmp_path: Path) -> None:
 def test_every_architecture_is_named_by_its_class() -> None:
     for name, found in ARCHITECTURES.items():
         assert found.prefix or found.model.__name__ == name
+
+
+def test_the_guide_shows_a_whole_model() -> None:
+    root = Path(__file__).parents[2]
+    file = (root / "tokenspeed" / "models" / "qwen2.py").read_text()
+    assert f"```python\n{file}```" in (root / "docs" / "adding-a-model.md").read_text()
+    assert len(file.splitlines()) <= 120
