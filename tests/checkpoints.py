@@ -70,7 +70,7 @@ def _deepseek_v3(**changes: Any) -> Any:
 
 
 def _qwen2(**changes: Any) -> Any:
-    return transformers.Qwen2Config(**(_COMMON | {"tie_word_embeddings": True} | changes))
+    return transformers.Qwen2Config(**(_COMMON | changes))
 
 
 def _qwen3(**changes: Any) -> Any:

@@ -140,9 +140,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
-    "qwen2, untied, every head its own keys": (
+    "qwen2, tied, every head its own keys": (
         "qwen2",
-        {"tie_word_embeddings": False, "num_key_value_heads": 4, "rope_theta": 1000000.0},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4, "rope_theta": 1000000.0},
     ),
     "qwen3, tied, yarn, biases": (
         "qwen3",
