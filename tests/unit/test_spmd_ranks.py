@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,8 +40,8 @@ VARIANTS = [Variant(split=s, dispatch=d) for s in (False, True) for d in (False,
 SIZES = {"num_attention_heads": 8, "hidden_size": 64}
 WITH_EXPERTS = {"deepseek_v2", "deepseek_v3", "minimax_m2", "qwen3_moe"}
 
-# A ragged prefill, a mixed batch with a chunk and decodes, a step
-# in which some ranks have nothing, a prefix hit of slot 3 on the pages of slot 1, decodes.
+# A ragged prefill, a mixed batch with a chunk and decodes, a step in which some ranks have nothing,
+# a prefix hit of slot 3 on the pages of slot 1, decodes.
 Step = dict[int, slice]
 STEPS: list[Step] = [
     {0: slice(0, 21), 1: slice(0, 34), 2: slice(0, 1)},
@@ -125,8 +126,16 @@ def check(checkpoint: Path, expected: list[dict[int, Tensor]], mesh: Mesh, varia
     return compared
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-@pytest.mark.parametrize("mesh", MESHES)
+def combinations() -> list[Any]:
+    """Every mesh with every variant; the quick suite takes each mesh with one of them in turn."""
+    return [
+        pytest.param(mesh, variant, marks=[] if i % len(VARIANTS) == j else [pytest.mark.full])
+        for i, mesh in enumerate(MESHES)
+        for j, variant in enumerate(VARIANTS)
+    ]
+
+
+@pytest.mark.parametrize(("mesh", "variant"), combinations())
 def test_ranks_compute_what_one_rank_does(
     checkpoint: Path, expected: list[dict[int, Tensor]], mesh: str, variant: Variant
 ) -> None:
