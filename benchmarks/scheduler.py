@@ -4,7 +4,9 @@
 Decode: `next_plan` + `commit` with many decoding requests, whose lengths are spread over one
 page, at a long and at a short context. Admission: `submit` + the `next_plan` that admits a fully
 cached prompt (its hashing and the comparison of its tokens included), alone and beside the decoding
-requests. Runs no model: every sampled id is 5. Results: benchmarks/results/scheduler.json.
+requests. Micro-steps: the same decoding on a pipeline of 4, a quarter of the requests a step.
+Match: what a router asks of each scheduler about that prompt. Runs no model: every sampled id is 5.
+Results: benchmarks/results/scheduler.json.
 
     python benchmarks/scheduler.py [--requests 256] [--long 80000] [--short 8000] [--steps 640]
         [--clock wall|cpu] [--json FILE]
@@ -14,6 +16,7 @@ import argparse
 import json
 import platform
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ Clock = Callable[[], float]
 CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.thread_time}
 PAGE_SIZE = 64
 ADMISSIONS = 100
+MICRO_STEPS = 4
 ROOM = 4096  # tokens each decoding request may still generate
 
 
@@ -42,7 +46,7 @@ def prompt(seed: int, length: int) -> NDArray[np.int32]:
     return np.random.default_rng(seed).integers(10, 100_000, length, dtype=np.int32)
 
 
-def make(num_requests: int, context: int) -> Scheduler:
+def make(num_requests: int, context: int, num_micro_steps: int = 1) -> Scheduler:
     pages_each = (context + ROOM) // PAGE_SIZE + 1
     return Scheduler(
         num_pages=(num_requests + 2) * pages_each,
@@ -50,13 +54,15 @@ def make(num_requests: int, context: int) -> Scheduler:
         max_num_seqs=num_requests + 1,
         max_num_batched_tokens=16384,
         max_model_len=context + ROOM,
+        num_micro_steps=num_micro_steps,
         hash_key=bytes(range(16)),
     )
 
 
-def decoding(num_requests: int, context: int) -> Scheduler:
+def decoding(num_requests: int, context: int, num_micro_steps: int = 1) -> Scheduler:
     """A scheduler with `num_requests` distinct requests, all past their prefill."""
-    scheduler = make(num_requests, context)
+    scheduler = make(num_requests, context, num_micro_steps)
+    share = -(-num_requests // num_micro_steps)
     for i in range(num_requests):
         scheduler.submit(i, prompt(i, context - i % PAGE_SIZE), max_tokens=ROOM)
     while True:
@@ -64,22 +70,29 @@ def decoding(num_requests: int, context: int) -> Scheduler:
         assert plan is not None
         scheduler.commit(result_for(plan))
         view = PlanView(plan)
-        if view.num_rows == len(view.tokens) == num_requests:
+        if view.num_rows == len(view.tokens) == share:
             return scheduler
 
 
-def time_steps(scheduler: Scheduler, num_steps: int, clock: Clock) -> NDArray[np.float64]:
+def time_steps(
+    scheduler: Scheduler, num_steps: int, clock: Clock, num_micro_steps: int = 1
+) -> NDArray[np.float64]:
     """Microseconds of next_plan + commit, one per step."""
     times = np.empty(num_steps)
-    for i in range(num_steps):
+    in_flight: deque[NDArray[np.int32]] = deque()
+    for i in range(-num_micro_steps, num_steps):  # the first steps fill the pipeline
         start = clock()
         plan = scheduler.next_plan()
         planned = clock()
         assert plan is not None
-        result = result_for(plan)
+        in_flight.append(result_for(plan))
+        if len(in_flight) < num_micro_steps:
+            continue
         resumed = clock()
-        scheduler.commit(result)
+        scheduler.commit(in_flight.popleft())
         times[i] = planned - start + clock() - resumed
+    while in_flight:
+        scheduler.commit(in_flight.popleft())
     return times * 1e6
 
 
@@ -105,18 +118,33 @@ def time_admissions(scheduler: Scheduler, context: int, clock: Clock) -> NDArray
     return times[1:] * 1e6
 
 
+def time_matches(scheduler: Scheduler, context: int, clock: Clock) -> NDArray[np.float64]:
+    """Microseconds of match_prefix of a fully cached prompt."""
+    tokens = prompt(1 << 20, context)
+    times = np.empty(ADMISSIONS)
+    for i in range(ADMISSIONS):
+        start = clock()
+        found = scheduler.match_prefix(tokens)
+        times[i] = clock() - start
+        assert found == (context - 1) // PAGE_SIZE * PAGE_SIZE
+    return times * 1e6
+
+
 def summary(times: NDArray[np.float64]) -> dict[str, float]:
     median, p99 = np.percentile(times, [50, 99])
     return {"median_us": round(float(median), 1), "p99_us": round(float(p99), 1)}
 
 
 def measure(num_requests: int, long: int, short: int, steps: int, clock: Clock) -> dict[str, Any]:
-    busy = decoding(num_requests, long)
+    busy, alone = decoding(num_requests, long), make(1, long)
+    pipeline = decoding(num_requests, long, MICRO_STEPS)
     figures: dict[str, Any] = {
         "decode_long": summary(time_steps(busy, steps, clock)),
         "decode_short": summary(time_steps(decoding(num_requests, short), steps, clock)),
-        "admit_alone": summary(time_admissions(make(1, long), long, clock)),
+        "decode_micro": summary(time_steps(pipeline, steps, clock, MICRO_STEPS)),
+        "admit_alone": summary(time_admissions(alone, long, clock)),
         "admit_beside": summary(time_admissions(busy, long, clock)),
+        "match": summary(time_matches(alone, long, clock)),
     }
     ratio = figures["decode_long"]["median_us"] / figures["decode_short"]["median_us"]
     return figures | {"long_over_short": round(ratio, 3)}
@@ -137,8 +165,10 @@ def main() -> None:
     labels = {
         "decode_long": f"next_plan + commit, {args.requests} decoding at {args.long} tokens",
         "decode_short": f"next_plan + commit, {args.requests} decoding at {args.short} tokens",
+        "decode_micro": f"one of {MICRO_STEPS} micro-steps of these, at {args.long} tokens",
         "admit_alone": f"admit {args.long} cached tokens, nothing else running",
         "admit_beside": f"admit {args.long} cached tokens beside {args.requests} decoding",
+        "match": f"match_prefix of {args.long} cached tokens",
     }
     print(f"{'':58} {'median us':>10} {'p99 us':>10}")
     for name, label in labels.items():

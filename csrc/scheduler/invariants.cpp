@@ -117,6 +117,15 @@ void Scheduler::check_requests(std::string& broken) const {
     expect(live_.size() == running_.size() + waiting_.size(), "a live request is lost", broken);
 }
 
+// Where a decoding request stands in the order of turns. Only micro-steps look at it.
+uint64_t Scheduler::turn(const Request& request) const {
+    const auto decodes = [](const Request& r) { return std::holds_alternative<Decoding>(r.state); };
+    if (options_.num_micro_steps == 1 || !decodes(request)) return 0;
+    return std::ranges::count_if(running_, [&](const Request* other) {
+        return decodes(*other) && other->served < request.served;
+    });
+}
+
 uint64_t Scheduler::state_hash() const {
     Mixer mix;
     PageNames names;
@@ -126,6 +135,7 @@ uint64_t Scheduler::state_hash() const {
             mix.add(word);
         }
         mix.add(request->tokens);
+        mix.add(turn(*request));
         const Holdings* held = holdings(request->state);
         mix.add(held == nullptr ? 0 : held->slot.id() + 1);
         if (held == nullptr) continue;

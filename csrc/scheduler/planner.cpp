@@ -49,20 +49,27 @@ Decoding* Scheduler::decodable(Request& request) const {
     return next < request.known() || from_device ? decoding : nullptr;
 }
 
-// How many decoding requests a step takes (M2). Those in flight count: they come back.
-int32_t Scheduler::decode_share() const {
-    const auto num_running = std::ssize(running_);
-    if (options_.num_micro_steps == 1 || mutant(Mutant::kM2Uneven)) return num_running;
-    return micro_share(std::ranges::count_if(running_, [](const Request* request) {
+// Lists in `turns_` who may decode, in order; returns how many of them the step takes (M2). Those
+// in flight count for the share: they come back.
+int32_t Scheduler::take_turns() {
+    turns_.assign(running_.begin(), running_.end());
+    if (options_.num_micro_steps == 1) return static_cast<int32_t>(turns_.size());
+    std::erase_if(turns_, [](const Request* request) {
         const auto* decoding = std::get_if<Decoding>(&request->state);
-        return decoding != nullptr && decoding->held.scheduled + 1 < request->limit;
-    }));
+        return decoding == nullptr || decoding->held.scheduled + 1 >= request->limit;
+    });
+    const auto num_decoding = std::ssize(turns_);
+    const int32_t share =
+        mutant(Mutant::kM2Uneven) ? static_cast<int32_t>(num_decoding) : micro_share(num_decoding);
+    std::erase_if(turns_, [&](Request* request) { return decodable(*request) == nullptr; });
+    if (std::ssize(turns_) > share) std::ranges::sort(turns_, {}, &Request::served);
+    return share;
 }
 
 void Scheduler::plan_decodes() {
-    int32_t share = decode_share();
-    for (size_t i = 0; i < running_.size() && budget_ > 0 && share > 0;) {
-        Request& request = *running_[i];
+    int32_t share = take_turns();
+    for (size_t i = 0; i < turns_.size() && budget_ > 0 && share > 0;) {
+        Request& request = *turns_[i];
         Decoding* decoding = decodable(request);
         if (decoding == nullptr) {
             ++i;
@@ -74,7 +81,7 @@ void Scheduler::plan_decodes() {
             ++i;
             continue;
         }
-        // `request` itself can be retracted, so there is a victim, and it stands at or after i.
+        // `request` itself can be retracted, so there is a victim, and it arrived no earlier.
         Request* victim = retractable();
         TS_CHECK(victim != nullptr);
         if (holdings(victim->state)->slot.leased() && !mutant(Mutant::kK2RetractInFlight)) {
@@ -303,6 +310,7 @@ void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
     step_.rows.push_back(
         {&request, held.slot.id(), start, num_tokens, sample, slots_.lease(held.slot)});
     held.scheduled = end;
+    request.served = ++num_rows_;
     budget_ -= num_tokens;
     if (mutant(Mutant::kK2LeaseDropped)) step_.rows.back().lease.release();
     if (mutant(Mutant::kK5PublishAtPlan)) {

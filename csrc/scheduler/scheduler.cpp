@@ -152,8 +152,10 @@ void Scheduler::check_result(std::span<const int32_t> result) const {
     require(result[kResultHeaderVersion] == kLayoutVersion, "commit: wrong layout version");
     const auto low = static_cast<uint32_t>(result[kResultHeaderStepLow]);
     const auto high = static_cast<uint32_t>(result[kResultHeaderStepHigh]);
-    const bool oldest = (uint64_t{high} << 32 | low) == step.number;
-    require(oldest || mutant(Mutant::kM1CommitOutOfOrder), "commit: not the oldest step in flight");
+    const uint64_t number = uint64_t{high} << 32 | low;
+    const bool later = number > step.number && number < next_step_;
+    require(number == step.number || (later && mutant(Mutant::kM1CommitOutOfOrder)),
+            "commit: not the oldest step in flight");
     const int64_t num_rows = result[kResultHeaderNumRows];
     const int64_t num_ids = result[kResultHeaderNumIds];
     require(num_rows == std::ssize(step.rows), "commit: wrong number of rows");

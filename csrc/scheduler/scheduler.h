@@ -13,14 +13,14 @@
 // A retracted request never has a step in flight: the planner leaves it out of plans until then.
 //
 // Several steps may be in flight; they commit in order. There are two ways, and not both at once:
-//  overlap_depth 1     a request may be in two steps that follow each other. What the first
-//  samples,
-//                      the second reads on the device: a sampled id is known one step late.
-//  num_micro_steps P   the stages of a pipeline. Up to P steps share the requests:
-//    M1  A request whose next token is being computed is in no other step. Chunks of one prompt
-//        may be, for they pass through the stages one behind the other; the last one samples.
-//    M2  A step takes at most an equal share (1/P, rounded up) of the decoding requests and of the
-//        budget of tokens, so that there is as much left for the other stages.
+//  overlap_depth 1: a request may be in two steps, one behind the other. What the first samples the
+//  second reads on the device; the host knows it one step late.
+//  num_micro_steps P, for the stages of a pipeline: up to P steps share the requests.
+//  M1  A request whose next token is being computed is in no other step. Chunks of one prompt
+//      may be, for they pass through the stages one behind the other; the last one samples.
+//  M2  A step takes at most an equal share (1/P, rounded up) of the decoding requests and of the
+//      budget of tokens, so that there is as much left for the other stages. Who was served
+//      longest ago goes first.
 #pragma once
 
 #include <cstdint>
@@ -80,6 +80,7 @@ struct Request {
     int32_t retractions = 0;
     int32_t num_cached = -1;  // of the prompt, when first admitted; -1 before
     int32_t chunk = 0;        // of the plan being made
+    uint64_t served = 0;      // its last row's number among all rows
     uint64_t refused_at = 0;  // the room_version at which it did not fit
     uint64_t twin = 0;        // arrival of the request that computes pages [0, twin_pages) now
     int32_t twin_pages = 0;
@@ -156,7 +157,7 @@ class Scheduler {
 
     // planner.cpp
     Decoding* decodable(Request& request) const;
-    int32_t decode_share() const;
+    int32_t take_turns();
     void plan_decodes();
     void plan_prefills();
     int32_t share_budget();
@@ -197,6 +198,7 @@ class Scheduler {
     }
     void check_pages(std::string& broken) const;
     void check_requests(std::string& broken) const;
+    uint64_t turn(const Request& request) const;
     std::vector<const Request*> all_requests() const;
 
     SchedulerOptions options_;
@@ -216,6 +218,7 @@ class Scheduler {
 
     uint64_t next_arrival_ = 0;
     uint64_t next_step_ = 0;
+    uint64_t num_rows_ = 0;
     uint64_t room_version_ = 1;  // rises when a request that did not fit may fit
     Stats counters_;
 
@@ -224,6 +227,7 @@ class Scheduler {
     Sections sections_;
     std::vector<int32_t> plan_;
     std::vector<PageId> hits_;
+    std::vector<Request*> turns_;
     int32_t budget_ = 0;
     Request* left_out_ = nullptr;  // to be retracted once its step in flight committed
     Updates updates_;

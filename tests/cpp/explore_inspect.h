@@ -88,7 +88,7 @@ class Inspector {
         for (uint64_t word :
              {request.id, uint64_t(request.state.index()), uint64_t(request.retractions),
               uint64_t(request.num_cached), uint64_t(request.refused_at == s_.room_version_), twin,
-              uint64_t(request.twin_pages), uint64_t(request.tainted),
+              uint64_t(request.twin_pages), uint64_t(request.tainted), s_.turn(request),
               uint64_t(request.tokens.size())}) {
             digest.add(word);
         }

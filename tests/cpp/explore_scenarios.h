@@ -21,7 +21,7 @@ inline SchedulerOptions tight_options(int num_pages, int page_size, Mode mode) {
     return {.num_pages = num_pages,
             .page_size = page_size,
             .max_num_seqs = 2,
-            .max_num_batched_tokens = mode.num_micro_steps > 1 ? 4 : 3,
+            .max_num_batched_tokens = mode.num_micro_steps > 1 ? 2 * mode.num_micro_steps : 3,
             .max_model_len = 16,
             .max_num_partial_prefills = 2,
             .overlap_depth = mode.overlap_depth,
@@ -62,8 +62,13 @@ inline std::vector<Scenario> quick_scenarios() {
                            tight_options(3, 2, mode),
                            {{.prompt = {1, 2, 3, 4, 5}, .max_tokens = 1},
                             {.prompt = {1, 2, 6}, .max_tokens = 3}}});
+            // Both decode; the first runs out of pages while the second is in flight.
+            all.push_back({in_mode("2x4 crowd, pages of 1, once", mode),
+                           tight_options(4, 1, mode),
+                           {{.prompt = {1}, .max_tokens = 4}, {.prompt = {2}, .max_tokens = 3}},
+                           /*again=*/false});
         }
-        if (mode.overlap_depth + mode.num_micro_steps > 1) continue;
+        if (mode.overlap_depth > 0) continue;
         // Only here can an older request grow into the pages that a retracted one was promised.
         SchedulerOptions six = tight_options(6, 1, mode);
         six.max_num_seqs = 3;
@@ -111,6 +116,18 @@ inline std::vector<Scenario> full_scenarios() {
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}},
                         {.prompt = {1, 2}, .max_tokens = 3, .prompt_logprobs = true}}});
     }
+    constexpr Mode kThree{"3 micro-steps", 0, 3};
+    SchedulerOptions three = tight_options(4, 1, kThree);
+    three.max_num_seqs = 3;
+    all.push_back({in_mode("3x4 crowd, pages of 1, three slots", kThree),
+                   three,
+                   {{.prompt = {1}, .max_tokens = 3},
+                    {.prompt = {2}, .max_tokens = 2},
+                    {.prompt = {3}, .max_tokens = 2}}});
+    all.push_back({in_mode("2x4 chunks, pages of 2", kThree),
+                   tight_options(4, 2, kThree),
+                   {{.prompt = {1, 2, 3, 4, 5, 6, 7}, .max_tokens = 1},
+                    {.prompt = {1, 2, 3}, .max_tokens = 3}}});
     return all;
 }
 

@@ -80,9 +80,25 @@ def test_steps_in_flight_share_the_decoding_requests(
         assert pipeline.outputs[i] == expected_output(prompt(3, i), 60)
 
 
+def test_streams_take_turns_even_if_steps_commit_at_once() -> None:
+    """An engine that never fills the pipeline still serves the latest stream."""
+    scheduler = make(4)
+    device = FakeDevice(scheduler, 0)
+    for i in range(10):
+        scheduler.submit(i, prompt(3, i), max_tokens=50)
+    while len(device.outputs) < 10:
+        device.step()
+    before = [len(device.outputs[i]) for i in range(10)]
+    for _ in range(40):
+        device.step()
+    gained = {len(device.outputs[i]) - before[i] for i in range(10)}
+    assert min(gained) > 0
+    assert max(gained) - min(gained) <= 1
+
+
 @pytest.mark.parametrize("num_micro_steps", [2, 4])
-def test_a_stream_never_waits_longer_than_two_rounds(num_micro_steps: int) -> None:
-    """Streams come and go; each that runs is in a step again within twice P steps."""
+def test_a_stream_never_waits_longer_than_a_round(num_micro_steps: int) -> None:
+    """Streams come and go; each that runs is in a step again within P + 1 steps."""
     scheduler = make(num_micro_steps, max_num_batched_tokens=64)
     pipeline = Pipeline(scheduler, num_micro_steps)
     dice = np.random.default_rng(3)
@@ -101,7 +117,7 @@ def test_a_stream_never_waits_longer_than_two_rounds(num_micro_steps: int) -> No
             if request in pipeline.finish:
                 del quiet[request]
         quiet |= dict.fromkeys(planned - pipeline.finish.keys(), 0)
-        assert max(quiet.values(), default=0) <= 2 * num_micro_steps
+        assert max(quiet.values(), default=0) <= num_micro_steps + 1
 
 
 def test_chunks_of_one_prompt_follow_each_other() -> None:

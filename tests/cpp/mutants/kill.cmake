@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: MIT
-# Builds an explorer with one defect and lets it explore; fails if the defect is not found.
+# Builds an explorer with one defect and lets it explore; fails if the defect is not found. It must
+# be found among the scenarios with micro-steps alone as well as among all.
 execute_process(COMMAND "${CMAKE_COMMAND}" --build "${BUILD}" --target "${MUTANT}"
     RESULT_VARIABLE failed OUTPUT_VARIABLE log ERROR_VARIABLE log)
 if(failed)
     message(FATAL_ERROR "${MUTANT} does not build:\n${log}")
 endif()
-foreach(bound quick full)
-    execute_process(COMMAND "${BINARY}" ${bound} RESULT_VARIABLE code OUTPUT_VARIABLE found
+
+# Runs the explorer with these arguments; sets `killed`.
+function(try_to_kill)
+    execute_process(COMMAND "${BINARY}" ${ARGN} RESULT_VARIABLE code OUTPUT_VARIABLE found
         ERROR_VARIABLE said)
-    if(NOT code STREQUAL "0" AND found MATCHES "VIOLATION[^\n]*")
-        message(STATUS "${MUTANT} is killed (${bound}): ${CMAKE_MATCH_0} ${said}")
+    set(killed FALSE PARENT_SCOPE)
+    if(code STREQUAL "0")
         return()
     endif()
-    if(NOT code STREQUAL "0")
+    if(NOT found MATCHES "VIOLATION[^\n]*")
         message(FATAL_ERROR "${MUTANT} ended with ${code} and named no violation:\n${found}${said}")
     endif()
+    message(STATUS "${MUTANT} is killed (${ARGN}): ${CMAKE_MATCH_0} ${said}")
+    set(killed TRUE PARENT_SCOPE)
+endfunction()
+
+foreach(scenarios "" "micro-steps")
+    foreach(bound quick full)
+        try_to_kill(${bound} ${scenarios})
+        if(killed)
+            break()
+        endif()
+    endforeach()
+    if(NOT killed)
+        message(FATAL_ERROR "${MUTANT} survives (${scenarios})")
+    endif()
 endforeach()
-message(FATAL_ERROR "${MUTANT} survives")
