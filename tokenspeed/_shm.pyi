@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Shared memory between processes, compiled from csrc/shm. Tensors lie on a CPU, contiguous.
-`ValueError` names a wrong argument, `RuntimeError` a rank whose call differs, `RankDied` a rank that
-died, left or did not answer. Calls give the interpreter's lock away while they wait."""
+`ValueError` names a wrong argument, `RuntimeError` a rank whose call differs, `RankDiedError` one
+that died, left or did not answer. Calls give the interpreter's lock away while they wait."""
 
 from torch import Tensor
-
-from tokenspeed.errors import RankDiedError
-
-class RankDied(RankDiedError): ...
 
 class Group:
     def __init__(

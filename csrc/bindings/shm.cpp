@@ -55,7 +55,7 @@ int64_t count(const Tensor& x) {
 }
 
 int64_t num_bytes(const Tensor& x) {
-    expect(x.dense_from(0), "the tensor must be contiguous: " + x.shape_text());
+    expect(count(x) == 0 || x.dense_from(0), "the tensor must be contiguous: " + x.shape_text());
     return count(x) * x.element_bytes();
 }
 
@@ -192,8 +192,17 @@ nb::object ring_receive(Ring& ring, double timeout_s) {
 
 NB_MODULE(_shm, m) {
     using namespace tokenspeed::shm;
-    nb::exception<RankDied>(m, "RankDied",
-                            nb::module_::import_("tokenspeed.errors").attr("RankDiedError"));
+    // Never released: an exception may be thrown while the interpreter ends.
+    nb::object error = nb::module_::import_("tokenspeed.errors").attr("RankDiedError");
+    nb::register_exception_translator(
+        [](const std::exception_ptr& thrown, void* type) {
+            try {
+                std::rethrow_exception(thrown);
+            } catch (const RankDied& died) {
+                PyErr_SetString(static_cast<PyObject*>(type), died.what());
+            }
+        },
+        error.release().ptr());
     nb::class_<Group>(m, "Group")
         .def(nb::new_(&make_group), "name"_a, "ranks"_a, "index"_a, "timeout_s"_a,
              "parent"_a.none())

@@ -133,7 +133,10 @@ class VirtualGroup(Group):
         call = self._call("receive", x, peer=source)
         posted = self._world.receive(self._rank, (self.ranks, source, self.index), call)
         if (posted.call.shape, posted.call.dtype) != (call.shape, call.dtype):
-            raise RuntimeError(f"rank {self.ranks[source]} sent {posted.call}, but got {call}")
+            raise RuntimeError(
+                f"ranks disagree: rank {self.ranks[source]} calls {posted.call}, "
+                f"rank {self._rank} calls {call}"
+            )
         x.copy_(posted.tensor)
         return x
 
