@@ -52,8 +52,8 @@ async def test_sessions_stay_where_they_began_and_are_spread():
 
 async def test_load_overrides_a_prefix():
     async with gateway(engines=2) as g:
-        prompt = ids(1, 4 * MIN_BLOCK)
-        assert 2 * REQUEST_TOKENS == 4 * MIN_BLOCK  # so the prefix outweighs one request, not two
+        prompt = ids(1, 6 * MIN_BLOCK)
+        assert REQUEST_TOKENS < 6 * MIN_BLOCK < 2 * REQUEST_TOKENS  # it outweighs one request
         await g.post(TEXT, {"prompt": prompt, "max_tokens": 1})
         for client in g.clients:
             client.paused = True
@@ -136,7 +136,7 @@ async def test_a_full_engine_is_passed_over_and_all_full_is_503():
     async with gateway(engines=2, config=config) as g:
         for client in g.clients:
             client.paused = True
-        prompt = ids(1, 8 * MIN_BLOCK)
+        prompt = ids(1, 12 * MIN_BLOCK)
         calls = []
         for _ in range(5):  # prefix and load say the first engine; it has room for three
             calls.append(Client(g, TEXT, {"prompt": prompt, "max_tokens": 2}))

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from tokenspeed.engine.routing import MIN_BLOCK, REQUEST_TOKENS, Load, PrefixRouter, pick
+from tokenspeed.engine.routing import MIN_BLOCK, Load, PrefixRouter, pick
 
 IDLE = Load()
 PAGE = 64
@@ -35,18 +35,21 @@ class World:
 def test_the_rule_in_numbers() -> None:
     assert pick([100, 0], [IDLE, IDLE]) == 0
     assert pick([0, 100], [IDLE, IDLE]) == 1
-    # Work that waits counts token for token, and only in difference.
-    assert pick([100, 0], [Load(99), IDLE]) == 0
-    assert pick([100, 0], [Load(101), IDLE]) == 1
-    assert pick([100, 0], [Load(1101), Load(1000)]) == 1
-    assert pick([100, 0], [Load(1099), Load(1000)]) == 0
+    # Waiting tokens count an eighth, and only in difference.
+    assert pick([100, 0], [Load(8 * 99), IDLE]) == 0
+    assert pick([100, 0], [Load(8 * 101), IDLE]) == 1
+    assert pick([100, 0], [Load(8 * 1099), Load(8 * 1000)]) == 0
+    assert pick([100, 0], [Load(8 * 1101), Load(8 * 1000)]) == 1
     # An open request costs a fixed number of tokens.
-    assert pick([REQUEST_TOKENS * 2 + 1, 0], [Load(0, 5), Load(0, 3)]) == 0
-    assert pick([REQUEST_TOKENS * 2 - 1, 0], [Load(0, 5), Load(0, 3)]) == 1
+    assert pick([2 * 1024 + 1, 0], [Load(0, 5), Load(0, 3)]) == 0
+    assert pick([2 * 1024 - 1, 0], [Load(0, 5), Load(0, 3)]) == 1
+    # Both together.
+    assert pick([1024 + 100, 0], [Load(8 * 99, 1), IDLE]) == 0
+    assert pick([1024 + 100, 0], [Load(8 * 101, 1), IDLE]) == 1
 
 
 def test_equal_scores_go_to_the_least_load_then_round_robin() -> None:
-    assert pick([100, 0], [Load(100), IDLE]) == 1
+    assert pick([100, 0], [Load(800), IDLE]) == 1
     assert [pick([0, 0, 0], [IDLE] * 3, last) for last in (-1, 0, 1, 2)] == [0, 1, 2, 0]
     assert pick([0, 0, 0], [IDLE, None, IDLE], last=0) == 2
 
@@ -77,10 +80,10 @@ def test_load_overrides_a_prefix_and_says_so() -> None:
     world = World(targets=2)
     prompt = ids(1, 10 * MIN_BLOCK)
     assert world.send(prompt) == 0
-    world.loads = [Load(10 * MIN_BLOCK + 1), IDLE]
+    world.loads = [Load(8 * 10 * MIN_BLOCK + 8), IDLE]
     route = world.look(prompt)
     assert (route.target, route.matched, route.by_load) == (1, 0, True)
-    world.loads = [Load(10 * MIN_BLOCK - 1), IDLE]
+    world.loads = [Load(8 * 10 * MIN_BLOCK - 1), IDLE]
     assert world.look(prompt).target == 0
     world.loads = [None, IDLE]  # full
     route = world.look(prompt)

@@ -7,11 +7,14 @@ no process, no clock. The rule (`pick`) is apart from the record of who was give
 
 What a target is worth to a request, in tokens:
 
-    score = matched prompt tokens - (waiting prompt tokens + REQUEST_TOKENS * open requests)
+    score = matched prompt tokens - waiting prompt tokens / 8 - 1024 * open requests
 
-The first term is prefill that this target saves, the second the work that it has more of than the
-others: only differences count. So a session's prefix of 100,000 tokens outweighs two hundred open
-requests, and a system prompt of 12,000, which many sessions share, two dozen.
+The first term is prefill that this target saves, the others the work that it has more of than the
+next one: only differences count. Work that waits weighs less than work that is saved, because it
+is over soon, while a session that moves has its prefix computed again, and held twice: that delays
+everybody. So a session's prefix of 100,000 tokens outweighs a hundred open requests, and a system
+prompt of 12,000, which many sessions share, a dozen. The two numbers are chosen by the
+simulation of `benchmarks/routing.py`, where those near them do as well and others worse.
 """
 
 import secrets
@@ -23,9 +26,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-# What an open request costs its target, as prompt tokens: a few hundred steps to come, each of
-# which costs its batch as much as some prompt tokens. An estimate, not a measurement.
-REQUEST_TOKENS = 512
+WAITING_PER_SAVED = 8  # waiting tokens that outweigh a matched one
+REQUEST_TOKENS = 1024  # matched tokens that outweigh an open request
 MIN_BLOCK = 256  # tokens in a block of the record at least; smaller ones cost more than they find
 
 Prompt = Sequence[int] | NDArray[np.int32]
@@ -40,8 +42,8 @@ class Load:
 
     @property
     def cost(self) -> int:
-        """In tokens."""
-        return self.waiting_tokens + REQUEST_TOKENS * self.num_requests
+        """In matched tokens."""
+        return self.waiting_tokens // WAITING_PER_SAVED + REQUEST_TOKENS * self.num_requests
 
 
 def pick(matched: Sequence[int], loads: Sequence[Load | None], last: int = -1) -> int | None:
