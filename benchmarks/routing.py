@@ -5,9 +5,9 @@ Sessions are closed loops: a first prompt, then an answer, a tool's time, some h
 and so on; lengths and times are log-normal, near those of coding agents. An engine makes steps of
 at most 2,048 prompt tokens, in order of arrival; a step costs 8 ms, 22 us a prompt token and 0.3 ms
 a running request: assumed figures, of no particular machine. Its cache is an LRU of blocks, and so
-is the router's record of it. `rule W R` is the rule with W waiting tokens worth a matched
-one, and an open request worth R of them; `fixed` leaves each session on the engine it began on, `load` takes the least
-load, `turns` goes round.
+is the router's record of it. `rule W R` is the rule with W waiting tokens worth a matched one, and
+an open request worth R of them; `fixed` leaves each session on the engine it began on, `load` takes
+the least load, `turns` goes round.
 
     python benchmarks/routing.py [--sessions 200 260] [--engines 4] [--seconds 400] [--seeds 3]
 """
