@@ -32,8 +32,8 @@ void Channel::send(const std::byte* data, uint64_t bytes) {
 
 bool Channel::next(int reader, Clock::time_point deadline, uint64_t* bytes) {
     const uint64_t position = state_->readers[reader].read.load(std::memory_order_relaxed);
-    const auto written = [&] { return state_->written.load() != position; };
-    if (!members_.wait_until(state_->written_bell, writer_, deadline, written)) return false;
+    const auto begun = [&] { return state_->written.load() - position >= kWord; };
+    if (!members_.wait_until(state_->written_bell, writer_, deadline, begun)) return false;
     std::memcpy(bytes, ring_ + position % capacity_, kWord);
     return true;
 }
@@ -41,7 +41,7 @@ bool Channel::next(int reader, Clock::time_point deadline, uint64_t* bytes) {
 uint64_t Channel::next(int reader) {
     const uint64_t position = state_->readers[reader].read.load(std::memory_order_relaxed);
     members_.wait(state_->written_bell, writer_,
-                  [&] { return state_->written.load() != position; });
+                  [&] { return state_->written.load() - position >= kWord; });
     uint64_t bytes = 0;
     std::memcpy(&bytes, ring_ + position % capacity_, kWord);
     return bytes;

@@ -3,7 +3,8 @@
 //
 // 1. written and read[i] count bytes since the start and never fall; read[i] <= written <=
 //    min(read) + capacity. Byte b of the stream lies at b % capacity.
-// 2. A message is its length in 8 bytes, then its bytes, padded to 8. It may be larger than the
+// 2. A message is its length in 8 bytes, then its bytes, padded to 8. It begins at a multiple of 8,
+//    so its length does not wrap around, but may become readable in two steps. It may exceed the
 //    ring: the writer fills what is free and goes on as the slowest reader makes room.
 // 3. Only the writer stores written, only reader i stores read[i]; bytes are stored before written,
 //    and loaded before read[i].

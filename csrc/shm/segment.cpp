@@ -44,6 +44,7 @@ Segment Segment::create(const std::string& name, size_t bytes) {
     // processes take the file for ready when it has its size.
     if (const int error = posix_fallocate(file, 0, static_cast<off_t>(bytes)); error != 0) {
         close(file);
+        made.unlink();
         refuse(name, error);
     }
     made.data_ = map(name, file, bytes);
