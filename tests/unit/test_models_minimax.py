@@ -4,14 +4,19 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import make_checkpoint
 from tests.unit.test_loader import assert_same_parameters, edit_config
 from tokenspeed.models.build import build_model, load_model, load_with_report
+from tokenspeed.spmd.compile import compile_model
+from tokenspeed.spmd.mesh import Mesh
+from tokenspeed.spmd.placement import REPLICATED, ModuleSpec, Partial, Shard, tokens
 
 CPU = torch.device("cpu")
+ROWS = {"tp": Shard(0)}
 
 
 def as_released(folder: Path) -> None:
@@ -100,3 +105,46 @@ def test_the_release_at_its_real_size(tmp_path: Path) -> None:
     assert sum(p.numel() for p in model.parameters()) == total
     assert round(total / 1e9) == 229
     assert model.get_parameter("model.layers.61.self_attn.qk_norm.q_weight").shape == (6144,)
+
+
+@pytest.mark.parametrize(
+    ("path", "spec", "message"),
+    [
+        (
+            "qk_mean_square",
+            ModuleSpec("mean_square", tokens(tp=Shard(1)), tokens()),
+            r"qk_mean_square .*axis tp: it sees some of the features: its output is P",
+        ),
+        (
+            "qk_mean_square",
+            ModuleSpec("mean_square", tokens(tp=Partial()), tokens(tp=Partial())),
+            r"qk_mean_square .*axis tp: it sees whole tokens: needs its input R",
+        ),
+        (
+            "qk_norm",
+            ModuleSpec("scale", tokens(), tokens(), {"q_weight": ROWS, "k_weight": ROWS}),
+            r"qk_norm .*axis tp: its q_weight is divided by features: its output is S",
+        ),
+        (
+            "qk_norm",
+            ModuleSpec("scale", tokens(), tokens(), {"q_weight": REPLICATED, "k_weight": ROWS}),
+            r"qk_norm .*axis tp: its k_weight is divided by features: its output is S",
+        ),
+    ],
+)
+def test_a_wrong_annotation_of_the_norm_is_refused(
+    tmp_path: Path, path: str, spec: ModuleSpec, message: str
+) -> None:
+    make_checkpoint(tmp_path, "minimax_m2")
+    model = build_model(tmp_path, None, CPU)[0]
+    model.get_submodule(f"model.layers.1.self_attn.{path}").spec = spec
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\." + message):
+        compile_model(model, Mesh(tp=2))
+
+
+def test_its_norm_sums_two_numbers_a_token(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "minimax_m2")
+    plan = compile_model(build_model(tmp_path, None, CPU)[0], Mesh(tp=2))
+    rows = [row for row in plan.collectives(0, itemsize=4) if row.module.endswith("qk_norm")]
+    assert [row.module for row in rows] == [f"model.layers.{i}.self_attn.qk_norm" for i in range(3)]
+    assert {(row.kind, row.axis, row.bytes_per_row) for row in rows} == {("all_reduce", "tp", 8)}

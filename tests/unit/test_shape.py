@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tokenspeed"
-ORDER = "errors config kernels spmd layers models planner execution engine text llm gateway cli".split()
+ORDER = (
+    "errors config kernels spmd layers models planner execution engine text llm gateway cli".split()
+)
 # Used from these folders upwards.
 COMPILED = {"_scheduler": "execution", "_cpu": "kernels", "_shm": "spmd"}
 MAX_FILE, MAX_KERNEL_FILE, MAX_FUNCTION = 400, 600, 60

@@ -105,6 +105,10 @@ def _load(args: argparse.Namespace, planned: "PlannedModel") -> "Load":
 def _mesh(args: argparse.Namespace, planned: "PlannedModel") -> Mesh:
     """The axes given; with none, all devices share every layer, experts by ep if there are any."""
     sizes = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
+    if args.count is not None and args.count < 1:
+        raise ValueError(f"--count must be at least 1: {args.count}")
+    if args.auto and (sizes or args.count is None):
+        raise ValueError("--auto searches all meshes of --count devices: give that and no axis")
     if not sizes:
         count = args.count or 1
         return Mesh(tp=count, ep=count if planned.has_experts else 1)

@@ -43,6 +43,15 @@ class PlannedModel:
         return cast(Router, router).routing
 
     @property
+    def weight_bytes(self) -> float:
+        """Of the whole model."""
+        total = 0.0
+        for path, module in self.model.named_modules():
+            size = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            total += size * self.format_of(path, module).bytes_per_element
+        return total
+
+    @property
     def table_bytes(self) -> int:
         """Of the rotary tables, which every rank holds whole; layers share them."""
         found = {

@@ -72,10 +72,12 @@ class Room:
             need = per_dp * -(-context // self.page_size) * self.page_size
             missing = need * self.kv_bytes_per_token - self.kv_bytes
             longest = self.num_pages // per_dp * self.page_size
+            longest = min(longest, self.max_position)
+            shorter = f", or {batch} of {longest} tokens" if longest else ""
             raise DoesNotFitError(
                 f"{batch} requests of {context} tokens need {missing / GIB:.1f} GiB more for keys "
-                f"and values on each rank; {self.concurrency(context)} such requests fit, or "
-                f"{batch} of {min(longest, self.max_position)} tokens"
+                f"and values on each rank; {self.concurrency(context)} such requests fit"
+                f"{shorter}"
             )
 
 

@@ -215,8 +215,18 @@ def assumptions(found: Estimate) -> list[str]:
         "kernel (estimates)",
         "tokens choose experts evenly, nothing overlaps, no speculation; latent attention absorbed",
         f"steps of at most {load.step_tokens} tokens on a dp rank, pages of {load.page_size}",
-        "weights as the checkpoint stores them unless --weight-dtype says otherwise",
+        _weights_note(found),
     ]
+
+
+def _weights_note(found: Estimate) -> str:
+    names = {entry.op.format.name for entry in found.workload.entries}
+    if names <= {"fp32", "bf16"}:
+        return "weights as the checkpoint stores them unless --weight-dtype says otherwise"
+    return (
+        "weights as stored or asked for; this release decodes fp8 to bf16 when it loads, and loads "
+        "no four-bit weights (--weight-dtype bf16 plans for what it holds)"
+    )
 
 
 def values(found: Estimate, price: float | None, *, compiled: bool = True) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 Best is most output tokens per minute and device while each user gets at least the floor.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -97,29 +98,41 @@ def _divisors(number: int) -> list[int]:
 def _reason(message: str) -> str:
     """What kind of refusal a message is; the places it names differ from mesh to mesh."""
     for words, reason in (
+        ("no whole .* blocks", "ranks would cut the blocks of quantised weights"),
         ("has no experts", "no experts for the axis ep"),
         ("key-value heads", "tp does not fit the key-value heads"),
-        ("experts", "ep does not divide the experts"),
+        (r"\d experts", "ep does not divide the experts"),
         ("views of the same ranks", "attention and experts cannot share the ranks"),
         ("stages for", "more pipeline stages than layers"),
         ("heads of", "tp does not divide the heads"),
         ("cannot be divided", "a weight cannot be divided"),
     ):
-        if words in message:
+        if re.search(words, message):
             return reason
     return message
 
 
 def smallest_count(
-    planned: PlannedModel, device: Device, load: Load, above: int, most: int = 512
+    planned: PlannedModel, device: Device, load: Load, above: int, most: int = 256
 ) -> int | None:
-    """The least power of two of devices, more than `above`, on which the load fits some mesh."""
+    """The least power of two of devices, more than `above`, on which the load fits.
+
+    Looks at meshes of one stage that divide experts over all ranks, and attention over a node.
+    """
+    room = device.memory_bytes - device.runtime_bytes
     count = 1
     while count <= most:
-        if count > above and any(_fits(planned, device, load, s) for s in _sizes(count)):
+        enough = planned.weight_bytes <= count * room
+        if enough and count > above and any(_fits(planned, device, load, s) for s in _wide(count)):
             return count
         count *= 2
     return None
+
+
+def _wide(count: int) -> Iterator[dict[str, int]]:
+    for tp in _divisors(min(count, 8)):
+        for ep in (1, count):
+            yield {"tp": tp, "dp": count // tp, "ep": ep}
 
 
 def _fits(planned: PlannedModel, device: Device, load: Load, sizes: dict[str, int]) -> bool:

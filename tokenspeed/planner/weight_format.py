@@ -11,26 +11,30 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from tokenspeed.layers.embedding import Embedding, LMHead
+from tokenspeed.layers.attention_mla import AbsorbedKv
+from tokenspeed.layers.linear import Linear
 from tokenspeed.layers.moe import Experts, Router
-from tokenspeed.layers.norm import RMSNorm
 from tokenspeed.models.hf_config import HfConfig
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Bytes of one element, its part of the scales included, and the arithmetic of its product."""
+    """Bytes of one element, its part of the scales included, and the arithmetic of its product.
+
+    `block` rows x columns share a scale: ranks get whole blocks.
+    """
 
     name: str
     bytes_per_element: float
     arithmetic: str
+    block: tuple[int, int] = (1, 1)
 
 
 FP32 = WeightFormat("fp32", 4.0, "fp32")
 BF16 = WeightFormat("bf16", 2.0, "bf16")
-FP8 = WeightFormat("fp8", 1.0 + 4.0 / 128**2, "fp8")
-INT4 = WeightFormat("int4", 0.5 + 2.0 / 32, "bf16")
-FP4 = WeightFormat("fp4", 0.5 + 1.0 / 16, "fp4")
+FP8 = WeightFormat("fp8", 1.0 + 4.0 / 128**2, "fp8", (128, 128))
+INT4 = WeightFormat("int4", 0.5 + 2.0 / 32, "bf16", (1, 32))
+FP4 = WeightFormat("fp4", 0.5 + 1.0 / 16, "fp4", (1, 16))
 FORMATS = {f.name: f for f in (FP32, BF16, FP8, INT4, FP4)}
 
 FormatOf = Callable[[str, nn.Module], WeightFormat]  # module path, module -> its weights' format
@@ -112,11 +116,11 @@ def _names(patterns: list[str], name: str) -> bool:
 
 
 def _kept(plain: WeightFormat, others: FormatOf) -> FormatOf:
+    """Only products with large matrices are ever quantised; routers are kept in fp32."""
+
     def format_of(path: str, module: nn.Module) -> WeightFormat:
-        if isinstance(module, Router):
-            return FP32
-        if isinstance(module, (Embedding, LMHead, RMSNorm)):
-            return plain
-        return others(path, module)
+        if isinstance(module, (Linear, AbsorbedKv, Experts)):
+            return others(path, module)
+        return FP32 if isinstance(module, Router) else plain
 
     return format_of

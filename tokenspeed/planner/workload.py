@@ -24,6 +24,7 @@ from tokenspeed.planner.weight_format import BF16, WeightFormat
 from tokenspeed.spmd.collectives import Collective
 from tokenspeed.spmd.compile import SpmdPlan, cuts
 from tokenspeed.spmd.mesh import Mesh
+from tokenspeed.spmd.shards import Cut
 
 Kind = Literal["dense", "experts", "attention", "logits", "other"]
 KERNELS = {Router: 2, Experts: 4, MLP: 1, AbsorbedKv: 2, Embedding: 1, MoE: 1}
@@ -107,16 +108,33 @@ class Workload:
 
 
 def make_workload(planned: PlannedModel, plan: SpmdPlan) -> Workload:
-    """The work of the first rank of each stage; the other ranks of a stage have the same."""
-    shapes = {path: cut.shape for path, cut in cuts(planned.model, plan, 0).items()}
+    """The work of the first rank of each stage; the other ranks of a stage have the same.
+
+    `ValueError`: a rank's piece of a quantised weight would cut a block in two.
+    """
+    found_cuts = cuts(planned.model, plan, 0)
+    shapes = {path: cut.shape for path, cut in found_cuts.items()}
     found: dict[tuple[str, Op], list[int]] = {}
     for path, module in planned.model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            _check_blocks(f"{path}.{name}", found_cuts, planned.format_of(path, module))
         own = [shapes[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)]
         for op in _ops(path, module, own, planned, plan):
             counts = found.setdefault((folded(path), op), [0] * plan.mesh.pp)
             counts[_stage(path, plan)] += 1
     entries = [Entry(path, op, tuple(counts)) for (path, op), counts in found.items()]
     return Workload(planned, plan, tuple(entries))
+
+
+def _check_blocks(path: str, found: dict[str, Cut], held: WeightFormat) -> None:
+    sides = found[path].dims[-2:]
+    for parts, block in zip(sides, held.block, strict=False):
+        for part in parts:
+            if part.count > 1 and part.piece % block:
+                raise ValueError(
+                    f"{path}: {part.size} over {part.count} ranks are {part.piece} each, no whole "
+                    f"{held.name} blocks of {block}"
+                )
 
 
 def _exchanges(plan: SpmdPlan, variant: int) -> tuple[Exchange, ...]:
