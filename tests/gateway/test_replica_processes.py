@@ -12,6 +12,7 @@ import pytest
 
 from tests.gateway.processes import BODY, TEXT, limits, server, start_streams, storm
 from tokenspeed.engine.routing import MIN_BLOCK
+from tokenspeed.execution.cpu_share import cores_of, cpu_share
 
 THREE = ("--data-parallel-size", "3")
 PROMPTS = [
@@ -50,11 +51,9 @@ def shared():
 def test_three_processes_share_the_cores(shared):
     engines = shared.engines()
     assert len(engines) == 3
-    masks = [frozenset(engine.cpu_affinity()) for engine in engines]
-    if len(os.sched_getaffinity(0)) >= 3 * 2:  # so that there are three cores at least
-        assert not masks[0] & masks[1]
-        assert not masks[1] & masks[2]
-    assert frozenset().union(*masks) == os.sched_getaffinity(0)
+    cores = cores_of(os.sched_getaffinity(0))
+    masks = {frozenset(engine.cpu_affinity()) for engine in engines}
+    assert masks == {cpu_share(cores, i, 3) for i in range(3)}
 
 
 async def test_sessions_side_by_side_each_stay_on_one_engine(shared):
@@ -123,6 +122,9 @@ async def test_sigterm_under_32_streams_on_two_engines_loses_nothing():
         async with httpx.AsyncClient(limits=limits(64), timeout=60) as client:
             tasks = await start_streams(client, s.url, 32, max_tokens=300)
             assert by_engine(s, "tokenspeed:routing_requests_total") == [16, 16]
+            cores = cores_of(os.sched_getaffinity(0))
+            masks = {frozenset(engine.cpu_affinity()) for engine in s.engines()}
+            assert masks == {cpu_share(cores, i, 2) for i in range(2)}
             s.process.terminate()
             while (await client.get(f"{s.url}/ready")).status_code == 200:
                 await asyncio.sleep(0.01)
