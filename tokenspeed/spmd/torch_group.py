@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Ranks over torch.distributed: gloo for CPU tensors, NCCL for CUDA. Knows no process launch.
 
-Ragged pieces travel padded to the largest one. On gloo a reduce-scatter is an all-reduce and a cut,
-and bfloat16 is summed in float32. Errors of the backend are `RankDiedError`, and this rank's
-connections close with it, so that ranks which wait for this one notice in their turn. NCCL itself
-does not notice a rank that died: there the engine's control connections do.
+Ragged pieces travel padded to the largest one. gloo sums bfloat16 in float32. Errors of the backend
+are `RankDiedError`, and this rank's connections close with it, so that ranks which wait for this
+one notice in their turn. NCCL itself does not notice a rank that died: there the engine's control
+connections do.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,10 @@ from torch import Tensor
 from tokenspeed.errors import RankDiedError
 from tokenspeed.spmd.call import own_part
 from tokenspeed.spmd.group import Communicator, Group
+
+# Newer versions of torch call them so, and warn of the old names.
+_ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def torch_communicator(
@@ -97,7 +102,7 @@ class TorchGroup(Group):
     def all_reduce(self, x: Tensor) -> Tensor:
         if self._group is None:
             return x
-        wide = x.float() if x.dtype == torch.bfloat16 and not x.is_cuda else x.contiguous()
+        wide = _summable(x).contiguous()
         with self._named("all_reduce"):
             dist.all_reduce(wide, group=self._group)
         return wide.to(x.dtype)
@@ -110,7 +115,7 @@ class TorchGroup(Group):
         rows = _padded(x.movedim(dim, 0), most)
         out = rows.new_empty([len(sizes) * most, *rows.shape[1:]])
         with self._named("all_gather"):
-            dist.all_gather_into_tensor(out, rows, group=self._group)
+            _ALL_GATHER(out, rows, group=self._group)
         if min(sizes) < most:
             out = torch.cat([out[i * most : i * most + size] for i, size in enumerate(sizes)])
         return out.movedim(0, dim).contiguous()
@@ -119,15 +124,13 @@ class TorchGroup(Group):
         self._expect(x.shape[dim] == sum(sizes), "reduce_scatter", x, sizes)
         if self._group is None:
             return x
-        if not x.is_cuda:
-            return torch.split(self.all_reduce(x), list(sizes), dim)[self.index].contiguous()
         most = max(sizes)
-        pieces = torch.split(x.movedim(dim, 0), list(sizes))
+        pieces = torch.split(_summable(x).movedim(dim, 0), list(sizes))
         rows = torch.cat([_padded(piece, most) for piece in pieces])
         out = rows.new_empty([most, *rows.shape[1:]])
         with self._named("reduce_scatter"):
-            dist.reduce_scatter_tensor(out, rows, group=self._group)
-        return out[: sizes[self.index]].movedim(0, dim).contiguous()
+            _REDUCE_SCATTER(out, rows, group=self._group)
+        return out[: sizes[self.index]].movedim(0, dim).to(x.dtype).contiguous()
 
     def all_to_all(self, x: Tensor, send: Sequence[int], receive: Sequence[int]) -> Tensor:
         self._expect(x.shape[0] == sum(send), "all_to_all", x, send)
@@ -168,8 +171,12 @@ class TorchGroup(Group):
             raise ValueError(f"rank {rank}: {kind} of {list(x.shape)}: bad sizes {list(sizes)}")
 
 
+def _summable(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 and not x.is_cuda else x
+
+
 def _padded(x: Tensor, rows: int) -> Tensor:
-    """x, contiguous, with undefined rows added up to `rows`."""
+    """x, contiguous, with rows of zeros added up to `rows`."""
     if len(x) == rows:
         return x.contiguous()
     out = x.new_zeros([rows, *x.shape[1:]])
