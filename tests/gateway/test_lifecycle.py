@@ -156,7 +156,8 @@ async def test_a_client_that_does_not_read_is_dropped(monkeypatch):
         slow = Client(g, TEXT, {**BODY, "max_tokens": 4000, "stream": True}, slow=True)
         begin = asyncio.get_running_loop().time()
         await asyncio.wait_for(slow.task, 5)
-        assert asyncio.get_running_loop().time() - begin > 0.5
+        # Not the 5 seconds: a task that is cancelled by them ends without complaint, too.
+        assert 0.5 < asyncio.get_running_loop().time() - begin < 4.0
         assert g.pool.num_open == 0
         await until(lambda: not g.echo.running)
 
@@ -165,7 +166,9 @@ async def test_a_client_that_reads_too_slowly_is_bounded(monkeypatch):
     monkeypatch.setattr(mailbox, "MAX_UNREAD", 100)
     async with gateway() as g:
         slow = Client(g, TEXT, {**BODY, "max_tokens": 4000, "stream": True}, slow=True)
+        begin = asyncio.get_running_loop().time()
         await asyncio.wait_for(slow.task, 5)
+        assert asyncio.get_running_loop().time() - begin < 4.0
         await until(lambda: not g.echo.running)
 
 

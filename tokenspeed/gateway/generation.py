@@ -210,9 +210,9 @@ class Generation(AbstractContextManager["Generation"]):
     async def _write(self, call: Call, data: bytes) -> None:
         if not data:
             return  # all of it is held back, for instance as the possible start of a stop string
+        self.mailbox.sending += 1
         if not call.started:
             await call.start(200, "text/event-stream; charset=utf-8", _STREAM)
-        self.mailbox.sending += 1
         await call.send({"type": "http.response.body", "body": data, "more_body": True})
         self.mailbox.sending += 1
 
