@@ -29,10 +29,10 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from benchmarks.null_engine import PAGE_SIZE
 from tokenspeed.engine.routing import Load, PrefixRouter
 
 LETTER = "x"
+PAGE_SIZE = 64  # tokens
 
 
 async def one_stream(port: int, seed: int, tokens: int) -> list[float]:
