@@ -2,7 +2,9 @@
 """One suite over all communicators: virtual ranks, shared memory, gloo."""
 
 import os
+import random
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -169,6 +171,42 @@ def test_sums_that_are_no_numbers(kind: str) -> None:
         assert [str(value) for value in total] == ["nan", "nan", "inf", "1.0"]
 
 
+def random_calls(communicator: Communicator, seed: int, count: int) -> list[int]:
+    """The same random program on every rank; a checksum of each result."""
+    shared = random.Random(seed)
+    sums = []
+    for _ in range(count):
+        group = communicator.group(shared.choice(PARTITIONS))
+        dtype, width = shared.choice(DTYPES), shared.choice([1, 3, 64, 5000])
+        sizes = [shared.choice([0, 1, 2, 5, 40]) for _ in range(4)]
+        rows = [[shared.choice([0, 1, 3, 9]) for _ in range(4)] for _ in range(4)]
+        kind, root = shared.choice(["sum", "gather", "scatter", "exchange", "broadcast"]), 0
+        me, n = group.index, len(group.ranks)
+        if kind == "sum":
+            x = group.all_reduce(piece(communicator.rank, (sizes[0] + 1, width), dtype))
+        elif kind == "gather":
+            x = group.all_gather(piece(communicator.rank, (sizes[me], width), dtype), 0, sizes[:n])
+        elif kind == "scatter":
+            x = piece(communicator.rank, (width, sum(sizes[:n])), dtype)
+            x = group.reduce_scatter(x, 1, sizes[:n])
+        elif kind == "exchange":
+            sent = piece(communicator.rank, (sum(rows[me][:n]), width), dtype)
+            x = group.all_to_all(sent, rows[me][:n], [rows[i][me] for i in range(n)])
+        else:
+            x = group.broadcast(piece(communicator.rank, (sizes[0], width), dtype), root)
+        weights = torch.arange(x.numel(), dtype=torch.int64) % 1009 + 1
+        sums.append(int((x.flatten().to(torch.int64) * weights).sum()))
+    return sums
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["threads", "shm", "gloo"])
+def test_random_programs_end_like_virtual_ranks(kind: str) -> None:
+    for seed in range(3):
+        program = partial(random_calls, seed=seed, count=1500)
+        assert on_ranks(kind, 4, program) == run_ranks(4, program)
+
+
 # ---- Death and disagreement --------------------------------------------------------------------
 
 
@@ -196,6 +234,32 @@ def test_a_death_ends_the_others_calls(kind: str) -> None:
         assert seconds < (2 if kind == "shm" else 10)
         if kind == "shm":
             assert "rank 1 died" in text
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def dies_somewhere(communicator: Communicator, seed: int) -> float:
+    """Rank 2 is killed from outside its calls' order, at any instruction."""
+    if communicator.rank == 2:
+        delay = random.Random(seed).random() * 0.2
+        threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    start = time.monotonic()
+    try:
+        random_calls(communicator, seed, 1_000_000)
+    except RankDiedError:
+        return time.monotonic() - start
+    raise AssertionError("nobody died")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["shm", "gloo"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_death_at_any_time(kind: str, seed: int) -> None:
+    before = set(os.listdir("/dev/shm"))
+    results = on_processes(kind, 4, partial(dies_somewhere, seed=seed), timeout_s=60)
+    assert results[2] is None
+    for rank in (0, 1, 3):
+        assert isinstance(results[rank], float), results[rank]
+        assert results[rank] < 10
     assert set(os.listdir("/dev/shm")) <= before
 
 

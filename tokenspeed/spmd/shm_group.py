@@ -32,6 +32,8 @@ class ShmCommunicator(Communicator):
     def __init__(self, rank: int, num_ranks: int, name: str, timeout_s: float) -> None:
         if not 0 <= rank < num_ranks:
             raise ValueError(f"rank {rank} of {num_ranks}")
+        if not hasattr(Tensor, "__dlpack_c_exchange_api__"):
+            raise ValueError(f"torch {torch.__version__} has no DLPack exchange API: use gloo")
         self.rank = rank
         self.num_ranks = num_ranks
         self._name = name
