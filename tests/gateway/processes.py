@@ -66,7 +66,7 @@ class Server:
 @contextmanager
 def server(*flags: str, real: bool = False):
     """A ready server; whatever happens, no process of it is left."""
-    made = Server(*flags, real=real)
+    made, family = Server(*flags, real=real), []
     try:
         made.wait_ready()
         family = psutil.Process(made.process.pid).children(recursive=True)
