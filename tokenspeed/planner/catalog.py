@@ -6,8 +6,9 @@ Reads config.json and nothing else; never downloads. Refuses to know meshes and 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -16,11 +17,12 @@ from huggingface_hub.errors import HFValidationError
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.layers.attention_gqa import GqaAttention
 from tokenspeed.layers.attention_mla import MlaAttention
-from tokenspeed.layers.moe import Experts, Router, Routing
+from tokenspeed.layers.moe import Experts
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
 from tokenspeed.models.hub import DEMO, DEMO_FOLDER
 from tokenspeed.models.registry import find_architecture
+from tokenspeed.planner.folding import FoldedModel, fold_layers
 from tokenspeed.planner.weight_format import BF16, FP32, FormatOf, choose_formats
 
 SHAPES = Path(__file__).parent.parent / "assets" / "models"
@@ -37,10 +39,9 @@ class PlannedModel:
     format_of: FormatOf
     kv_dtype: torch.dtype
 
-    def routing(self, path: str) -> Routing:
-        """How tokens choose among the experts at `path`."""
-        router = self.model.get_submodule(path.rpartition(".")[0] + ".gate")
-        return cast(Router, router).routing
+    @cached_property
+    def folded(self) -> FoldedModel:
+        return fold_layers(self.model, lambda path, module: self.format_of(path, module).name)
 
     @property
     def weight_bytes(self) -> float:

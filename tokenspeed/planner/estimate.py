@@ -139,12 +139,12 @@ class Estimate:
 def estimate(planned: PlannedModel, mesh: Mesh, device: Device, load: Load) -> Estimate:
     """Compiles for `mesh`. `ValueError` names what does not divide; memory is not checked."""
     plan = compile_model(
-        planned.model,
-        mesh,
+        planned.folded.model,
+        replace(mesh, pp=1),
         interconnect=device.interconnect(tuple(range(mesh.stage_ranks))),
         max_tokens=load.step_tokens,
         itemsize=ACTIVATION_BYTES,
         memory_bandwidth=device.bytes_per_s(),
         num_redundant_experts=load.redundant_experts,
     )
-    return Estimate(make_workload(planned, plan), device, load)
+    return Estimate(make_workload(planned, mesh, plan), device, load)

@@ -56,7 +56,7 @@ def compiled_table(found: Estimate) -> Table:
     for entry in workload.entries:
         count = sum(entry.counts)
         weights = _placement(specs[entry.path]) if entry.op.num_elements else ""
-        here = [e for e in exchanges if e.row.module == entry.path]
+        here = [e for e in exchanges if e.row.module == entry.path and e not in seen]
         seen += here
         if weights or here:
             held = f"{entry.op.weight_bytes / 2**20:.2f}" if entry.op.num_elements else ""
@@ -83,13 +83,12 @@ def _exchange_text(row: Any, count: int, of: int) -> str:
 
 
 def _specs(workload: Workload) -> dict[str, ModuleSpec]:
-    from tokenspeed.planner.workload import folded
-
+    folded = workload.planned.folded
     found: dict[str, ModuleSpec] = {}
-    for path, module in workload.planned.model.named_modules():
+    for path, module in folded.model.named_modules():
         spec = getattr(module, "spec", None)
         if isinstance(spec, ModuleSpec):
-            found.setdefault(folded(path), spec)
+            found.setdefault(folded.text(path), spec)
     return found
 
 

@@ -5,7 +5,6 @@ Made from the meta model and the local shapes of its compile; identical modules 
 are one `Op` with a count for each pipeline stage. Knows no devices and no batch.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,13 +17,15 @@ from tokenspeed.layers.attention_gqa import GqaAttention
 from tokenspeed.layers.attention_mla import AbsorbedKv, MlaAttention
 from tokenspeed.layers.embedding import Embedding, LMHead
 from tokenspeed.layers.mlp import MLP
-from tokenspeed.layers.moe import Experts, MoE, Router, Routing
+from tokenspeed.layers.moe import Experts, MoE, Router
 from tokenspeed.planner.catalog import PlannedModel
+from tokenspeed.planner.folding import LAYERS, FoldedModel
 from tokenspeed.planner.weight_format import BF16, WeightFormat
 from tokenspeed.spmd.collectives import Collective
 from tokenspeed.spmd.compile import SpmdPlan, cuts
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.shards import Cut
+from tokenspeed.spmd.stages import Stages, find_stages
 
 Kind = Literal["dense", "experts", "attention", "logits", "other"]
 KERNELS = {Router: 2, Experts: 4, MLP: 1, AbsorbedKv: 2, Embedding: 1, MoE: 1}
@@ -75,12 +76,10 @@ class Workload:
     """All work of one rank of each stage."""
 
     planned: PlannedModel
-    plan: SpmdPlan
+    mesh: Mesh
+    plan: SpmdPlan  # of one stage
     entries: tuple[Entry, ...]
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.plan.mesh
+    collectives: tuple[tuple[Exchange, ...], ...]  # of each variant, in the order of the model
 
     @property
     def hidden_size(self) -> int:
@@ -98,37 +97,62 @@ class Workload:
     def weight_bytes(self, stage: int) -> float:
         return self._sum(stage, "weight_bytes")
 
-    @cached_property
-    def collectives(self) -> tuple[tuple[Exchange, ...], ...]:
-        """Of each variant of the plan, in the order of the model."""
-        return tuple(_exchanges(self.plan, i) for i in range(len(self.plan.variants)))
-
     def _sum(self, stage: int, name: str) -> float:
         return float(sum(entry.counts[stage] * getattr(entry.op, name) for entry in self.entries))
 
 
-def make_workload(planned: PlannedModel, plan: SpmdPlan) -> Workload:
-    """The work of the first rank of each stage; the other ranks of a stage have the same.
+def make_workload(planned: PlannedModel, mesh: Mesh, plan: SpmdPlan) -> Workload:
+    """`plan` is of the folded model on one stage of `mesh`. All ranks of a stage work alike.
 
     `ValueError`: a rank's piece of a quantised weight would cut a block in two.
     """
-    found_cuts = cuts(planned.model, plan, 0)
-    shapes = {path: cut.shape for path, cut in found_cuts.items()}
-    found: dict[tuple[str, Op], list[int]] = {}
-    for path, module in planned.model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
-            _check_blocks(f"{path}.{name}", found_cuts, planned.format_of(path, module))
-        own = [shapes[f"{path}.{name}"] for name, _ in module.named_parameters(recurse=False)]
-        for op in _ops(path, module, own, planned, plan):
-            counts = found.setdefault((folded(path), op), [0] * plan.mesh.pp)
-            counts[_stage(path, plan)] += 1
-    entries = [Entry(path, op, tuple(counts)) for (path, op), counts in found.items()]
-    return Workload(planned, plan, tuple(entries))
+    folded, stages = planned.folded, find_stages(planned.model, mesh.pp)
+    whole = replace(plan.mesh, pp=mesh.pp)  # with the axis kv of this model
+    found = cuts(folded.model, plan, 0)
+    found_ops: dict[tuple[str, Op], list[int]] = {}
+    for path, module in folded.model.named_modules():
+        held = planned.format_of(folded.whole_path(path), module)
+        own = [f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)]
+        for name in own:
+            _check_blocks(name, found[name], held)
+        shapes = [found[name].shape for name in own]
+        for op in _ops(path, module, shapes, held, planned.kv_dtype.itemsize, whole, plan):
+            counts = found_ops.setdefault((folded.text(path), op), [0] * mesh.pp)
+            _add(counts, path, folded, stages)
+    entries = [Entry(path, op, tuple(counts)) for (path, op), counts in found_ops.items()]
+    exchanges = [_exchanges(plan, i, folded, stages) for i in range(len(plan.variants))]
+    return Workload(planned, whole, plan, tuple(entries), tuple(exchanges))
 
 
-def _check_blocks(path: str, found: dict[str, Cut], held: WeightFormat) -> None:
-    sides = found[path].dims[-2:]
-    for parts, block in zip(sides, held.block, strict=False):
+def _add(counts: list[int], path: str, folded: FoldedModel, stages: Stages) -> None:
+    """Counts a module of the folded model as often as each stage has it."""
+    place = folded.layer_of(path)
+    if place is None:
+        counts[stages.stage_of(path) or 0] += 1
+        return
+    for layer, stands_for in enumerate(folded.stands_for):
+        if stands_for == place:
+            counts[stages.stage_of(f"{LAYERS}.{layer}") or 0] += 1
+
+
+def _exchanges(
+    plan: SpmdPlan, variant: int, folded: FoldedModel, stages: Stages
+) -> tuple[Exchange, ...]:
+    """Those of one stage's plan, and what each stage but the first receives."""
+    found: dict[Collective, list[int]] = {}
+    for row in plan.collectives(variant, ACTIVATION_BYTES):
+        one = replace(row, module=folded.text(row.module))
+        _add(found.setdefault(one, [0] * stages.count), row.module, folded, stages)
+    if stages.count > 1:
+        width = folded.model.config.hidden_size * ACTIVATION_BYTES
+        size = width / (plan.mesh.tp if plan.variants[variant].split else 1)
+        send = Collective(f"{LAYERS}.*", "send", "pp", 2, size)
+        found[send] = [0] + [1] * (stages.count - 1)
+    return tuple(Exchange(row, tuple(counts)) for row, counts in found.items())
+
+
+def _check_blocks(path: str, cut: Cut, held: WeightFormat) -> None:
+    for parts, block in zip(cut.dims[-2:], held.block, strict=False):
         for part in parts:
             if part.count > 1 and part.piece % block:
                 raise ValueError(
@@ -137,38 +161,26 @@ def _check_blocks(path: str, found: dict[str, Cut], held: WeightFormat) -> None:
                 )
 
 
-def _exchanges(plan: SpmdPlan, variant: int) -> tuple[Exchange, ...]:
-    found: dict[Collective, list[int]] = {}
-    for row in plan.collectives(variant, ACTIVATION_BYTES):
-        one = replace(row, module=folded(row.module))
-        counts = found.setdefault(one, [0] * plan.mesh.pp)
-        counts[_stage(row.module, plan)] += 1
-    return tuple(Exchange(row, tuple(counts)) for row, counts in found.items())
-
-
-def folded(path: str) -> str:
-    """A module's path with `*` for the layer's number."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
-
-
 def _ops(
     path: str,
     module: nn.Module,
     shapes: list[tuple[int, ...]],
-    planned: PlannedModel,
+    held: WeightFormat,
+    kv_itemsize: int,
+    mesh: Mesh,
     plan: SpmdPlan,
 ) -> Iterator[Op]:
     """What one module does; nothing for those that only hold others."""
-    held, size = planned.format_of(path, module), sum(prod(shape) for shape in shapes)
+    size = sum(prod(shape) for shape in shapes)
     kernels = KERNELS.get(type(module), 1 if shapes else 0)
     if isinstance(module, (GqaAttention, MlaAttention)):
-        yield _attention(module, planned, plan.mesh)
+        yield _attention(module, kv_itemsize, mesh)
     elif isinstance(module, Embedding):
         yield Op("other", size, held, traffic=2.0 * ACTIVATION_BYTES * shapes[0][1], kernels=1)
     elif isinstance(module, LMHead):
-        yield _logits(module, size, held, plan.mesh)
+        yield _logits(module, size, held, mesh)
     elif isinstance(module, Experts):
-        yield _experts(module, shapes, held, planned.routing(path), plan)
+        yield _experts(module, shapes, held, plan)
     elif shapes and len(shapes[0]) > 1:
         features = sum(prod(shape[:-2]) * sum(shape[-2:]) for shape in shapes)
         traffic = float(ACTIVATION_BYTES * features)
@@ -193,7 +205,6 @@ def _experts(
     module: Experts,
     shapes: list[tuple[int, ...]],
     held: WeightFormat,
-    routing: Routing,
     plan: SpmdPlan,
 ) -> Op:
     """Each token runs through top_k of all experts; `flops` are of the share that falls here.
@@ -202,7 +213,7 @@ def _experts(
     """
     slots = plan.num_slots // plan.mesh.ep
     size = slots * sum(prod(shape[1:]) for shape in shapes)
-    share = routing.top_k / plan.num_slots
+    share = plan.top_k / plan.num_slots
     return Op(
         "experts",
         size,
@@ -216,7 +227,7 @@ def _experts(
     )
 
 
-def _attention(module: GqaAttention | MlaAttention, planned: PlannedModel, mesh: Mesh) -> Op:
+def _attention(module: GqaAttention | MlaAttention, kv_itemsize: int, mesh: Mesh) -> Op:
     """Scores and values over the context; projections are modules of their own.
 
     Latent attention is counted in its absorbed form, as the engine runs it.
@@ -228,10 +239,5 @@ def _attention(module: GqaAttention | MlaAttention, planned: PlannedModel, mesh:
     else:
         elements = 2 * module.shape.num_kv_heads // mesh.size("kv") * module.shape.head_dim
         flops = 4.0 * heads * module.shape.head_dim
-    kv_bytes = float(elements * planned.kv_dtype.itemsize)
+    kv_bytes = float(elements * kv_itemsize)
     return Op("attention", kernels=3, kv_bytes=kv_bytes, kv_flops=flops)
-
-
-def _stage(path: str, plan: SpmdPlan) -> int:
-    """The pipeline stage that a module stands in; what all stages have is counted in the first."""
-    return plan.stages.stage_of(path) or 0
