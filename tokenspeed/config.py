@@ -6,6 +6,8 @@ change only speed, memory and reachability. The CLI and `docs/parameters.md` are
 """
 
 import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -104,6 +106,22 @@ class EngineConfig:
             raise ValueError(f"unknown option {', '.join(sorted(options))}")
         return cls(**groups)
 
+    def to_json(self) -> str:
+        """Every option by its flat name."""
+        groups = (dataclasses.asdict(getattr(self, name)) for name in self.groups())
+        return json.dumps({k: v for group in groups for k, v in group.items()}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "EngineConfig":
+        """The inverse of `to_json`. `ValueError` for anything else."""
+        options = json.loads(text)
+        lists = {name: tuple(v) for name, v in options.items() if isinstance(v, list)}
+        return cls.of(**options | lists)
+
+    def digest(self) -> str:
+        """The same for the same options, in any process."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
     @classmethod
     def groups(cls) -> dict[str, Any]:
         """The group classes by field name."""
@@ -129,11 +147,10 @@ class EngineConfig:
             raise ValueError(
                 "num_redundant_experts needs enable_eplb: nothing else would choose what they copy"
             )
-        for f in dataclasses.fields(parallel):
-            if f.name == "data_parallel_size":
-                continue
-            if f.type is int and getattr(parallel, f.name) != 1:
-                raise ValueError(f"{f.name} must be 1 in this release: {getattr(parallel, f.name)}")
+        if parallel.pipeline_parallel_size > 1 and scheduler.overlap_depth:
+            raise ValueError(
+                "overlap_depth must be 0 with pipeline_parallel_size above 1: stages overlap anyway"
+            )
         if parallel.data_parallel_size > 1 and parallel.launcher != "local":
             raise ValueError(
                 "data_parallel_size above 1 needs launcher local: start one server for each engine,"

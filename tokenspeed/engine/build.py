@@ -1,29 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""`EngineConfig` -> `Engine`: builds the collaborators and joins them. Knows no requests."""
+"""`EngineConfig` -> `Engine`: meets the other ranks, builds the collaborators and joins them.
+
+Knows no requests.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, Ready
-from tokenspeed.execution.batch import Batcher
-from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
+from tokenspeed.engine.part import Part, build_part, mesh_of
+from tokenspeed.engine.ranks.crew import Crew
+from tokenspeed.engine.ranks.muster import muster
+from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.runner import Runner
-from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.sampling_params import SamplingParams
-from tokenspeed.models.build import load_model
-from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hub import resolve_model
 
 Progress = Callable[[float, str], None]  # share of the whole start-up, what is being done
+OnDeath = Callable[[RankDiedError], None]
 
 WEIGHTS_SHARE, READY_SHARE = 0.95, 0.97  # of the start-up, as the progress counts it
 WARM_UP_TOKENS = 40
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_folders(config: EngineConfig) -> tuple[Path, Path]:
@@ -39,30 +40,45 @@ def build_engine(
     folder: Path | None = None,
     progress: Progress | None = None,
     num_sharers: int = 1,
+    on_death: OnDeath | None = None,
 ) -> Engine:
-    """Loads the model and allocates everything. `ModelLoadError`, or `ValueError` for options.
+    """Loads the model on all ranks and allocates everything.
 
-    `num_sharers`: engines that divide this machine's memory among them.
+    `ModelLoadError`, `ValueError` for options, `RankDiedError` if another rank ends meanwhile; then
+    and later `on_death` is told, from another thread. `num_sharers`: engines that divide this
+    machine's memory among them.
     """
     tell = progress or (lambda fraction, what: None)
     tell(0.0, "resolving the model")
-    device = _device(config.model.device)
-    model = load_model(
-        folder or resolve_folders(config)[0],
-        DTYPES[config.model.dtype],
-        device,
-        config.model.max_model_len,
-        progress=lambda fraction: tell(fraction * WEIGHTS_SHARE, "loading weights"),
-    )
-    tell(WEIGHTS_SHARE, "allocating the KV cache")
-    engine = assemble(config, model, device, num_sharers)
-    tell(READY_SHARE, "warming up")
-    warm_up(engine)
+    folder = folder or resolve_folders(config)[0]
+    num_ranks = mesh_of(config).num_ranks
+    if num_ranks > 1:
+        tell(0.0, f"waiting for {num_ranks - 1} other rank(s)")
+    met = muster(config, folder, num_sharers, on_death)
+    try:
+        part = build_part(
+            config,
+            folder,
+            communicator=met.communicator,
+            agree=met.agree,
+            num_sharers=num_sharers * met.num_neighbours,
+            progress=lambda fraction: tell(fraction * WEIGHTS_SHARE, "loading weights"),
+        )
+        met.wait_until_ready()
+        tell(READY_SHARE, "warming up")
+        engine = assemble(config, part, met.crew)
+        warm_up(engine)
+    except BaseException as error:
+        met.close()
+        # Whoever died first knows best why; this rank may only have missed the others.
+        if met.crew is not None and not isinstance(error, KeyboardInterrupt):
+            met.crew.check()
+        raise
     return engine
 
 
 def warm_up(engine: Engine) -> None:
-    """Answers one request of ours, so that the first client finds everything loaded.
+    """Answers requests of ours, so that the first client finds everything loaded.
 
     What kernels refuse, such as a combination of dtypes, is a `ValueError` here and now.
     """
@@ -75,54 +91,43 @@ def warm_up(engine: Engine) -> None:
     engine.flush_cache()
 
 
-def assemble(
-    config: EngineConfig, model: CausalLM, device: torch.device, num_sharers: int = 1
-) -> Engine:
-    """The engine around a loaded model. `ValueError` if the cache cannot hold one request."""
-    options, depth = config.scheduler, config.scheduler.overlap_depth
-    page_size = config.cache.page_size
-    specs = model.cache_specs(DTYPES[config.cache.kv_cache_dtype])
-    longest = config.model.max_model_len or model.max_position
-    num_pages = choose_num_pages(
-        config.cache,
-        specs,
-        max_model_len=longest,
-        max_num_seqs=options.max_num_seqs,
-        num_sharers=num_sharers,
-    )
-    max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
-    scheduler = Scheduler(
-        num_pages=num_pages,
-        page_size=page_size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        max_num_partial_prefills=options.max_num_partial_prefills,
-        overlap_depth=depth,
-        enable_prefix_caching=config.cache.enable_prefix_caching,
-    )
-    seats = options.max_num_seqs
+def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engine:
+    """The engine around rank 0's part."""
+    options, mesh = config.scheduler, mesh_of(config)
+    schedulers = [
+        Scheduler(
+            num_pages=part.num_pages,
+            page_size=config.cache.page_size,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=part.max_model_len,
+            max_num_partial_prefills=options.max_num_partial_prefills,
+            overlap_depth=options.overlap_depth,
+            num_micro_steps=mesh.pp,
+            enable_prefix_caching=config.cache.enable_prefix_caching,
+        )
+        for _ in range(mesh.dp)
+    ]
+    depth, balancer = options.overlap_depth + mesh.pp - 1, part.balancer
     runner = Runner(
-        model,
-        KVCache(specs, num_pages=num_pages, page_size=page_size, device=device),
-        Batcher(
-            max_num_seqs=seats, max_model_len=max_model_len, page_size=page_size, device=device
-        ),
-        Sampler(max_num_seqs=seats, vocab_size=model.vocab_size, device=device),
-        max_num_seqs=seats,
-        overlap_depth=depth,
+        part.runner,
+        max_num_seqs=options.max_num_seqs,
+        num_dp=mesh.dp,
+        crew=crew,
+        remote=range(mesh.dp) if mesh.pp > 1 else range(1, mesh.dp),
+        threaded=depth > 0,
     )
     return Engine(
-        scheduler,
+        Schedulers(schedulers),
         runner,
-        Ready(max_model_len, model.vocab_size, num_pages, page_size),
+        Ready(
+            part.max_model_len,
+            part.model.vocab_size,
+            part.num_pages * mesh.dp,
+            config.cache.page_size,
+        ),
         max_logprobs=config.model.max_logprobs,
-        overlap_depth=depth,
+        depth=depth,
+        balance=None if balancer is None else lambda: balancer.stats,
         seed=config.model.seed,
     )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda":
-        raise ValueError("device: this release has kernels for the CPU only; leave it at auto")
-    return torch.device("cpu")

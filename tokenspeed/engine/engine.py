@@ -8,7 +8,8 @@ Nothing that a request contains raises out of `step`: what cannot be served is r
 import random
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,15 +19,16 @@ from tokenspeed._scheduler import (
     FINISH_LENGTH,
     FINISH_NONE,
     FINISH_STOP,
-    Scheduler,
     Updates,
 )
 from tokenspeed.engine.admission import Limits, check
 from tokenspeed.engine.messages import EngineStats, GenerateRequest, Ready, TokenOutput
+from tokenspeed.engine.schedulers import Schedulers
 from tokenspeed.errors import RequestError
-from tokenspeed.execution.plan_view import Words
-from tokenspeed.execution.runner import InFlight, PromptLogprobs, StepOutput
+from tokenspeed.execution.expert_balancer import BalanceStats
+from tokenspeed.execution.runner import InFlight, Plans
 from tokenspeed.execution.sampler import Sequence
+from tokenspeed.execution.step_runner import PromptLogprobs, StepOutput
 
 REASONS = {FINISH_NONE: None, FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 FAILED = "the model's numbers for this request are not finite, or no token was allowed"
@@ -37,7 +39,7 @@ class Runner(Protocol):
 
     def add(self, request_id: int, sequence: Sequence) -> None: ...
     def remove(self, request_id: int) -> None: ...
-    def launch(self, words: Words) -> InFlight: ...
+    def launch(self, plans: Plans) -> InFlight: ...
     def close(self) -> None: ...
 
 
@@ -56,19 +58,21 @@ class Engine:
 
     def __init__(
         self,
-        scheduler: Scheduler,
+        schedulers: Schedulers,
         runner: Runner,
         ready: Ready,
         *,
         max_logprobs: int,
-        overlap_depth: int,
+        depth: int,
+        balance: Callable[[], BalanceStats] | None = None,
         seed: int = 0,
     ) -> None:
         self.ready = ready
         self.num_steps = 0
-        self._scheduler, self._runner = scheduler, runner
+        self._schedulers, self._runner = schedulers, runner
         self._limits = Limits(ready.max_model_len, ready.vocab_size, max_logprobs)
-        self._overlap_depth = overlap_depth
+        self._depth = depth  # steps that may be in flight beside the one just launched
+        self._balance = balance
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._live: dict[int, _Live] = {}
@@ -80,13 +84,13 @@ class Engine:
         # A tokenizer may name an end that this model has no logit for.
         stop_ids = [token for token in request.stop_ids if token < self._limits.vocab_size]
         try:
-            self._scheduler.submit(
+            self._schedulers.submit(
                 request.request_id,
                 prompt,
+                request.salt,
                 max_tokens=params.max_tokens or self._limits.max_model_len - len(prompt),
                 min_tokens=params.min_tokens,
                 stop_ids=np.array(stop_ids, np.int32),
-                salt=request.salt,
                 prompt_logprobs=params.prompt_logprobs is not None,
             )
         except ValueError as error:
@@ -99,17 +103,22 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Ends a request in any state; no output follows. Unknown ids are ignored."""
         if self._live.pop(request_id, None) is not None:
-            self._scheduler.abort(request_id)
+            self._schedulers.abort(request_id)
             self._runner.remove(request_id)
 
     def step(self) -> list[TokenOutput]:
         """Plans and launches a step if there is one, then commits what is due."""
-        plan = self._scheduler.next_plan()
-        if plan is not None:
-            self._in_flight.append(self._runner.launch(plan))
+        plans = self._schedulers.next_plans()
+        if plans is not None:
+            self._in_flight.append(self._runner.launch(plans))
         outputs: list[TokenOutput] = []
-        while len(self._in_flight) > (self._overlap_depth if plan is not None else 0):
-            outputs += self._commit(self._in_flight.popleft().result())
+        while len(self._in_flight) > (self._depth if plans is not None else 0):
+            self.num_steps += 1
+            for index, step in enumerate(self._in_flight.popleft().result()):
+                if step is not None:
+                    outputs += self._commit(index, step)
+            if plans is None:
+                break  # pages came back: there may be a plan now
         return outputs
 
     def has_work(self) -> bool:
@@ -118,28 +127,28 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The scheduler's counts, as the gateway's metrics show them."""
-        s = self._scheduler.stats()
-        used = s.num_pages - s.num_free_pages - s.num_cached_pages
-        return EngineStats(
-            num_running=s.num_running,
-            num_waiting=s.num_waiting,
-            kv_cache_usage=used / s.num_pages,
-            num_preemptions=s.num_preemptions,
-            prefix_queries=s.prefix_queries,
-            prefix_hits=s.prefix_hits,
+        stats = EngineStats(**self._schedulers.stats())
+        if self._balance is None:
+            return stats
+        balance = self._balance()
+        return replace(
+            stats,
+            expert_load_mean=balance.mean,
+            expert_load_worst=balance.worst,
+            expert_load_rebalances=balance.num_rebalances,
+            expert_load_slots_moved=balance.num_moved,
         )
 
     def flush_cache(self) -> int:
         """Forgets every cached page that no request uses; returns how many."""
-        return self._scheduler.flush_cache()
+        return self._schedulers.flush_cache()
 
     def close(self) -> None:
         """Waits for the steps in flight. The engine is of no use afterwards."""
         self._runner.close()
 
-    def _commit(self, step: StepOutput) -> list[TokenOutput]:
-        updates = self._scheduler.commit(step.words)
-        self.num_steps += 1
+    def _commit(self, index: int, step: StepOutput) -> list[TokenOutput]:
+        updates = self._schedulers.commit(index, step.words)
         for request_id, entries in step.prompt_logprobs.items():
             if request_id in self._live:
                 self._live[request_id].prompt_logprobs.update(entries)
@@ -180,6 +189,7 @@ class Engine:
         extra: dict[str, Any] = {}
         if ids and live.first_token_s is None:
             live.first_token_s = time.monotonic()
+            self._schedulers.started(request_id)
             if sequence.params.prompt_logprobs is not None:
                 extra["prompt_logprobs"] = [
                     live.prompt_logprobs.get(i) for i in range(sequence.prompt_len)
@@ -187,6 +197,7 @@ class Engine:
         sequence.output_ids += ids
         if over:
             del self._live[request_id]
+            self._schedulers.forget(request_id)
             self._runner.remove(request_id)
             started = sequence.started_s or sequence.arrived_s
             extra["queue_s"] = started - sequence.arrived_s

@@ -63,6 +63,22 @@ class Batcher:
             max_kv_len=int(kv_len.max(initial=0)),
         )
 
+    def idle(self) -> ForwardBatch:
+        """A step without tokens."""
+        none = np.empty(0, np.int32)
+        return ForwardBatch(
+            token_ids=self._tensor(none.astype(np.int64)),
+            positions=self._tensor(none),
+            cache_index=self._tensor(none.astype(np.int64)),
+            q_start=self._tensor(np.zeros(1, np.int32)),
+            kv_len=self._tensor(none),
+            slots=self._tensor(none),
+            page_table=self._table,
+            logits_index=self._tensor(none.astype(np.int64)),
+            max_q_len=0,
+            max_kv_len=0,
+        )
+
     def _token_ids(self, tokens: NDArray[np.int32], slot_of: NDArray[np.int32]) -> torch.Tensor:
         ids = self._tensor(tokens.astype(np.int64))
         on_device = tokens == TOKEN_FROM_DEVICE

@@ -46,7 +46,12 @@ class Spmd:
     @property
     def samples(self) -> bool:
         """Whether this rank has logits: it is on the last stage."""
-        return self.stage == self.plan.stages.count - 1 or self.plan.stages.count == 1
+        return self.stage == self.plan.mesh.pp - 1
+
+    @property
+    def peers(self) -> Group | None:
+        """The ranks of this stage that have the same tokens; None if there is no other."""
+        return self.groups.peers if self.groups is not None else None
 
     def group(self, axis: str) -> Group | None:
         """The group over an axis; None if it has one rank."""

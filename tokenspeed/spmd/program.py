@@ -61,9 +61,10 @@ class Groups:
     """The groups that a plan needs, made in the same order on every rank."""
 
     def __init__(self, plan: SpmdPlan, communicator: Communicator) -> None:
-        mesh = plan.mesh
+        mesh = self._mesh = plan.mesh
         sets = {move.atoms: None for site in plan.sites.values() for move in site.moves}
         sets |= {mesh.axis_atoms(axis): None for axis in ("tp", "dp", "ep")}
+        sets |= {_but_dp(mesh): None}
         sets |= {rest: None for site in plan.sites.values() if (rest := _stays(site.have, mesh))}
         self._made = {
             atoms: communicator.group(mesh.groups(atoms)) for atoms in sorted(sets) if atoms
@@ -74,9 +75,20 @@ class Groups:
             places = [tuple(range(at, mesh.num_ranks, size)) for at in range(size)]
             self.pipeline = communicator.group(places)
 
+    @property
+    def peers(self) -> Group | None:
+        """The ranks of this stage that have the same tokens."""
+        return self.over(_but_dp(self._mesh))
+
     def over(self, atoms: tuple[int, ...]) -> Group | None:
         """The group over these atoms; None where they are no ranks at all."""
         return self._made[atoms] if atoms else None
+
+
+def _but_dp(mesh: Mesh) -> tuple[int, ...]:
+    """The atoms over which ranks of one stage have the same tokens."""
+    dp = mesh.axis_atoms("dp")
+    return tuple(atom for atom in range(len(mesh.atoms)) if atom not in dp)
 
 
 def _stays(have: Sequence[object], mesh: Mesh) -> tuple[int, ...]:

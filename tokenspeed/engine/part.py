@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: MIT
+"""One rank's part of an engine: its share of the model, its pages, and what runs its steps.
+
+The same on every rank, rank 0 included. Knows no requests and no way in which ranks meet.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.execution.batch import Batcher
+from tokenspeed.execution.expert_balancer import ExpertBalancer, make_balancer
+from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
+from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.step_runner import StepRunner
+from tokenspeed.models.build import Ranks, load_model
+from tokenspeed.models.causal_lm import CausalLM
+from tokenspeed.spmd.group import Communicator
+from tokenspeed.spmd.mesh import Mesh
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks must have alike: each proposes what fits it, the least is taken."""
+
+    num_pages: int
+
+    def facts(self) -> dict[str, int]:
+        return asdict(self)
+
+
+Agree = Callable[[Agreement], Agreement]
+
+
+@dataclass(frozen=True)
+class Part:
+    """`samples`: this rank gives the tokens of its dp index."""
+
+    model: CausalLM
+    runner: StepRunner
+    balancer: ExpertBalancer | None
+    dp: int
+    samples: bool
+    num_pages: int
+    max_model_len: int
+
+
+def mesh_of(config: EngineConfig) -> Mesh:
+    """The ranks of one engine. `ValueError`: sizes that do not fit together."""
+    parallel = config.parallel
+    return Mesh(
+        tp=parallel.tensor_parallel_size,
+        ep=parallel.expert_parallel_size,
+        dp=parallel.attention_data_parallel_size,
+        pp=parallel.pipeline_parallel_size,
+    )
+
+
+def device_of(config: EngineConfig) -> torch.device:
+    """`ValueError`: there are no kernels for it."""
+    if config.model.device == "cuda":
+        raise ValueError("device: this release has kernels for the CPU only; leave it at auto")
+    return torch.device("cpu")
+
+
+def build_part(
+    config: EngineConfig,
+    folder: Path,
+    *,
+    rank: int = 0,
+    communicator: Communicator | None = None,
+    agree: Agree = lambda mine: mine,
+    num_sharers: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> Part:
+    """Loads this rank's share of the model in `folder` and allocates its pages.
+
+    `ModelLoadError`, `ValueError` for options, `RankDiedError`. `num_sharers` processes divide this
+    machine's memory.
+    """
+    device, mesh = device_of(config), mesh_of(config)
+    options = config.scheduler
+    ranks = Ranks(
+        mesh,
+        rank,
+        communicator,
+        max_tokens=options.max_num_batched_tokens,
+        num_redundant_experts=config.experts.num_redundant_experts,
+    )
+    dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
+    model = load_model(folder, dtype, device, limit, progress, ranks)
+    return assemble_part(config, model, rank, mesh, agree, num_sharers)
+
+
+def assemble_part(
+    config: EngineConfig,
+    model: CausalLM,
+    rank: int,
+    mesh: Mesh,
+    agree: Agree,
+    num_sharers: int,
+) -> Part:
+    """The part around a loaded share. `ValueError` if the cache cannot hold one request."""
+    seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
+    device = model.target.device
+    specs = model.cache_specs(DTYPES[config.cache.kv_cache_dtype])
+    longest = config.model.max_model_len or model.max_position
+    fits = choose_num_pages(
+        config.cache,
+        specs,
+        max_model_len=longest,
+        max_num_seqs=seats,
+        num_sharers=num_sharers,
+    )
+    num_pages = agree(Agreement(fits)).num_pages
+    max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
+    same_tokens = [a for a in range(len(mesh.atoms)) if a not in mesh.axis_atoms("dp")]
+    spmd = model.spmd
+    samples = spmd.samples and mesh.atoms_index(same_tokens, rank) == 0
+    balancer = make_balancer(model, config.experts)
+    runner = StepRunner(
+        model,
+        KVCache(specs, num_pages=num_pages, page_size=page_size, device=device),
+        Batcher(
+            max_num_seqs=seats, max_model_len=max_model_len, page_size=page_size, device=device
+        ),
+        Sampler(max_num_seqs=seats, vocab_size=model.vocab_size, device=device)
+        if samples
+        else None,
+        spmd=spmd if mesh.num_ranks > 1 else None,
+        logits=spmd.samples,
+        peers=spmd.peers if config.scheduler.overlap_depth else None,
+        balancer=balancer,
+    )
+    dp = mesh.index("dp", rank)
+    return Part(model, runner, balancer, dp, samples, num_pages, max_model_len)

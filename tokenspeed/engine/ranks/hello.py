@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: MIT
+"""What ranks tell each other when they meet, and what keeps one out. Knows no sockets."""
+
+import hmac
+import os
+import platform
+import socket
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokenspeed import __version__
+from tokenspeed.execution.plan_view import LAYOUT_VERSION
+from tokenspeed.execution.step_message import VERSION as STEP_VERSION
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A rank's first words. `config` is "" for a rank that takes rank 0's configuration."""
+
+    rank: int
+    token: str
+    config: str = ""  # digest of what it was started with
+    host: str = ""
+    pid: int = 0
+    version: str = ""
+    layouts: str = ""
+    machine: str = ""
+
+    @classmethod
+    def of_this_process(cls, rank: int, token: str, config: str = "") -> "Hello":
+        layouts = f"plan {LAYOUT_VERSION}, step {STEP_VERSION}"
+        host, machine = socket.gethostname(), platform.machine()
+        return cls(rank, token, config, host, os.getpid(), __version__, layouts, machine)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "Hello":
+        """`ValueError`: not a hello."""
+        try:
+            hello = cls(**facts)
+        except TypeError as error:
+            raise ValueError(f"not a hello: {error}") from None
+        fields = (hello.rank, hello.pid)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in fields):
+            raise ValueError("not a hello: rank and pid must be integers")
+        return hello
+
+
+def refusal(mine: Hello, other: Hello, num_ranks: int, present: set[int]) -> str | None:
+    """Why `other` may not join rank 0's (`mine`) engine; None if it may."""
+    if not hmac.compare_digest(str(mine.token), str(other.token)):
+        return "it does not know this engine's token"
+    if not 0 < other.rank < num_ranks:
+        return f"there is no rank {other.rank} among {num_ranks}"
+    if other.rank in present:
+        return f"there is a rank {other.rank} already"
+    for name in ("version", "layouts", "machine"):
+        ours, theirs = getattr(mine, name), getattr(other, name)
+        if ours != theirs:
+            return f"rank {other.rank} has {name} {theirs!r}, rank 0 has {ours!r}"
+    if other.config and other.config != mine.config:
+        return f"rank {other.rank} was started with other options than rank 0"
+    return None

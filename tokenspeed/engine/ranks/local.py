@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: MIT
+"""`LocalRanks`: rank 0 starts the others as its children. Knows processes, no tensors.
+
+A child learns where to go on its standard input, so that the token stands in no command line. It
+ends when rank 0 does, because its connection does.
+"""
+
+import json
+import subprocess
+import sys
+
+from tokenspeed.engine.ranks.meeting import Meeting
+from tokenspeed.errors import RankDiedError
+
+COMMAND = (sys.executable, "-m", "tokenspeed.engine.ranks.worker")
+
+
+class LocalRanks:
+    """Ranks 1 to num_ranks - 1 on this machine."""
+
+    def __init__(self, meeting: Meeting, num_ranks: int) -> None:
+        self._meeting, self._num_ranks = meeting, num_ranks
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> None:
+        for rank in range(1, self._num_ranks):
+            child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
+            self._children[rank] = child
+            settings = {
+                "host": self._meeting.host,
+                "port": self._meeting.port,
+                "token": self._meeting.token,
+                "rank": rank,
+            }
+            if child.stdin is not None:
+                child.stdin.write(json.dumps(settings).encode() + b"\n")
+                child.stdin.close()
+
+    def check(self) -> None:
+        """`RankDiedError` if one has ended."""
+        for rank, child in self._children.items():
+            status = child.poll()
+            if status is not None:
+                raise RankDiedError(f"rank {rank} (pid {child.pid}) ended with status {status}")
+
+    def wait(self, timeout_s: float) -> None:
+        """Until all have ended; kills those that have not in time."""
+        for child in self._children.values():
+            try:
+                child.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def kill(self) -> None:
+        for child in self._children.values():
+            child.kill()
+            child.wait()

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""Rank 0 gathers the others: hellos in, welcomes out. Knows no way in which they were started."""
+
+import contextlib
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from tokenspeed.engine.ranks.connection import Connection, Kind, facts_of
+from tokenspeed.engine.ranks.hello import Hello, refusal
+from tokenspeed.errors import RankDiedError
+
+HELLO_TIMEOUT_S = 10.0  # from a connection to its first words
+POLL_S = 0.1
+
+Watch = Callable[[], None]  # raises RankDiedError if a process that was started has ended
+
+
+@dataclass
+class Meeting:
+    """A place where ranks come together: listens as long as it is open."""
+
+    host: str = "127.0.0.1"
+    token: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    def __post_init__(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        self._socket = socket.socket(family, socket.SOCK_STREAM)
+        self._socket.bind((self.host, 0))
+        self._socket.listen(128)
+        self.port: int = self._socket.getsockname()[1]
+
+    def gather(
+        self, mine: Hello, num_ranks: int, timeout_s: float, watch: Watch
+    ) -> tuple[dict[int, Connection], dict[int, Hello]]:
+        """A connection to every rank but 0, and its hello.
+
+        `RankDiedError` names the ranks that did not come within `timeout_s`, or why one may not
+        join; strangers (no hello, or another token) are turned away and waited on no longer.
+        """
+        connections: dict[int, Connection] = {}
+        hellos: dict[int, Hello] = {}
+        deadline = time.monotonic() + timeout_s
+        try:
+            while len(hellos) < num_ranks - 1:
+                watch()
+                if time.monotonic() > deadline:
+                    missing = [r for r in range(1, num_ranks) if r not in hellos]
+                    raise RankDiedError(
+                        f"rank(s) {', '.join(map(str, missing))} of {num_ranks} did not come within"
+                        f" {timeout_s:g} s"
+                    )
+                for connection, hello in self._arrivals(mine, num_ranks, set(hellos)):
+                    connections[hello.rank], hellos[hello.rank] = connection, hello
+        except BaseException:
+            for connection in connections.values():
+                connection.close()
+            raise
+        return connections, hellos
+
+    def _arrivals(
+        self, mine: Hello, num_ranks: int, present: set[int]
+    ) -> Iterator[tuple[Connection, Hello]]:
+        ready, _, _ = select.select([self._socket], [], [], POLL_S)
+        if not ready:
+            return
+        accepted, address = self._socket.accept()
+        connection = Connection(accepted, f"the process at {address[0]}:{address[1]}")
+        try:
+            kind, body = connection.receive(HELLO_TIMEOUT_S)
+            if kind is not Kind.HELLO:
+                raise RankDiedError("its first word was no hello")
+            hello = Hello.from_facts(facts_of(body))
+        except (RankDiedError, ValueError):
+            connection.close()
+            return
+        connection.peer = f"rank {hello.rank} (pid {hello.pid} on {hello.host})"
+        why = refusal(mine, hello, num_ranks, present)
+        if why is None:
+            yield connection, hello
+            return
+        with contextlib.suppress(RankDiedError):
+            connection.send(Kind.REFUSED, why.encode())
+        connection.close()
+        if hello.token == mine.token:
+            raise RankDiedError(f"a rank may not join: {why}")
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def introduce(
+    host: str, port: int, mine: Hello, timeout_s: float
+) -> tuple[Connection, dict[str, Any]]:
+    """The other side: a connection to rank 0 and its welcome. `RankDiedError`: refused, or gone."""
+    connection = Connection.open(host, port, timeout_s)
+    connection.send_json(Kind.HELLO, **mine.facts())
+    kind, body = connection.receive()
+    if kind is Kind.REFUSED:
+        raise RankDiedError(f"rank 0 refuses this rank: {body.decode(errors='replace')}")
+    if kind is not Kind.WELCOME:
+        raise RankDiedError(f"rank 0 said {kind.name} where a welcome was due")
+    return connection, facts_of(body)
+
+
+def free_port(host: str) -> int:
+    """A port that nobody listens on at the moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""A rank that is not 0: meets rank 0, loads its share, runs what it is sent, and ends with it.
+
+    python -m tokenspeed.engine.ranks.worker     started by rank 0, settings as JSON on stdin
+
+Holds no scheduler. Knows neither requests nor how it was started.
+"""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.ranks.connection import Connection, Kind
+from tokenspeed.engine.ranks.hello import Hello
+from tokenspeed.engine.ranks.meeting import introduce
+from tokenspeed.errors import RankDiedError
+
+_log = logging.getLogger(__name__)
+JOIN_TIMEOUT_S = 30.0
+RING_POLL_S = 3600.0
+
+
+class Ears(threading.Thread):
+    """Reads what rank 0 says; when rank 0 ends, so does this process, whatever it is doing."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(name="rank-0", daemon=True)
+        self._connection = connection
+        self.heard: SimpleQueue[tuple[Kind, bytes]] = SimpleQueue()
+
+    def run(self) -> None:
+        try:
+            while True:
+                kind, body = self._connection.receive()
+                if kind is Kind.BYE:
+                    os._exit(0)
+                self.heard.put((kind, body))
+        except RankDiedError:
+            os._exit(1)
+
+    def expect(self, kind: Kind) -> dict[str, Any]:
+        got, body = self.heard.get()
+        if got is not kind:
+            raise RankDiedError(f"rank 0 said {got.name} where {kind.name} was due")
+        facts: dict[str, Any] = json.loads(body)
+        return facts
+
+
+def run_worker(host: str, port: int, token: str, rank: int, config: str = "") -> int:
+    """Runs rank `rank` to its end; returns the exit status.
+
+    `config` is the digest of the options that this rank was started with, "" if it has none.
+    """
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)  # rank 0 says when it is over
+    try:
+        mine = Hello.of_this_process(rank, token, config)
+        connection, welcome = introduce(host, port, mine, JOIN_TIMEOUT_S)
+    except RankDiedError as error:
+        print(f"rank {rank}: {error}", file=sys.stderr)
+        return 1
+    ears = Ears(connection)
+    ears.start()
+    try:
+        _work(rank, welcome, connection, ears)
+    except RankDiedError as error:
+        # Most likely rank 0 knows better why: who died first is what it tells.
+        connection.send(Kind.FAILED, f"lost the others: {error}".encode())
+    except Exception as error:
+        connection.send(Kind.FAILED, f"{type(error).__name__}: {error}".encode())
+        _log.exception("rank %d failed", rank)
+    ears.join()
+    return 1
+
+
+def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears) -> None:
+    from tokenspeed.execution.cpu_share import take_cpu_share
+
+    take_cpu_share(*welcome["cpu_share"])
+    # Only now: kernels start as many threads as this process may use.
+    from tokenspeed.engine.part import Agreement, build_part
+    from tokenspeed.engine.ranks.crew import result_body
+    from tokenspeed.engine.ranks.wires import make_communicator
+    from tokenspeed.execution.step_message import decode_step, encode_output
+    from tokenspeed.execution.step_runner import Seats, Step
+    from tokenspeed.spmd.shm_ring import RingReader
+
+    def agree(mine: Agreement) -> Agreement:
+        connection.send_json(Kind.SIZED, **mine.facts())
+        return Agreement(**ears.expect(Kind.PAGES))
+
+    config = EngineConfig.from_json(welcome["config"])
+    ring = None
+    if welcome["ring"] is not None:
+        ring = RingReader(welcome["ring"], welcome["num_readers"], welcome["reader"])
+    communicator = make_communicator(rank, welcome["wires"])
+    part = build_part(
+        config,
+        Path(welcome["folder"]),
+        rank=rank,
+        communicator=communicator,
+        agree=agree,
+        num_sharers=welcome["num_sharers"],
+    )
+    seats = Seats(config.scheduler.max_num_seqs)
+    connection.send_json(Kind.READY)
+    while True:
+        message = ring.receive(RING_POLL_S) if ring is not None else ears.heard.get()[1]
+        if message is None:
+            continue
+        plans, binds = decode_step(message)
+        counts = [0 if plan is None else len(plan.tokens) for plan in plans]
+        plan = plans[part.dp]
+        step = Step(counts)
+        if plan is not None:
+            mine = binds.get(part.dp, [])
+            step = seats.step(counts, plan, mine if part.samples else [])
+        output = part.runner.run(step)
+        if output is not None:
+            connection.send(Kind.RESULT, result_body(part.dp, encode_output(output)))
+
+
+if __name__ == "__main__":
+    settings = json.loads(sys.stdin.readline())
+    raise SystemExit(run_worker(**settings))

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""`StepRunner`: one rank's share of a step. Knows no request's lifecycle and no other rank.
+
+All ranks run every step, with an empty batch where their dp index has no plan. Those of the last
+stage have logits; one of each dp index samples and says what came out.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokenspeed.execution.batch import Batcher
+from tokenspeed.execution.kv_cache import KVCache
+from tokenspeed.execution.logprobs import LogprobsReader
+from tokenspeed.execution.plan_view import ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView, Words
+from tokenspeed.execution.sampler import Sampler, Sequence
+from tokenspeed.execution.sampling_params import TokenLogprobs
+from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.spmd.group import Group
+
+LOGITS_BLOCK = 64  # rows of vocabulary-wide logits held at a time for prompt logprobs
+
+Caches = list[tuple[torch.Tensor, ...]]
+PromptLogprobs = dict[int, TokenLogprobs]  # prompt position -> its token
+
+
+class Model(Protocol):
+    """What execution asks of a model."""
+
+    def forward(self, batch: ForwardBatch, caches: Caches) -> torch.Tensor:
+        """Hidden states [T, D] of every token; writes their keys and values."""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[L, D] -> float32 [L, vocab_size]."""
+
+
+class Spmd(Protocol):
+    """What execution asks of the ranks (see `spmd/localise.py`)."""
+
+    def begin_step(self, tokens_per_dp: list[int]) -> None: ...
+
+
+class Balancer(Protocol):
+    """What execution asks of expert-load balancing (see `execution/expert_balancer.py`)."""
+
+    def end_step(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """The StepResult for the scheduler, and what only the request's owner wants to know."""
+
+    words: Words
+    logprobs: dict[int, TokenLogprobs]  # request id -> of the id sampled in this step
+    prompt_logprobs: dict[int, PromptLogprobs]  # request id -> what this step read of its prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Bind:
+    """A slot gets a request, which has produced `output_ids` so far."""
+
+    slot: int
+    request_id: int
+    sequence: Sequence
+    output_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One dp index's part of a step. Without a plan its ranks only keep the others company."""
+
+    counts: list[int]  # tokens of each dp index
+    plan: PlanView | None = None
+    binds: list[Bind] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)  # [num_rows] request ids
+    sequences: list[Sequence] = field(default_factory=list)  # [num_rows]
+
+
+class Seats:
+    """Whose slot is whose, where steps are prepared."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self._owners: list[tuple[int, Sequence] | None] = [None] * max_num_seqs
+
+    def step(self, counts: list[int], plan: PlanView, binds: list[Bind]) -> Step:
+        """Seats the bound requests; the step with the owner of each row."""
+        for bind in binds:
+            self._owners[bind.slot] = (bind.request_id, bind.sequence)
+        owners = [owner for slot in plan.slots.tolist() if (owner := self._owners[slot])]
+        return Step(counts, plan, binds, [o[0] for o in owners], [o[1] for o in owners])
+
+
+class StepRunner:
+    """Runs steps one after the other, on whatever thread calls it; that thread owns all it reads.
+
+    `logits` says whether this rank is on the last stage, `sampler` is None where it does not
+    sample. `peers` get the sampled ids at once, for steps that are planned before they are known.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cache: KVCache,
+        batcher: Batcher,
+        sampler: Sampler | None,
+        *,
+        spmd: Spmd | None = None,
+        logits: bool = True,
+        peers: Group | None = None,
+        balancer: Balancer | None = None,
+    ) -> None:
+        self.device = batcher.device
+        self._model, self._cache = model, cache
+        self._batcher, self._sampler = batcher, sampler
+        self._logprobs = LogprobsReader(batcher.device)
+        self._spmd, self._has_logits, self._peers = spmd, logits, peers
+        self._balancer = balancer
+
+    def run(self, step: Step) -> StepOutput | None:
+        """The output, on the rank that samples. Torch's threads rest during a step on the CPU: the
+        kernels have threads of their own."""
+        if self.device.type != "cpu":
+            return self._run(step)
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return self._run(step)
+        finally:
+            torch.set_num_threads(num_threads)
+
+    @torch.inference_mode()
+    def _run(self, step: Step) -> StepOutput | None:
+        if self._spmd is not None:
+            self._spmd.begin_step(step.counts)
+        if step.plan is None:
+            self._model.forward(self._batcher.idle(), self._cache.layers)
+            output = None
+        else:
+            output = self._run_plan(step, step.plan)
+        if self._balancer is not None:
+            self._balancer.end_step()
+        return output
+
+    def _run_plan(self, step: Step, plan: PlanView) -> StepOutput | None:
+        if self._sampler is not None:
+            for bind in step.binds:
+                self._sampler.bind(bind.slot, bind.sequence, bind.output_ids)
+        if len(plan.copies):
+            self._copy_pages(plan.copies)
+        self._batcher.apply_deltas(plan.deltas)
+        batch = self._batcher.build(plan)
+        hidden = self._model.forward(batch, self._cache.layers)
+        if not self._has_logits:
+            return None
+        rows = np.flatnonzero(plan.flags & ROW_SAMPLE)
+        ids, chosen = self._sample(plan, rows, hidden, batch.logits_index)
+        prompts = self._prompt_logprobs(step, plan, hidden)
+        if self._sampler is None:
+            return None
+        failed = _not_finite(hidden, plan)
+        failed[rows] |= ids[rows] < 0
+        logprobs = {step.owners[rows[at]]: entry for at, entry in chosen.items()}
+        return StepOutput(plan.result(ids, failed), logprobs, prompts)
+
+    def _sample(
+        self,
+        plan: PlanView,
+        rows: NDArray[np.int64],
+        hidden: torch.Tensor,
+        logits_index: torch.Tensor,
+    ) -> tuple[NDArray[np.int64], dict[int, TokenLogprobs]]:
+        """Ids by row of the plan (-1: none) and log-probabilities by place in `rows`."""
+        ids = np.full(plan.num_rows, -1, np.int64)
+        if not len(rows):
+            return ids, {}
+        logits = self._model.logits(hidden[logits_index])
+        slots = plan.slots[rows]
+        chosen: dict[int, TokenLogprobs] = {}
+        sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        if self._sampler is not None:
+            places = (plan.starts + plan.num_tokens)[rows]
+            sampled, chosen = self._sampler.sample(logits, slots, places)
+            ids[rows] = sampled.cpu().numpy()
+        if self._peers is not None:
+            sampled = self._peers.broadcast(sampled, 0)
+        # A failed row's -1 must never be looked up as a token by a step planned already.
+        at = torch.from_numpy(slots.astype(np.int64)).to(self.device)
+        self._batcher.last_ids[at] = sampled.clamp(min=0)
+        return ids, chosen
+
+    def _copy_pages(self, copies: NDArray[np.int32]) -> None:
+        if copies[:, 0].any() or copies[:, 2].any():
+            raise ValueError("the plan copies pages of a tier that this runner does not have")
+        sources, targets = (torch.from_numpy(copies[:, i].astype(np.int64)) for i in (1, 3))
+        self._cache.copy_pages(sources, targets)
+
+    def _prompt_logprobs(
+        self, step: Step, plan: PlanView, hidden: torch.Tensor
+    ) -> dict[int, PromptLogprobs]:
+        """The logits at position p say how likely the prompt's token at p + 1 was.
+
+        All ranks with logits compute the same blocks of rows, whoever reads them.
+        """
+        found: dict[int, PromptLogprobs] = {}
+        for row in np.flatnonzero(plan.flags & ROW_PROMPT_LOGPROBS).tolist():
+            count = int(plan.num_tokens[row])
+            begin, first = int(plan.num_tokens[:row].sum()), int(plan.starts[row]) + 1
+            entries: list[TokenLogprobs] = []
+            for at in range(0, count, LOGITS_BLOCK):
+                end = min(at + LOGITS_BLOCK, count)
+                logits = self._model.logits(hidden[begin + at : begin + end])
+                if self._sampler is not None:
+                    sequence = step.sequences[row]
+                    prompt = sequence.prompt_ids[first + at : first + end].astype(np.int64)
+                    ids = torch.from_numpy(prompt).to(hidden.device)
+                    num_top = [sequence.params.prompt_logprobs or 0] * len(ids)
+                    if len(ids):
+                        entries += self._logprobs.read(logits[: len(ids)], ids, num_top)
+            if self._sampler is not None:
+                found[step.owners[row]] = dict(enumerate(entries, first))
+        return found
+
+
+def _not_finite(hidden: torch.Tensor, plan: PlanView) -> NDArray[np.bool_]:
+    """[num_rows] whether any of the row's hidden states holds NaN or infinity."""
+    bad = ~torch.isfinite(hidden.sum(dim=-1)).cpu().numpy()
+    firsts = np.cumsum(plan.num_tokens) - plan.num_tokens
+    return np.logical_or.reduceat(bad, firsts) if len(bad) else bad
