@@ -15,10 +15,10 @@ from tokenspeed.planner.catalog import PlannedModel, describe, open_model
 from tokenspeed.planner.devices import DEVICES, GIB, find_device, with_memory
 from tokenspeed.planner.estimate import Estimate, Load, estimate
 from tokenspeed.planner.memory import DoesNotFitError
+from tokenspeed.planner.ops import Op
 from tokenspeed.planner.roofline import Step, op_time_s, touched_share
 from tokenspeed.planner.search import largest_batch, search, smallest_count
 from tokenspeed.planner.weight_format import BF16, FP8, INT4
-from tokenspeed.planner.workload import Op
 from tokenspeed.spmd.cost import Interconnect
 from tokenspeed.spmd.mesh import Mesh
 

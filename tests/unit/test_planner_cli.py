@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tokenspeed.cli.main import main
+from tokenspeed.cli.main import build_parser, main
+from tokenspeed.cli.plan import AXES
 
 SMALL = ["plan", "demo", "--gpu", "h200", "--context", "1024"]
 
@@ -139,3 +140,17 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main([*SMALL, "--count", "2", "--plot", str(tmp_path / "plot.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_the_page_lists_every_flag() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+    command = build_parser()._subparsers
+    assert command is not None
+    (choices,) = (a.choices for a in command._group_actions)
+    assert isinstance(choices, dict)
+    flags = {option for action in choices["plan"]._actions for option in action.option_strings}
+    table = {
+        word for row in page.splitlines() if row.startswith("| `--") for word in row.split("`")
+    }
+    shown = {word.split()[0] for word in table if word.startswith("--")}
+    assert flags - {"-h", "--help", *(flag for flag, _ in AXES.values())} == shown

@@ -143,14 +143,15 @@ def _best(args: argparse.Namespace, found: "Found") -> "Estimate":
 
 def _lines(args: argparse.Namespace, chosen: "Estimate", found: "Found | None") -> Iterator[str]:
     from tokenspeed.planner import report
+    from tokenspeed.planner.table import render
 
     if found is not None:
-        yield report.render(report.search_table(found)) + "\n"
+        yield render(report.search_table(found)) + "\n"
         if found.refused:
-            yield report.render(report.refused_table(found)) + "\n"
+            yield render(report.refused_table(found)) + "\n"
     yield report.summary(chosen) + "\n"
     for table in report.tables(chosen, args.price_per_gpu_hour):
-        yield report.render(table) + "\n"
+        yield render(table) + "\n"
     yield "Assumptions"
     yield from (f"  - {line}" for line in report.assumptions(chosen))
 

@@ -10,8 +10,9 @@ from functools import cached_property
 from tokenspeed.planner.catalog import PlannedModel
 from tokenspeed.planner.devices import Device
 from tokenspeed.planner.memory import Room, measure_room
+from tokenspeed.planner.ops import ACTIVATION_BYTES
 from tokenspeed.planner.roofline import Step, StepTime, stage_time
-from tokenspeed.planner.workload import ACTIVATION_BYTES, Workload, make_workload
+from tokenspeed.planner.workload import Workload, make_workload
 from tokenspeed.spmd.compile import compile_model
 from tokenspeed.spmd.mesh import Mesh
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from tokenspeed.errors import TokenSpeedError
 from tokenspeed.planner.devices import GIB, Device
-from tokenspeed.planner.workload import ACTIVATION_BYTES, Workload
+from tokenspeed.planner.ops import ACTIVATION_BYTES
+from tokenspeed.planner.workload import Workload
 
 
 class DoesNotFitError(TokenSpeedError, ValueError):

@@ -1,29 +1,16 @@
 # SPDX-License-Identifier: MIT
 """An estimate as tables for people and as plain values for programs. Computes nothing new."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
-from torch.distributed.tensor.placement_types import Placement, Shard
-
+from tokenspeed.planner.compiled_table import compiled_table
 from tokenspeed.planner.devices import GIB
 from tokenspeed.planner.estimate import Estimate
 from tokenspeed.planner.search import Found
-from tokenspeed.planner.workload import Workload
-from tokenspeed.spmd.placement import Fused, Layout, ModuleSpec
+from tokenspeed.planner.table import Table
 
 RUNNERS_UP = 8
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of texts; columns after the first are set flush right if `numbers`."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-    numbers: bool = True
 
 
 def summary(found: Estimate) -> str:
@@ -42,73 +29,6 @@ def tables(found: Estimate, price_per_hour: float | None) -> Iterator[Table]:
     yield Table("What fits", ("", "tokens"), list(_capacity_rows(found)))
     yield _time_table(found)
     yield Table("Service", ("", ""), list(_service_rows(found, price_per_hour)))
-
-
-def compiled_table(found: Estimate) -> Table:
-    """Modules with weights or collectives, layers folded, for a decode step's variant."""
-    workload = found.workload
-    own = -(-found.load.batch // found.mesh.dp)
-    variant = workload.plan.variant_for(own)
-    exchanges = workload.collectives[variant]
-    specs = _specs(workload)
-    rows = []
-    seen = []
-    for entry in workload.entries:
-        count = sum(entry.counts)
-        weights = _placement(specs[entry.path]) if entry.op.num_elements else ""
-        here = [e for e in exchanges if e.row.module == entry.path and e not in seen]
-        seen += here
-        if weights or here:
-            held = f"{entry.op.weight_bytes / 2**20:.2f}" if entry.op.num_elements else ""
-            name = entry.op.format.name if entry.op.num_elements else ""
-            done = "; ".join(_exchange_text(e.row, sum(e.counts), count) for e in here)
-            size = "; ".join(f"{e.row.bytes_per_row:g}" for e in here)
-            rows.append((entry.path, str(count), weights, name, held, done, size))
-    for e in exchanges:
-        if e not in seen:
-            done = _exchange_text(e.row, sum(e.counts), sum(e.counts))
-            rows.append(
-                (e.row.module, str(sum(e.counts)), "", "", "", done, f"{e.row.bytes_per_row:g}")
-            )
-    title = f"Compiled for steps of {own} tokens on a dp rank: {workload.plan.variants[variant]}"
-    header = ("module", "count", "weights", "held as", "MiB/rank", "collective", "bytes/token")
-    return Table(title, header, rows, numbers=False)
-
-
-def _exchange_text(row: Any, count: int, of: int) -> str:
-    times = f"{count} of {of}: " if count != of else ""
-    per = f", per {row.rows}" if row.rows != "tokens" else ""
-    fused = f", with {row.fused}" if row.fused else ""
-    return f"{times}{row.kind} {row.axis} {row.num_ranks}{per}{fused}"
-
-
-def _specs(workload: Workload) -> dict[str, ModuleSpec]:
-    folded = workload.planned.folded
-    found: dict[str, ModuleSpec] = {}
-    for path, module in folded.model.named_modules():
-        spec = getattr(module, "spec", None)
-        if isinstance(spec, ModuleSpec):
-            found.setdefault(folded.text(path), spec)
-    return found
-
-
-def _placement(spec: ModuleSpec) -> str:
-    texts: dict[str, None] = {}
-    for name, layout in spec.weights.items():
-        if name != "bias":
-            many = [p.layout for p in layout.parts] if isinstance(layout, Fused) else [layout]
-            for each in many:
-                texts[_layout_text(each)] = None
-    return ", ".join(texts)
-
-
-def _layout_text(layout: Layout) -> str:
-    placed = [f"{axis} {_word(placement)}" for axis, placement in layout.items()]
-    return " ".join(placed) if placed else "whole"
-
-
-def _word(placement: Placement) -> str:
-    return f"Shard({placement.dim})" if isinstance(placement, Shard) else str(placement)
 
 
 def _memory_rows(found: Estimate) -> Iterator[tuple[str, str]]:
@@ -259,23 +179,6 @@ def values(found: Estimate, price: float | None, *, compiled: bool = True) -> di
         "prefill_tokens_per_s": found.prefill_tokens_per_s,
         "price_per_million_tokens": None if price is None else found.cost(price),
     } | ({"compiled": rows, "assumptions": assumptions(found)} if compiled else {})
-
-
-def render(table: Table) -> str:
-    """Plain text: columns padded to their widest cell."""
-    lines = [table.header, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-
-    def text(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if table.numbers and at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  " + "  ".join(padded).rstrip()
-
-    rule = "  " + "  ".join("-" * width for width in widths)
-    head = [text(table.header), rule] if any(table.header) else []
-    return "\n".join([table.title, *head, *(text(row) for row in table.rows)])
 
 
 def _gib(size: float) -> str:

@@ -16,7 +16,8 @@ from math import ceil, sqrt
 from statistics import NormalDist
 
 from tokenspeed.planner.devices import Device
-from tokenspeed.planner.workload import Op, Workload
+from tokenspeed.planner.ops import Op
+from tokenspeed.planner.workload import Workload
 from tokenspeed.spmd.collectives import Collective
 from tokenspeed.spmd.cost import Interconnect
 from tokenspeed.spmd.mesh import Mesh
