@@ -11,7 +11,7 @@ import torch
 
 from tests.checkpoints import FAMILIES
 from tokenspeed.errors import ModelLoadError
-from tokenspeed.planner.catalog import PlannedModel, describe, open_model
+from tokenspeed.planner.catalog import PlannedModel, describe, find_config, open_model
 from tokenspeed.planner.devices import DEVICES, GIB, find_device, with_memory
 from tokenspeed.planner.estimate import Estimate, Load, estimate
 from tokenspeed.planner.memory import DoesNotFitError
@@ -88,8 +88,6 @@ def test_a_format_may_be_asked_for() -> None:
 
 
 def demo_config() -> dict[str, object]:
-    from tokenspeed.planner.catalog import find_config
-
     return dict(json.loads(find_config("demo").read_text()))
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from tokenspeed.cli.main import build_parser, main
 from tokenspeed.cli.plan import AXES
+from tokenspeed.planner.catalog import find_config
 
 SMALL = ["plan", "demo", "--gpu", "h200", "--context", "1024"]
 
@@ -64,8 +65,6 @@ def test_auto_keeps_a_batch_that_is_given(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_folder_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tokenspeed.planner.catalog import find_config
-
     (tmp_path / "config.json").write_text(find_config("demo").read_text())
     assert main(["plan", str(tmp_path), "--context", "64"]) == 0
     assert "one rank" in capsys.readouterr().out
@@ -110,8 +109,6 @@ def test_refusals_are_one_line(
 def test_a_config_that_lacks_a_key_is_refused_by_it(
     key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from tokenspeed.planner.catalog import find_config
-
     values = json.loads(find_config("demo").read_text())
     del values[key]
     (tmp_path / "config.json").write_text(json.dumps(values))
@@ -154,3 +151,18 @@ def test_the_page_lists_every_flag() -> None:
     }
     shown = {word.split()[0] for word in table if word.startswith("--")}
     assert flags - {"-h", "--help", *(flag for flag, _ in AXES.values())} == shown
+
+
+def test_a_hub_id_is_read_from_the_cache_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert main(["plan", "owner/model"]) == 2
+    assert "no hub id in the local cache" in capsys.readouterr().err
+    home, revision = tmp_path / "models--owner--model", "0" * 40
+    for part in (home / "refs", home / "snapshots" / revision):
+        part.mkdir(parents=True)
+    (home / "refs" / "main").write_text(revision)
+    (home / "snapshots" / revision / "config.json").write_text(find_config("demo").read_text())
+    assert main(["plan", "owner/model", "--context", "64"]) == 0
+    assert "owner/model: " in capsys.readouterr().out

@@ -27,6 +27,6 @@ def render(table: Table) -> str:
         ]
         return "  " + "  ".join(padded).rstrip()
 
-    rule = "  " + "  ".join("-" * width for width in widths)
+    rule = "  " + "  ".join("-" * width for width in widths if width)
     head = [text(table.header), rule] if any(table.header) else []
     return "\n".join([table.title, *head, *(text(row) for row in table.rows)])
