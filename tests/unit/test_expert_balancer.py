@@ -2,7 +2,6 @@
 """Measured loads, moved weights, and the balancer over virtual ranks."""
 
 import itertools
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +133,6 @@ def drive(
                 assert torch.equal(have, want)
         seen.slots.append([layer.slots.placement.slots.tolist() for layer in layers])
         seen.stats.append(balancer.stats)
-    balancer.close()
     return seen
 
 
@@ -144,7 +142,6 @@ EVEN = [10] * 8
 
 @pytest.mark.parametrize(("num_ranks", "redundant"), [(2, 2), (4, 4)])
 def test_a_skewed_load_is_balanced_one_layer_a_step(num_ranks: int, redundant: int) -> None:
-    threads = threading.active_count()
     loads = [[HOT, EVEN, HOT[::-1]]] * 40
     seen = run_ranks(num_ranks, lambda c: drive(c, loads, redundant, 8))
     assert all(s.slots == seen[0].slots for s in seen)
@@ -161,7 +158,6 @@ def test_a_skewed_load_is_balanced_one_layer_a_step(num_ranks: int, redundant: i
     assert stats[-1].num_rebalances >= 1
     assert stats[-1].num_moved > 0
     assert stats[-1].num_rebalances == stats[20].num_rebalances  # the load does not change
-    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("interval", [1, 2, 3])

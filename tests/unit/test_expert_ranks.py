@@ -86,8 +86,6 @@ def run(model: CausalLM, mesh: Mesh, dp: int, options: ExpertOptions) -> Run:
         if balancer is not None:
             result.loads.append(balancer.load())
             balancer.end_step()
-    if balancer is not None:
-        balancer.close()
     return result
 
 
@@ -193,7 +191,6 @@ def test_nodes_are_runs_of_equal_length(checkpoint: Path, hosts: str, num_nodes:
         model = load_model(checkpoint, torch.float64, CPU, 192, ranks=ranks)
         balancer = make_balancer(model, EAGER, hosts[communicator.rank])
         assert balancer is not None
-        balancer.close()
         return balancer.solver.num_nodes, balancer.solver.num_groups
 
     assert run_ranks(4, work) == [(num_nodes, 4)] * 4

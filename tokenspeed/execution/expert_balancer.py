@@ -128,7 +128,6 @@ class ExpertBalancer:
         self._num_steps = 0
         self._measured = False
         self._solved: Future[list[ExpertPlacement]] | None = None  # on the first rank only
-        self._thread = ThreadPoolExecutor(1, "experts") if group.index == 0 else None
         self._due: deque[tuple[BalancedLayer, ExpertPlacement]] = deque()
         self.stats = BalanceStats()  # replaced as a whole; may be read from other threads
 
@@ -152,19 +151,16 @@ class ExpertBalancer:
         if at == self._lag and self._measured:
             self._decide()
 
-    def close(self) -> None:
-        """Lets the solver end. The balancer is of no use afterwards."""
-        if self._thread is not None:
-            self._thread.shutdown()
-
     def _measure(self) -> None:
         loads: NDArray[Any] = self._group.all_reduce(self.load()).cpu().numpy()
         now = [layer.slots.placement for layer in self._layers]
         found = [placement.imbalance(row) for placement, row in zip(now, loads, strict=True)]
         self.stats = replace(self.stats, mean=float(np.mean(found)), worst=max(found))
         self._measured = True
-        if self._thread is not None:
-            self._solved = self._thread.submit(self.solver.solve, loads, now)
+        if self._group.index == 0:
+            thread = ThreadPoolExecutor(1, "experts")
+            self._solved = thread.submit(self.solver.solve, loads, now)
+            thread.shutdown(wait=False)  # ends when it has solved
 
     def _decide(self) -> None:
         shape = (len(self._layers), self._layers[0].slots.placement.num_slots)
