@@ -6,17 +6,22 @@ token, its id and its position; both are checked against what the batch says.
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
 
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
+from tokenspeed.layers.layer import Target
 
 MODULUS = 1_000_003
 
 
 class FakeModel:
     """`CausalLM`'s interface over a hash."""
+
+    target = Target(torch.device("cpu"), torch.float32)
+    spmd = SimpleNamespace(samples=True, peers=None)  # one rank
 
     def __init__(self, vocab_size: int = 101, max_position: int = 4096) -> None:
         self.vocab_size, self.max_position = vocab_size, max_position

@@ -18,6 +18,7 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import assemble
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.engine.part import assemble_part
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.models.build import load_model
 
@@ -79,13 +80,17 @@ def run(engine: Engine, requests: list[GenerateRequest]) -> dict[int, list[Token
     while engine.has_work():
         for output in engine.step():
             outputs[output.request_id].append(output)
-    engine._scheduler.check_invariants()
+    engine._schedulers.check_invariants()
     engine.close()
     return outputs
 
 
+def engine_around(model: Any, config: EngineConfig) -> Engine:
+    return assemble(config, assemble_part(config, model))
+
+
 def greedy(model: Any, some: list[list[int]], **options: Any) -> tuple[list[list[int]], Engine]:
-    engine = assemble(EngineConfig.of(**(BASE | options)), model, CPU)
+    engine = engine_around(model, EngineConfig.of(**(BASE | options)))
     outputs = run(engine, [GenerateRequest(i, ids, GREEDY) for i, ids in enumerate(some)])
     return [[t for o in outputs[i] for t in o.token_ids] for i in range(len(some))], engine
 
@@ -109,7 +114,7 @@ def test_log_probabilities_within_1e_4(checkpoint: Path, model: Any) -> None:
     config = EngineConfig.of(**(BASE | {"max_logprobs": VOCAB_SIZE}))
     params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=VOCAB_SIZE, prompt_logprobs=0)
     some = prompts()[:4]
-    engine = assemble(config, model, CPU)
+    engine = engine_around(model, config)
     outputs = run(engine, [GenerateRequest(i, ids, params) for i, ids in enumerate(some)])
     reference = reference_model(checkpoint)
     for i, prompt in enumerate(some):
@@ -139,7 +144,7 @@ def test_the_schedule_changes_no_token(model: Any, answers: list[list[int]], var
 
 def test_seeded_tokens_do_not_depend_on_the_batch(model: Any) -> None:
     def sampled(**options: Any) -> list[list[int]]:
-        engine = assemble(EngineConfig.of(**(BASE | options)), model, CPU)
+        engine = engine_around(model, EngineConfig.of(**(BASE | options)))
         requests = [
             GenerateRequest(
                 i, ids, SamplingParams(max_tokens=16, seed=i, top_p=0.9, presence_penalty=0.5)
@@ -164,7 +169,7 @@ def test_nan_in_one_of_32_rows_fails_that_request_alone(
     with torch.no_grad():
         model.model.embed_tokens.weight[broken] = float("nan")
     asked[17] = [*asked[17], broken]
-    engine = assemble(EngineConfig.of(**(BASE | {"overlap_depth": depth})), model, CPU)
+    engine = engine_around(model, EngineConfig.of(**(BASE | {"overlap_depth": depth})))
     outputs = run(engine, [GenerateRequest(i, ids, GREEDY) for i, ids in enumerate(asked)])
     assert (outputs[17][-1].finish_reason, outputs[17][-1].token_ids) == ("error", [])
     for i in set(range(NUM_PROMPTS)) - {17}:

@@ -14,6 +14,7 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import assemble
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.engine.part import assemble_part
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
 
@@ -30,7 +31,7 @@ def engine_of(model: FakeModel | None = None, **options: Any) -> Engine:
     defaults = {"num_pages": 64, "page_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 64}
     config = EngineConfig.of(**(defaults | {"max_model_len": 128} | options))
     model = model or FakeModel(VOCAB)
-    return assemble(config, model, torch.device("cpu"))  # type: ignore[arg-type]
+    return assemble(config, assemble_part(config, model))  # type: ignore[arg-type]
 
 
 def request(request_id: int, prompt: list[int], stop: Any = (), **params: Any) -> GenerateRequest:
@@ -49,10 +50,10 @@ def drain(engine: Engine) -> Collected:
 
 def check_idle(engine: Engine) -> None:
     """Nothing is held once nothing is asked."""
-    engine._scheduler.check_invariants()
+    engine._schedulers.check_invariants()
     stats = engine.stats()
     assert (stats.num_running, stats.num_waiting, stats.kv_cache_usage) == (0, 0, 0.0)
-    assert not engine._scheduler.has_work()
+    assert not engine._schedulers.has_work()
 
 
 def ids_of(outputs: list[TokenOutput]) -> list[int]:

@@ -100,12 +100,13 @@ def build_part(
 def assemble_part(
     config: EngineConfig,
     model: CausalLM,
-    rank: int,
-    mesh: Mesh,
-    agree: Agree,
-    num_sharers: int,
+    rank: int = 0,
+    mesh: Mesh | None = None,
+    agree: Agree = lambda mine: mine,
+    num_sharers: int = 1,
 ) -> Part:
     """The part around a loaded share. `ValueError` if the cache cannot hold one request."""
+    mesh = mesh or Mesh()
     seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
     device = model.target.device
     specs = model.cache_specs(DTYPES[config.cache.kv_cache_dtype])

@@ -89,6 +89,15 @@ class Schedulers:
         sums = {name: sum(getattr(s, name) for s in each) for name in names}
         return {**sums, "kv_cache_usage": used / sum(s.num_pages for s in each)}
 
+    def has_work(self) -> bool:
+        """Whether any request is waiting, running, or draining."""
+        return any(scheduler.has_work() for scheduler in self._all)
+
+    def check_invariants(self) -> None:
+        """Raises `RuntimeError` naming the first broken invariant. O(everything); for tests."""
+        for scheduler in self._all:
+            scheduler.check_invariants()
+
     def flush_cache(self) -> int:
         """Forgets every cached page that no request uses; returns how many."""
         return sum(scheduler.flush_cache() for scheduler in self._all)

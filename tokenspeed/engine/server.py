@@ -23,7 +23,7 @@ import zmq
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import messages as m
 from tokenspeed.engine.wire import Decoder, decode_config, encode
-from tokenspeed.errors import ModelLoadError, RequestError
+from tokenspeed.errors import ModelLoadError, RankDiedError, RequestError
 from tokenspeed.execution.cpu_share import take_cpu_share
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ STATS_S = 0.25
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_MESSAGES_PER_STEP = 256  # so that a flood of requests cannot starve the running ones
 LINGER_MS = 1000
+RANK_DEATH_GRACE_S = 0.5
 
 
 class Outbox:
@@ -165,11 +166,12 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str, num_sharers: int =
     heart = Heart(context, outbox_addr)
     heart.start()
     try:
-        engine = _load(decode_config(config_json), outbox, num_sharers)
+        engine = _load(decode_config(config_json), outbox, outbox_addr, context, num_sharers)
         heart.engine = engine
         Loop(engine, inbox, outbox).run()
+        engine.close()
         return 0
-    except (ModelLoadError, ValueError) as error:  # the operator's mistake: no traceback
+    except (ModelLoadError, RankDiedError, ValueError) as error:  # no bug of ours: no traceback
         outbox.send(m.Fatal(str(error)))
         return 1
     except Exception as error:
@@ -181,8 +183,24 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str, num_sharers: int =
         context.destroy(linger=LINGER_MS)
 
 
-def _load(config: EngineConfig, outbox: Outbox, num_sharers: int) -> "Engine":
+def _load(
+    config: EngineConfig,
+    outbox: Outbox,
+    address: str,
+    context: "zmq.Context[zmq.Socket[bytes]]",
+    num_sharers: int,
+) -> "Engine":
     outbox.send(m.Loading(0.0, "starting"))
+
+    def on_death(error: RankDiedError) -> None:
+        """The loop may wait on its inbox, or on that very rank: it gets a moment to leave by itself
+        and then no more."""
+        own = Outbox(context, address)  # this is another thread
+        own.send(m.Fatal(str(error)))
+        own.close()
+        time.sleep(RANK_DEATH_GRACE_S)
+        os._exit(1)
+
     # Only now, because it takes seconds and the heart should beat from the first moment on.
     from tokenspeed.engine.build import build_engine
 
@@ -190,6 +208,7 @@ def _load(config: EngineConfig, outbox: Outbox, num_sharers: int) -> "Engine":
         config,
         progress=lambda fraction, what: outbox.send(m.Loading(fraction, what)),
         num_sharers=num_sharers,
+        on_death=on_death,
     )
     outbox.send(engine.ready)
     return engine

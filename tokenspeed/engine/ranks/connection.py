@@ -67,12 +67,14 @@ class Connection:
     def send_json(self, kind: Kind, **facts: Any) -> None:
         self.send(kind, json.dumps(facts).encode())
 
-    def receive(self, timeout_s: float | None = None) -> tuple[Kind, bytes]:
+    def receive(
+        self, timeout_s: float | None = None, max_body: int = MAX_BODY
+    ) -> tuple[Kind, bytes]:
         """The next message. `RankDiedError`: the peer ended, or said nothing for `timeout_s`."""
         self._socket.settimeout(timeout_s)
         try:
             kind, length = _HEAD.unpack(self._exactly(_HEAD.size))
-            if kind not in Kind.__members__.values() or length > MAX_BODY:
+            if kind not in Kind.__members__.values() or length > max_body:
                 raise RankDiedError(f"{self.peer} does not speak this protocol")
             return Kind(kind), self._exactly(length)
         except TimeoutError:

@@ -5,7 +5,7 @@ import hmac
 import os
 import platform
 import socket
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tokenspeed import __version__
@@ -42,15 +42,19 @@ class Hello:
             hello = cls(**facts)
         except TypeError as error:
             raise ValueError(f"not a hello: {error}") from None
-        fields = (hello.rank, hello.pid)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in fields):
-            raise ValueError("not a hello: rank and pid must be integers")
+        for f in fields(cls):
+            if type(getattr(hello, f.name)) is not f.type:
+                raise ValueError(f"not a hello: {f.name} must be of type {f.type}")
         return hello
+
+    def same_token(self, other: "Hello") -> bool:
+        """Whether both know the same token; takes as long either way."""
+        return hmac.compare_digest(self.token.encode(), other.token.encode())
 
 
 def refusal(mine: Hello, other: Hello, num_ranks: int, present: set[int]) -> str | None:
     """Why `other` may not join rank 0's (`mine`) engine; None if it may."""
-    if not hmac.compare_digest(str(mine.token), str(other.token)):
+    if not mine.same_token(other):
         return "it does not know this engine's token"
     if not 0 < other.rank < num_ranks:
         return f"there is no rank {other.rank} among {num_ranks}"

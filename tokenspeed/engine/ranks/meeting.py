@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""Rank 0 gathers the others: hellos in, welcomes out. Knows no way in which they were started."""
+"""Rank 0 gathers the others: hellos in, welcomes out. Knows no way in which they were started.
+
+Whoever connects is listened to on a thread of its own, so that nobody who says nothing keeps a rank
+waiting.
+"""
 
 import contextlib
 import secrets
 import select
 import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from tokenspeed.engine.ranks.connection import Connection, Kind, facts_of
@@ -15,7 +21,9 @@ from tokenspeed.engine.ranks.hello import Hello, refusal
 from tokenspeed.errors import RankDiedError
 
 HELLO_TIMEOUT_S = 10.0  # from a connection to its first words
-POLL_S = 0.1
+MAX_HELLO = 1 << 16
+MAX_STRANGERS = 256  # that may be listened to at once
+POLL_S = 0.05
 
 Watch = Callable[[], None]  # raises RankDiedError if a process that was started has ended
 
@@ -32,7 +40,10 @@ class Meeting:
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         self._socket.bind((self.host, 0))
         self._socket.listen(128)
+        self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
+        self._arrived: SimpleQueue[tuple[Connection, Hello]] = SimpleQueue()
+        self._strangers: set[Connection] = set()
 
     def gather(
         self, mine: Hello, num_ranks: int, timeout_s: float, watch: Watch
@@ -40,7 +51,7 @@ class Meeting:
         """A connection to every rank but 0, and its hello.
 
         `RankDiedError` names the ranks that did not come within `timeout_s`, or why one may not
-        join; strangers (no hello, or another token) are turned away and waited on no longer.
+        join; strangers (no hello, or another token) are turned away.
         """
         connections: dict[int, Connection] = {}
         hellos: dict[int, Hello] = {}
@@ -54,43 +65,67 @@ class Meeting:
                         f"rank(s) {', '.join(map(str, missing))} of {num_ranks} did not come within"
                         f" {timeout_s:g} s"
                     )
-                for connection, hello in self._arrivals(mine, num_ranks, set(hellos)):
-                    connections[hello.rank], hellos[hello.rank] = connection, hello
+                self._accept()
+                with contextlib.suppress(Empty):
+                    while True:
+                        connection, hello = self._arrived.get_nowait()
+                        if _may_join(mine, num_ranks, connection, hello, set(hellos)):
+                            connections[hello.rank], hellos[hello.rank] = connection, hello
         except BaseException:
             for connection in connections.values():
                 connection.close()
             raise
         return connections, hellos
 
-    def _arrivals(
-        self, mine: Hello, num_ranks: int, present: set[int]
-    ) -> Iterator[tuple[Connection, Hello]]:
-        ready, _, _ = select.select([self._socket], [], [], POLL_S)
-        if not ready:
-            return
-        accepted, address = self._socket.accept()
-        connection = Connection(accepted, f"the process at {address[0]}:{address[1]}")
+    def close(self) -> None:
+        """Listens no longer; whoever has not introduced itself is cut off."""
+        self._socket.close()
+        for connection in list(self._strangers):
+            connection.close()
+
+    def _accept(self) -> None:
+        """Waits a little for somebody to connect."""
+        select.select([self._socket], [], [], POLL_S)
+        with contextlib.suppress(OSError):  # nobody, or nobody any more
+            while True:
+                accepted, address = self._socket.accept()
+                accepted.setblocking(True)
+                if len(self._strangers) >= MAX_STRANGERS:
+                    accepted.close()
+                    continue
+                connection = Connection(accepted, f"the process at {address[0]}:{address[1]}")
+                self._strangers.add(connection)
+                threading.Thread(
+                    target=self._listen, args=(connection,), name="hello", daemon=True
+                ).start()
+
+    def _listen(self, connection: Connection) -> None:
         try:
-            kind, body = connection.receive(HELLO_TIMEOUT_S)
+            kind, body = connection.receive(HELLO_TIMEOUT_S, MAX_HELLO)
             if kind is not Kind.HELLO:
                 raise RankDiedError("its first word was no hello")
             hello = Hello.from_facts(facts_of(body))
+            connection.peer = f"rank {hello.rank} (pid {hello.pid} on {hello.host})"
+            self._arrived.put((connection, hello))
         except (RankDiedError, ValueError):
             connection.close()
-            return
-        connection.peer = f"rank {hello.rank} (pid {hello.pid} on {hello.host})"
-        why = refusal(mine, hello, num_ranks, present)
-        if why is None:
-            yield connection, hello
-            return
-        with contextlib.suppress(RankDiedError):
-            connection.send(Kind.REFUSED, why.encode())
-        connection.close()
-        if hello.token == mine.token:
-            raise RankDiedError(f"a rank may not join: {why}")
+        finally:
+            self._strangers.discard(connection)
 
-    def close(self) -> None:
-        self._socket.close()
+
+def _may_join(
+    mine: Hello, num_ranks: int, connection: Connection, hello: Hello, present: set[int]
+) -> bool:
+    """Whether it may; tells it why not. `RankDiedError` if it should have been one of ours."""
+    why = refusal(mine, hello, num_ranks, present)
+    if why is None:
+        return True
+    with contextlib.suppress(RankDiedError):
+        connection.send(Kind.REFUSED, why.encode())
+    connection.close()
+    if mine.same_token(hello):
+        raise RankDiedError(f"a rank may not join: {why}")
+    return False
 
 
 def introduce(
