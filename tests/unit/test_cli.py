@@ -52,7 +52,7 @@ def test_a_wrong_flag_names_the_right_one(
 
 @pytest.mark.parametrize(
     "flags",
-    ["--tensor-parallel-size 2", "--page-size 0", "--max-num-seqs 9 --max-num-batched-tokens 8"],
+    ["--tensor-parallel-size 0", "--page-size 0", "--max-num-seqs 9 --max-num-batched-tokens 8"],
 )
 def test_impossible_options_are_refused_before_loading(
     flags: str, capsys: pytest.CaptureFixture[str]
