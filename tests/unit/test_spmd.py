@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.checkpoints import FAMILIES
-from tokenspeed.layers.layer import Target
+from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.mlp import MLP
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.registry import find_architecture
@@ -60,6 +60,24 @@ def test_a_dense_model_gets_what_tensor_parallelism_needs() -> None:
     assert all(row.fused == "add + norm" for row in rows if row.kind == "all_reduce")
     (gather,) = (row for row in rows if row.kind == "all_gather")
     assert gather == Collective("lm_head", "all_gather", "tp", 2, 512 * 4, "sampled")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "deepseek_v2", "deepseek_v3", "qwen3_moe"])
+@pytest.mark.parametrize("mesh", [Mesh(tp=2), Mesh(tp=4, ep=4)], ids=str)
+def test_never_more_than_megatron_style(family: str, mesh: Mesh) -> None:
+    """Two all-reduces a layer, one for the embedding, a gather of the logits. arXiv:1909.08053."""
+    model = build(family)
+    if mesh.ep > 1 and not any(m.spec.kind == "router" for m in layers_of(model)):
+        mesh = replace(mesh, ep=1)
+    rows = compile_model(model, mesh, variant=Variant()).collectives(0, itemsize=2)
+    layers, hidden = model.config.num_layers, model.config.hidden_size
+    assert Counter(row.kind for row in rows) == {"all_reduce": 2 * layers + 1, "all_gather": 1}
+    num_bytes = sum(row.bytes_per_row for row in rows if row.rows == "tokens")
+    assert num_bytes == (2 * layers + 1) * hidden * 2
+
+
+def layers_of(model: CausalLM) -> list[Layer]:
+    return [module for module in model.modules() if isinstance(module, Layer)]
 
 
 def test_a_split_stream_scatters_and_gathers() -> None:

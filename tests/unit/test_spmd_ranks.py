@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every model on every mesh of the support matrix: simulated ranks against one rank, in float64."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.collectives import Variant
 from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.simulate import run_ranks
+from tokenspeed.spmd.simulate import VirtualCommunicator, run_ranks
 
 TOLERANCE = 1e-9
 MESHES = [
@@ -145,3 +146,27 @@ def test_ranks_compute_what_one_rank_does(
             check(checkpoint, expected, Mesh.parse(mesh), variant)
         return
     assert check(checkpoint, expected, Mesh.parse(mesh), variant) > 0
+
+
+@pytest.mark.parametrize("variant", [Variant(), Variant(split=True)], ids=str)
+def test_ranks_call_what_the_plan_says(tmp_path: Path, variant: Variant) -> None:
+    folder, mesh = make_checkpoint(tmp_path, "llama"), Mesh(tp=2)
+
+    def work(communicator: VirtualCommunicator) -> tuple[Counter[str], Counter[str], int, int]:
+        ranks = Ranks(mesh, communicator.rank, communicator, variant=variant)
+        model = load_model(folder, torch.float32, torch.device("cpu"), 192, ranks=ranks)
+        begin = len(communicator.calls)
+        model.spmd.begin_step([24])
+        batch = PagedRun(model).batch({0: sequences()[0][:24]})
+        run = PagedRun(model)
+        model.logits(model.forward(batch, run.caches)[-1:])
+        calls = communicator.calls[begin:]
+        rows = model.spmd.plan.collectives(0, itemsize=4)
+        counts = {"tokens": 24, "all tokens": 24, "sampled": 1}
+        planned = sum(int(row.bytes_per_row) * counts[row.rows] for row in rows)
+        found = Counter(call.kind for call in calls), Counter(row.kind for row in rows)
+        return *found, sum(call.num_bytes for call in calls), planned
+
+    for made, planned, made_bytes, planned_bytes in run_ranks(2, work):
+        assert made == planned
+        assert made_bytes == planned_bytes
