@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import signal
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,7 +84,8 @@ class _Choice:
 class LLM:
     """A model ready to generate. `LLM(model=..., **options)` takes every option of `EngineConfig`.
 
-    Raises `ModelLoadError` or `ValueError` if it cannot be built. Not thread-safe.
+    Raises `ModelLoadError` or `ValueError` if it cannot be built, `RankDiedError` if another of its
+    processes ends. `close` it, or use it in a `with` block, to end those. Not thread-safe.
     """
 
     def __init__(
@@ -109,8 +111,20 @@ class LLM:
             )
         self._eos_ids = self._tokenizer.eos_ids if self._tokenizer else eos_token_ids(folder)
         self._engine = build_engine(config, folder=folder)
+        # Other ranks end with this object, or with the interpreter.
+        self._end = weakref.finalize(self, self._engine.close)
         self._ids = itertools.count()
         self._unread: dict[int, list[TokenOutput]] = {}  # of requests that another call drives
+
+    def close(self) -> None:
+        """Ends the processes of the other ranks. May be called again; nothing else may."""
+        self._end()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def get_tokenizer(self) -> Tokenizer:
         """The tokenizer. `ValueError` if the LLM was built with `skip_tokenizer_init`."""
@@ -205,6 +219,8 @@ class LLM:
         self, prompts: list[Tokenized], params: list[SamplingParams]
     ) -> tuple[list[RequestOutput], dict[int, _Choice]]:
         """Hands every choice of every prompt to the engine, or none of them."""
+        if not self._end.alive:
+            raise RuntimeError("this LLM is closed")
         requests: list[RequestOutput] = []
         choices: dict[int, _Choice] = {}
         try:

@@ -11,7 +11,7 @@ from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, Ready
-from tokenspeed.engine.part import Part, build_part, mesh_of
+from tokenspeed.engine.part import Part, build_part, check_mesh, mesh_of
 from tokenspeed.engine.ranks.crew import Crew
 from tokenspeed.engine.ranks.muster import muster
 from tokenspeed.engine.schedulers import Schedulers
@@ -54,6 +54,7 @@ def build_engine(
     num_ranks = mesh_of(config).num_ranks
     if num_ranks > 1:
         tell(0.0, f"waiting for {num_ranks - 1} other rank(s)")
+        check_mesh(config, folder)
     met = muster(config, folder, num_sharers, on_death)
     try:
         part = build_part(
@@ -69,10 +70,7 @@ def build_engine(
         engine = assemble(config, part, met.crew)
         warm_up(engine)
     except BaseException as error:
-        met.close()
-        # Whoever died first knows best why; this rank may only have missed the others.
-        if met.crew is not None and not isinstance(error, KeyboardInterrupt):
-            met.crew.check()
+        met.close_after(error)
         raise
     return engine
 

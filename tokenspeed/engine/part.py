@@ -16,7 +16,7 @@ from tokenspeed.execution.expert_balancer import ExpertBalancer, make_balancer
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.step_runner import StepRunner
-from tokenspeed.models.build import Ranks, load_model
+from tokenspeed.models.build import Ranks, load_model, plan_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.mesh import Mesh
@@ -83,18 +83,29 @@ def build_part(
     `ModelLoadError`, `ValueError` for options, `RankDiedError`. `num_sharers` processes divide this
     machine's memory.
     """
-    device, mesh = device_of(config), mesh_of(config)
-    options = config.scheduler
-    ranks = Ranks(
-        mesh,
+    ranks = _ranks(config, rank, communicator)
+    dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
+    model = load_model(folder, dtype, device_of(config), limit, progress, ranks)
+    return assemble_part(config, model, rank, ranks.mesh, agree, num_sharers)
+
+
+def check_mesh(config: EngineConfig, folder: Path) -> None:
+    """Refuses a mesh that the model cannot be divided over: `ValueError`, `ModelLoadError`.
+
+    Reads config.json alone, so that no rank need be started to learn it.
+    """
+    dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
+    plan_model(folder, dtype, device_of(config), limit, _ranks(config))
+
+
+def _ranks(config: EngineConfig, rank: int = 0, communicator: Communicator | None = None) -> Ranks:
+    return Ranks(
+        mesh_of(config),
         rank,
         communicator,
-        max_tokens=options.max_num_batched_tokens,
+        max_tokens=config.scheduler.max_num_batched_tokens,
         num_redundant_experts=config.experts.num_redundant_experts,
     )
-    dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
-    model = load_model(folder, dtype, device, limit, progress, ranks)
-    return assemble_part(config, model, rank, mesh, agree, num_sharers)
 
 
 def assemble_part(

@@ -29,6 +29,17 @@ def take_cpu_share(index: int, count: int) -> frozenset[int]:
     return share
 
 
+def allowed_cpus() -> frozenset[int]:
+    """The CPUs that this thread may use; none where the system binds nobody."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+def allow_cpus(cpus: frozenset[int]) -> None:
+    """Undoes a share for this thread and those that it starts: `cpus` are what it had before."""
+    if cpus:
+        os.sched_setaffinity(0, cpus)
+
+
 def cpu_share(cores: Sequence[frozenset[int]], index: int, count: int) -> frozenset[int]:
     """CPUs of the `index`-th of `count` even runs of `cores`; all if there are fewer cores."""
     _check(index, count)

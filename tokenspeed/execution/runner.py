@@ -15,6 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
+from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step_message import encode_step
@@ -34,6 +35,9 @@ class Crew(Protocol):
     def results(self, wanted: list[int]) -> dict[int, StepOutput]:
         """What the other ranks sampled for these dp indices in their oldest step that still has
         results to give. `RankDiedError`: it will not come."""
+
+    def find_cause(self) -> None:
+        """After a collective failed: `RankDiedError` of the rank that died first, if one did."""
 
     def close(self) -> None:
         """Ends the other ranks."""
@@ -75,9 +79,9 @@ class Runner:
             self._crew.send_step(encode_step(plans, binds))
         if self._steps is None:
             done: InFlight = Future()
-            done.set_result(self._collect(self._part.run(steps[0]), steps))
+            done.set_result(self._collect(self._run(steps[0]), steps))
             return done
-        own = self._steps.submit(self._part.run, steps[0])
+        own = self._steps.submit(self._run, steps[0])
         if self._results is None:
             return self._steps.submit(lambda: self._collect(own.result(), steps))
         return self._results.submit(lambda: self._collect(own.result(), steps))
@@ -88,6 +92,14 @@ class Runner:
                 thread.shutdown()
         if self._crew is not None:
             self._crew.close()
+
+    def _run(self, step: Step) -> StepOutput | None:
+        try:
+            return self._part.run(step)
+        except RankDiedError:
+            if self._crew is not None:
+                self._crew.find_cause()
+            raise
 
     def _prepare(self, plans: Plans) -> list[Step]:
         views = [None if words is None else PlanView(words) for words in plans]

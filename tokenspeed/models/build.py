@@ -21,7 +21,7 @@ from tokenspeed.models.loader import load_weights
 from tokenspeed.models.registry import find_architecture
 from tokenspeed.models.tensor_check import Block, TensorNames
 from tokenspeed.spmd.collectives import Variant
-from tokenspeed.spmd.compile import compile_model
+from tokenspeed.spmd.compile import SpmdPlan, compile_model
 from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.localise import localise
 from tokenspeed.spmd.mesh import Mesh
@@ -71,6 +71,20 @@ def load_with_report(
 ) -> tuple[CausalLM, LoadReport]:
     """As `load_model`, and what was read."""
     ranks = ranks or Ranks()
+    model, names, plan = plan_model(folder, dtype, device, max_model_len, ranks)
+    model.spmd = localise(model, plan, ranks.rank, ranks.communicator)
+    place = Place(ranks.rank, ranks.mesh.num_ranks)
+    return model, load_weights(model, Checkpoint(folder), names, progress, place)
+
+
+def plan_model(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    max_model_len: int | None,
+    ranks: Ranks,
+) -> tuple[CausalLM, TensorNames, SpmdPlan]:
+    """The whole model on the meta device, and how it is divided; the same on every rank."""
     model, names = build_model(folder, dtype, device, max_model_len)
     plan = compile_model(
         model,
@@ -80,9 +94,7 @@ def load_with_report(
         num_redundant_experts=ranks.num_redundant_experts,
         variant=ranks.variant,
     )
-    model.spmd = localise(model, plan, ranks.rank, ranks.communicator)
-    place = Place(ranks.rank, ranks.mesh.num_ranks)
-    return model, load_weights(model, Checkpoint(folder), names, progress, place)
+    return model, names, plan
 
 
 def build_model(

@@ -53,7 +53,7 @@ def load_weights(
         scales = pick_scales(weights, checkpoint, names.fp8_block)
         _allocate(model)
         before = checkpoint.num_bytes_read
-        for name, tensor in _stream(checkpoint, weights, progress):
+        for name, tensor in _stream(checkpoint, weights, progress, shown=place.rank == 0):
             if name in scales and names.fp8_block is not None:
                 scale = checkpoint.read(name + SCALE_SUFFIX, scales[name])
                 tensor = dequantize(tensor, scale, names.fp8_block, model.target.dtype)
@@ -67,12 +67,16 @@ def load_weights(
 
 
 def _stream(
-    checkpoint: Checkpoint, weights: dict[str, Piece], progress: Callable[[float], None] | None
+    checkpoint: Checkpoint,
+    weights: dict[str, Piece],
+    progress: Callable[[float], None] | None,
+    shown: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """`checkpoint.stream`, with a bar on the terminal and reports to `progress`."""
     total = sum(piece.num_bytes for piece in weights.values())
     done, told = 0, 0.0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=None) as bar:
+    disable = None if shown else True  # None: where there is no terminal
+    with tqdm(total=total, unit="B", unit_scale=True, desc="Loading", disable=disable) as bar:
         for name, tensor in checkpoint.stream(weights):
             yield name, tensor
             done += weights[name].num_bytes

@@ -2,9 +2,10 @@
 """`Crew`: the other ranks, as rank 0 sees them. Knows connections and bytes, no plans.
 
 A thread reads each connection. When a rank ends, every wait on any of them is a `RankDiedError`
-that says which one it was and, if it could say so itself, why.
+that says which one it was and, if it could say so itself, why; the others are told to leave.
 """
 
+import contextlib
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from tokenspeed.execution.step_runner import StepOutput
 from tokenspeed.spmd.shm_ring import RingWriter
 
 GRACE_S = 5.0  # for the others to leave after a goodbye
+REASON_S = 0.5  # from a failed collective until its cause is known here
 _DP = struct.Struct("<i")
 
 Ended = Callable[[], None]
@@ -39,6 +41,7 @@ class Crew:
         self._connections, self._ring, self._neighbours = dict(connections), ring, neighbours
         self._ended = ended
         self._failure: RankDiedError | None = None
+        self._failed = threading.Event()
         self._closing = False
         self._lock = threading.Lock()
         self._on_death: Callable[[RankDiedError], None] | None = None
@@ -95,14 +98,26 @@ class Crew:
         if self._failure is not None:
             raise RankDiedError(str(self._failure))
 
+    def find_cause(self) -> None:
+        """After a collective failed: `RankDiedError` of the rank that died first, if one did."""
+        self._failed.wait(REASON_S)
+        self.check()
+
+    def close_after(self, error: BaseException) -> None:
+        """Closes; `RankDiedError` if `error` is only the consequence of another rank's death."""
+        try:
+            if isinstance(error, RankDiedError):
+                self.find_cause()
+        finally:
+            self.close()
+
     def close(self) -> None:
-        """Tells all to leave, and waits a little."""
-        self._closing = True
-        for connection in self._connections.values():
-            try:
-                connection.send(Kind.BYE)
-            except RankDiedError:
-                continue
+        """Tells all to leave, and waits a little. May be called again."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._dismiss()
         if self._ring is not None:
             self._ring.close()
         self._ended()
@@ -133,11 +148,18 @@ class Crew:
             if self._failure is not None:
                 return
             self._failure = error
+            self._failed.set()
             tell, waiting = self._on_death, [*self._answers.values(), *self._outputs.values()]
         for queue in waiting:
             queue.put(error)
+        self._dismiss()
         if tell is not None:
             tell(error)
+
+    def _dismiss(self) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(RankDiedError):
+                connection.send(Kind.BYE)
 
     def _take(self, queue: "SimpleQueue[Any]", kind: Kind) -> dict[str, Any]:
         got, body = self._get(queue)

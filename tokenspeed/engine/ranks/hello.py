@@ -49,7 +49,9 @@ class Hello:
 
     def same_token(self, other: "Hello") -> bool:
         """Whether both know the same token; takes as long either way."""
-        return hmac.compare_digest(self.token.encode(), other.token.encode())
+        return hmac.compare_digest(
+            self.token.encode(errors="replace"), other.token.encode(errors="replace")
+        )
 
 
 def refusal(mine: Hello, other: Hello, num_ranks: int, present: set[int]) -> str | None:

@@ -5,9 +5,11 @@ A child learns where to go on its standard input, so that the token stands in no
 ends when rank 0 does, because its connection does.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 
 from tokenspeed.engine.ranks.meeting import Meeting
 from tokenspeed.errors import RankDiedError
@@ -33,8 +35,9 @@ class LocalRanks:
                 "rank": rank,
             }
             if child.stdin is not None:
-                child.stdin.write(json.dumps(settings).encode() + b"\n")
-                child.stdin.close()
+                # One that has ended already is found by `check`.
+                with contextlib.suppress(BrokenPipeError), child.stdin:
+                    child.stdin.write(json.dumps(settings).encode() + b"\n")
 
     def check(self) -> None:
         """`RankDiedError` if one has ended."""
@@ -45,9 +48,10 @@ class LocalRanks:
 
     def wait(self, timeout_s: float) -> None:
         """Until all have ended; kills those that have not in time."""
+        end = time.monotonic() + timeout_s
         for child in self._children.values():
             try:
-                child.wait(timeout_s)
+                child.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 child.kill()
                 child.wait()
@@ -55,4 +59,5 @@ class LocalRanks:
     def kill(self) -> None:
         for child in self._children.values():
             child.kill()
+        for child in self._children.values():
             child.wait()

@@ -5,9 +5,7 @@ Knows configurations and processes; refuses to know what ranks do once they are 
 """
 
 import contextlib
-import os
-import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +16,15 @@ from tokenspeed.engine.ranks.crew import GRACE_S, Crew
 from tokenspeed.engine.ranks.hello import Hello
 from tokenspeed.engine.ranks.local import LocalRanks
 from tokenspeed.engine.ranks.meeting import Meeting
-from tokenspeed.engine.ranks.wires import choose_wires, make_communicator
+from tokenspeed.engine.ranks.wires import (
+    can_share_memory,
+    choose_wires,
+    clear_away,
+    make_communicator,
+    new_name,
+)
 from tokenspeed.errors import RankDiedError
-from tokenspeed.execution.cpu_share import take_cpu_share
+from tokenspeed.execution.cpu_share import allow_cpus, allowed_cpus, take_cpu_share
 from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.shm_ring import RingWriter
 
@@ -49,10 +53,11 @@ class Mustered:
         if self.crew is not None:
             self.crew.wait_for(Kind.READY)
 
-    def close(self) -> None:
-        """Ends the other ranks, if an engine is not to be."""
+    def close_after(self, error: BaseException) -> None:
+        """Ends the other ranks, as an engine is not to be. `RankDiedError` of who died first, if
+        `error` is only a consequence."""
         if self.crew is not None:
-            self.crew.close()
+            self.crew.close_after(error)
 
 
 def muster(
@@ -62,49 +67,68 @@ def muster(
     on_death: Callable[[RankDiedError], None] | None,
 ) -> Mustered:
     """Meets all other ranks of the engine. `RankDiedError` says which did not come, or why."""
-    mesh, device = mesh_of(config), device_of(config)
-    if mesh.num_ranks == 1:
+    num_ranks, device = mesh_of(config).num_ranks, device_of(config)
+    if num_ranks == 1:
         return Mustered()
-    meeting = Meeting()
+    meeting, cpus = Meeting(), allowed_cpus()
     mine = Hello.of_this_process(0, meeting.token, config.digest())
-    local = LocalRanks(meeting, mesh.num_ranks)
-    try:
+    local = LocalRanks(meeting, num_ranks)
+    with contextlib.ExitStack() as undo:
+        undo.callback(local.kill)
         with contextlib.closing(meeting):
             local.start()
-            connections, hellos = meeting.gather(mine, mesh.num_ranks, START_TIMEOUT_S, local.check)
-    except BaseException:
-        local.kill()
-        raise
-    hosts = {hello.host for hello in hellos.values()} | {mine.host}
-    neighbours = sorted(rank for rank, hello in hellos.items() if hello.host == mine.host)
-    ring_name = f"tokenspeed-{os.getpid()}-{secrets.token_hex(6)}" if neighbours else None
-    ring = RingWriter(ring_name, len(neighbours)) if ring_name else None
-    wires = choose_wires(mesh.num_ranks, device, hosts, meeting.host)
-    count = len(neighbours) + 1
-    for rank, connection in connections.items():
-        here = rank in neighbours
-        place = neighbours.index(rank) if here else 0
-        connection.send_json(
-            Kind.WELCOME,
-            config=config.to_json(),
-            folder=str(folder),
-            wires=wires,
-            ring=ring_name if here else None,
-            num_readers=len(neighbours),
-            reader=place,
-            cpu_share=[place + 1, count] if here else [0, 1],
-            num_sharers=num_sharers * count,
-        )
-    crew = Crew(connections, ring, frozenset(neighbours), lambda: local.wait(GRACE_S))
+            connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, local.check)
+        ranks = Neighbours({0: mine.host} | {rank: each.host for rank, each in hellos.items()})
+        wires = choose_wires(num_ranks, device, ranks.hosts, meeting.host)
+        ring_name = new_name() if len(ranks.of(0)) > 1 and can_share_memory() else None
+        undo.callback(clear_away, ring_name, wires)
+        readers = ranks.of(0)[1:] if ring_name else []
+        ring = RingWriter(ring_name, len(readers)) if ring_name else None
+        for rank, connection in connections.items():
+            connection.send_json(
+                Kind.WELCOME,
+                config=config.to_json(),
+                folder=str(folder),
+                wires=wires,
+                ring=[ring_name, len(readers), readers.index(rank)] if rank in readers else None,
+                cpu_share=ranks.share(rank),
+                num_sharers=num_sharers * len(ranks.of(rank)),
+            )
+        undo.pop_all()
+
+    def ended() -> None:
+        local.wait(GRACE_S)
+        clear_away(ring_name, wires)
+        allow_cpus(cpus)
+
+    crew = Crew(connections, ring, frozenset(readers), ended)
     if on_death is not None:
         crew.on_death(on_death)
     try:
-        take_cpu_share(0, count)
+        take_cpu_share(*ranks.share(0))
         communicator = make_communicator(0, wires)
         if ring is not None:
             ring.connect()
-    except BaseException:
-        crew.close()
-        crew.check()
+    except BaseException as error:
+        crew.close_after(error)
         raise
-    return Mustered(crew, communicator, count)
+    return Mustered(crew, communicator, len(ranks.of(0)))
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Which ranks stand on one machine."""
+
+    host_of: Mapping[int, str]
+
+    @property
+    def hosts(self) -> set[str]:
+        return set(self.host_of.values())
+
+    def of(self, rank: int) -> list[int]:
+        """The ranks of its machine, itself among them, in order."""
+        return sorted(r for r, host in self.host_of.items() if host == self.host_of[rank])
+
+    def share(self, rank: int) -> tuple[int, int]:
+        """Which share of its machine is the rank's, of how many."""
+        return self.of(rank).index(rank), len(self.of(rank))

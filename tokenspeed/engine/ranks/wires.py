@@ -1,34 +1,60 @@
 # SPDX-License-Identifier: MIT
 """What tensors travel over between ranks: shared memory on one machine, else torch.distributed."""
 
+import contextlib
 import secrets
-from typing import Any
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from tokenspeed.engine.ranks.meeting import free_port
-from tokenspeed.spmd.group import Communicator
+
+if TYPE_CHECKING:  # torch starts threads: a worker imports it once it has its share of the cores
+    import torch
+
+    from tokenspeed.spmd.group import Communicator
 
 TIMEOUT_S = 300.0  # of a call in which a rank that lives does not answer
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def can_share_memory() -> bool:
+    """Whether processes of this machine can exchange tensors and steps in shared memory."""
+    from torch import Tensor
+
+    return SHARED_MEMORY.is_dir() and hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 
 def choose_wires(
-    num_ranks: int, device: torch.device, hosts: set[str], host: str
+    num_ranks: int, device: "torch.device", hosts: set[str], host: str
 ) -> dict[str, Any]:
     """For the welcome; `host` is where rank 0 can be reached."""
-    if device.type == "cpu" and len(hosts) == 1:
-        name = f"tokenspeed-{secrets.token_hex(6)}"
-        return {"kind": "shm", "address": name, "num_ranks": num_ranks, "device": device.type}
+    if device.type == "cpu" and len(hosts) == 1 and can_share_memory():
+        return {"kind": "shm", "address": new_name(), "num_ranks": num_ranks, "device": device.type}
     address = f"tcp://{host}:{free_port(host)}"
     return {"kind": "torch", "address": address, "num_ranks": num_ranks, "device": device.type}
 
 
-def make_communicator(rank: int, wires: dict[str, Any], local_rank: int = 0) -> Communicator:
+def new_name() -> str:
+    """Of something in shared memory; nobody else will think of it."""
+    return f"tokenspeed-{secrets.token_hex(6)}"
+
+
+def clear_away(ring_name: str | None, wires: dict[str, Any]) -> None:
+    """Removes names of shared memory that ranks which died had no time to remove."""
+    for name in (ring_name, wires["address"] if wires["kind"] == "shm" else None):
+        for path in SHARED_MEMORY.glob(f"{name}*") if name else ():
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def make_communicator(rank: int, wires: dict[str, Any], local_rank: int = 0) -> "Communicator":
     """Meets the other ranks there. `RankDiedError`: one did not come."""
     if wires["kind"] == "shm":
         from tokenspeed.spmd.shm_group import shm_communicator
 
         return shm_communicator(rank, wires["num_ranks"], wires["address"], TIMEOUT_S)
+    import torch
+
     from tokenspeed.spmd.torch_group import torch_communicator
 
     device = torch.device("cuda", local_rank) if wires["device"] == "cuda" else torch.device("cpu")

@@ -6,6 +6,7 @@
 Holds no scheduler. Knows neither requests nor how it was started.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,19 +21,23 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine.ranks.connection import Connection, Kind
 from tokenspeed.engine.ranks.hello import Hello
 from tokenspeed.engine.ranks.meeting import introduce
-from tokenspeed.errors import RankDiedError
+from tokenspeed.engine.ranks.wires import clear_away
+from tokenspeed.errors import RankDiedError, TokenSpeedError
 
 _log = logging.getLogger(__name__)
 JOIN_TIMEOUT_S = 30.0
+LOST_GRACE_S = 1.0
+GOODBYE_S = 10.0
 RING_POLL_S = 3600.0
 
 
 class Ears(threading.Thread):
     """Reads what rank 0 says; when rank 0 ends, so does this process, whatever it is doing."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, welcome: dict[str, Any]) -> None:
         super().__init__(name="rank-0", daemon=True)
-        self._connection = connection
+        self._connection, self._welcome = connection, welcome
+        self._status = 0
         self.heard: SimpleQueue[tuple[Kind, bytes]] = SimpleQueue()
 
     def run(self) -> None:
@@ -40,10 +45,25 @@ class Ears(threading.Thread):
             while True:
                 kind, body = self._connection.receive()
                 if kind is Kind.BYE:
-                    os._exit(0)
+                    os._exit(self._status)
                 self.heard.put((kind, body))
         except RankDiedError:
+            ring = self._welcome["ring"]
+            clear_away(ring and ring[0], self._welcome["wires"])  # rank 0 may have had no time to
             os._exit(1)
+
+    def leave(self, why: str, *, lost: bool) -> None:
+        """Tells rank 0 why this rank cannot go on, and ends with its goodbye.
+
+        `lost`: because of another rank. Rank 0 will know that one's reason itself and not wait for
+        this one's.
+        """
+        self._status = 1
+        if lost:
+            self.join(LOST_GRACE_S)
+        with contextlib.suppress(RankDiedError):
+            self._connection.send(Kind.FAILED, why.encode())
+        self.join(GOODBYE_S)
 
     def expect(self, kind: Kind) -> dict[str, Any]:
         got, body = self.heard.get()
@@ -60,23 +80,21 @@ def run_worker(host: str, port: int, token: str, rank: int, config: str = "") ->
     """
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)  # rank 0 says when it is over
+    logging.basicConfig(format=f"%(levelname)s %(name)s (rank {rank}): %(message)s")
     try:
         mine = Hello.of_this_process(rank, token, config)
         connection, welcome = introduce(host, port, mine, JOIN_TIMEOUT_S)
     except RankDiedError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
         return 1
-    ears = Ears(connection)
+    ears = Ears(connection, welcome)
     ears.start()
     try:
         _work(rank, welcome, connection, ears)
-    except RankDiedError as error:
-        # Most likely rank 0 knows better why: who died first is what it tells.
-        connection.send(Kind.FAILED, f"lost the others: {error}".encode())
     except Exception as error:
-        connection.send(Kind.FAILED, f"{type(error).__name__}: {error}".encode())
-        _log.exception("rank %d failed", rank)
-    ears.join()
+        if not isinstance(error, (TokenSpeedError, ValueError)):
+            _log.exception("rank %d failed", rank)
+        ears.leave(str(error) or type(error).__name__, lost=isinstance(error, RankDiedError))
     return 1
 
 
@@ -99,7 +117,7 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
     config = EngineConfig.from_json(welcome["config"])
     ring = None
     if welcome["ring"] is not None:
-        ring = RingReader(welcome["ring"], welcome["num_readers"], welcome["reader"])
+        ring = RingReader(*welcome["ring"])
     communicator = make_communicator(rank, welcome["wires"])
     part = build_part(
         config,
@@ -128,5 +146,5 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
 
 
 if __name__ == "__main__":
-    settings = json.loads(sys.stdin.readline())
-    raise SystemExit(run_worker(**settings))
+    line = sys.stdin.readline()
+    raise SystemExit(run_worker(**json.loads(line)) if line else 1)  # 1: rank 0 is no more
