@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
-"""All options: frozen, composed, resolved once. Reads no file, no device and no environment.
+"""All options: frozen, composed, resolved once. Reads no file and no device.
 
-Groups say what an option can change: `ModelOptions` and `kv_cache_dtype` change answers, the others
-change only speed, memory and reachability. The CLI and `docs/parameters.md` are made from here.
+What launchers say in environment variables is read here and nowhere else. Groups say what an option
+can change: `ModelOptions` and `kv_cache_dtype` change answers, the others change only speed, memory
+and reachability. The CLI and `docs/parameters.md` are made from here.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -156,8 +159,6 @@ class EngineConfig:
                 "data_parallel_size above 1 needs launcher local: start one server for each engine,"
                 f" or leave launcher {parallel.launcher}"
             )
-        if parallel.launcher != "local":
-            raise ValueError(f"launcher must be local in this release: {parallel.launcher}")
 
 
 @dataclass(frozen=True)
@@ -191,3 +192,53 @@ def check_options(group: Any) -> None:
         number = isinstance(value, (int, float) if f.type is float else int)
         if isinstance(value, bool) or not number or not low <= value < math.inf:
             raise ValueError(f"{f.name} must be a number of at least {low}: {value!r}")
+
+
+@dataclass(frozen=True)
+class TorchrunPlace:
+    """Where torchrun has put this process; `host` and `port` are those of its key-value store."""
+
+    rank: int
+    num_ranks: int
+    num_local: int  # ranks that the same agent started
+    node: int
+    host: str
+    port: int
+    run_id: str
+    restart: int
+    agent_has_store: bool
+
+
+def torchrun_place(environment: Mapping[str, str] = os.environ) -> TorchrunPlace:
+    """From torchrun's variables. `ValueError`: torchrun has not started this process."""
+
+    def number(name: str) -> int:
+        if not (text := environment.get(name, "")).isdecimal():
+            raise ValueError(
+                f"launcher torchrun: the environment has no {name}; start with `torchrun"
+                " --nproc-per-node N -m tokenspeed serve ...`"
+                if name not in environment
+                else f"launcher torchrun: {name} is no number: {text!r}"
+            )
+        return int(text)
+
+    numbers = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_PORT")
+    rank, num_ranks, num_local, node, port = (number(name) for name in numbers)
+    if not (host := environment.get("MASTER_ADDR")):
+        raise ValueError("launcher torchrun: the environment has no MASTER_ADDR")
+    return TorchrunPlace(
+        rank,
+        num_ranks,
+        num_local,
+        node,
+        host,
+        port,
+        run_id=environment.get("TORCHELASTIC_RUN_ID", "none"),
+        restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        agent_has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def ray_address(environment: Mapping[str, str] = os.environ) -> str | None:
+    """The Ray cluster that RAY_ADDRESS names, if it does."""
+    return environment.get("RAY_ADDRESS") or None

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`tokenspeed serve`: the gateway and its engine. Knows flags, nothing of HTTP."""
+"""`tokenspeed serve`: the gateway and its engine, or another rank. Knows flags, no HTTP."""
 
 import argparse
 from typing import Any
 
 from tokenspeed.cli.options import add_engine_options, add_options, engine_options, options_of
-from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.config import EngineConfig, ServerOptions, torchrun_place
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,6 +18,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     config = EngineConfig.of(**engine_options(args))
     options = ServerOptions(**options_of(args, ServerOptions))
+    if config.parallel.launcher == "torchrun":
+        from tokenspeed.engine.ranks.torchrun import run_rank, stop_with_parent
+
+        place = torchrun_place()
+        if place.rank:
+            return run_rank(config, place)
+        stop_with_parent()
     from tokenspeed.gateway.server import serve
 
     return serve(config, options)

@@ -27,9 +27,10 @@ class Hello:
     machine: str = ""
 
     @classmethod
-    def of_this_process(cls, rank: int, token: str, config: str = "") -> "Hello":
+    def of_this_process(cls, rank: int, token: str, config: str = "", host: str = "") -> "Hello":
+        """`host`: what ranks of this machine call it, if not its name."""
         layouts = f"plan {LAYOUT_VERSION}, step {STEP_VERSION}"
-        host, machine = socket.gethostname(), platform.machine()
+        host, machine = host or socket.gethostname(), platform.machine()
         return cls(rank, token, config, host, os.getpid(), __version__, layouts, machine)
 
     def facts(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import sys
 import time
 
 from tokenspeed.engine.ranks.meeting import Meeting
+from tokenspeed.engine.ranks.starter import LOOPBACK, machine_name
 from tokenspeed.errors import RankDiedError
 
 COMMAND = (sys.executable, "-m", "tokenspeed.engine.ranks.worker")
@@ -20,18 +21,23 @@ COMMAND = (sys.executable, "-m", "tokenspeed.engine.ranks.worker")
 class LocalRanks:
     """Ranks 1 to num_ranks - 1 on this machine."""
 
-    def __init__(self, meeting: Meeting, num_ranks: int) -> None:
-        self._meeting, self._num_ranks = meeting, num_ranks
+    machine = machine_name()
+
+    def __init__(self, num_ranks: int) -> None:
+        self._num_ranks = num_ranks
         self._children: dict[int, subprocess.Popen[bytes]] = {}
 
-    def start(self) -> None:
+    def prepare(self) -> str:
+        return LOOPBACK
+
+    def start(self, meeting: Meeting) -> None:
         for rank in range(1, self._num_ranks):
             child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
             self._children[rank] = child
             settings = {
-                "host": self._meeting.host,
-                "port": self._meeting.port,
-                "token": self._meeting.token,
+                "host": meeting.host,
+                "port": meeting.port,
+                "token": meeting.token,
                 "rank": rank,
             }
             if child.stdin is not None:

@@ -14,8 +14,8 @@ from tokenspeed.engine.part import Agreement, device_of, mesh_of
 from tokenspeed.engine.ranks.connection import Kind
 from tokenspeed.engine.ranks.crew import GRACE_S, Crew
 from tokenspeed.engine.ranks.hello import Hello
-from tokenspeed.engine.ranks.local import LocalRanks
 from tokenspeed.engine.ranks.meeting import Meeting
+from tokenspeed.engine.ranks.starter import make_starter
 from tokenspeed.engine.ranks.wires import (
     can_share_memory,
     choose_wires,
@@ -68,16 +68,16 @@ def muster(
 ) -> Mustered:
     """Meets all other ranks of the engine. `RankDiedError` says which did not come, or why."""
     num_ranks, device = mesh_of(config).num_ranks, device_of(config)
+    starter = make_starter(config, num_ranks)
     if num_ranks == 1:
         return Mustered()
-    meeting, cpus = Meeting(), allowed_cpus()
-    mine = Hello.of_this_process(0, meeting.token, config.digest())
-    local = LocalRanks(meeting, num_ranks)
+    cpus = allowed_cpus()
     with contextlib.ExitStack() as undo:
-        undo.callback(local.kill)
-        with contextlib.closing(meeting):
-            local.start()
-            connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, local.check)
+        undo.callback(starter.kill)
+        with contextlib.closing(Meeting(starter.prepare())) as meeting:
+            mine = Hello.of_this_process(0, meeting.token, config.digest(), starter.machine)
+            starter.start(meeting)
+            connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, starter.check)
         ranks = Neighbours({0: mine.host} | {rank: each.host for rank, each in hellos.items()})
         wires = choose_wires(num_ranks, device, ranks.hosts, meeting.host)
         ring_name = new_name() if len(ranks.of(0)) > 1 and can_share_memory() else None
@@ -88,7 +88,7 @@ def muster(
             connection.send_json(
                 Kind.WELCOME,
                 config=config.to_json(),
-                folder=str(folder),
+                folder=str(folder) if rank in ranks.of(0) else None,
                 wires=wires,
                 ring=[ring_name, len(readers), readers.index(rank)] if rank in readers else None,
                 cpu_share=ranks.share(rank),
@@ -97,7 +97,7 @@ def muster(
         undo.pop_all()
 
     def ended() -> None:
-        local.wait(GRACE_S)
+        starter.wait(GRACE_S)
         clear_away(ring_name, wires)
         allow_cpus(cpus)
 

@@ -73,16 +73,19 @@ class Ears(threading.Thread):
         return facts
 
 
-def run_worker(host: str, port: int, token: str, rank: int, config: str = "") -> int:
+def run_worker(
+    host: str, port: int, token: str, rank: int, config: str = "", machine: str = ""
+) -> int:
     """Runs rank `rank` to its end; returns the exit status.
 
-    `config` is the digest of the options that this rank was started with, "" if it has none.
+    `config` is the digest of the options that this rank was started with, "" if it has none;
+    `machine` what ranks of this machine call it, if not its name.
     """
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)  # rank 0 says when it is over
     logging.basicConfig(format=f"%(levelname)s %(name)s (rank {rank}): %(message)s")
     try:
-        mine = Hello.of_this_process(rank, token, config)
+        mine = Hello.of_this_process(rank, token, config, machine)
         connection, welcome = introduce(host, port, mine, JOIN_TIMEOUT_S)
     except RankDiedError as error:
         print(f"rank {rank}: {error}", file=sys.stderr)
@@ -108,6 +111,7 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
     from tokenspeed.engine.ranks.wires import make_communicator
     from tokenspeed.execution.step_message import decode_step, encode_output
     from tokenspeed.execution.step_runner import Seats, Step
+    from tokenspeed.models.hub import resolve_model
     from tokenspeed.spmd.shm_ring import RingReader
 
     def agree(mine: Agreement) -> Agreement:
@@ -119,9 +123,10 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
     if welcome["ring"] is not None:
         ring = RingReader(*welcome["ring"])
     communicator = make_communicator(rank, welcome["wires"])
+    folder = welcome["folder"]  # None: rank 0 stands on another machine
     part = build_part(
         config,
-        Path(welcome["folder"]),
+        Path(folder) if folder else resolve_model(config.model.model, config.model.revision),
         rank=rank,
         communicator=communicator,
         agree=agree,
