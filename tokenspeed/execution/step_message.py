@@ -9,14 +9,16 @@ All words are little-endian int32. The way back is a `StepOutput`: its words, th
 do not hold what they say are a `ValueError`. Knows no sockets.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenspeed.errors import RequestError
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence as Request
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
@@ -53,16 +55,14 @@ def decode_step(message: bytes) -> tuple[list[PlanView | None], dict[int, list[B
     rest = _Rest(words, HEADER_WORDS)
     lengths = rest.take(num_plans).tolist()
     plans = [PlanView(rest.take(length)) if length else None for length in lengths]
-    text = bytes(words[len(words) - -(-num_text // 4) :].tobytes()[:num_text])
-    facts = json.loads(text) if num_binds else []
-    if len(facts) != num_binds:
-        raise ValueError(f"a step message of {num_binds} binds describes {len(facts)}")
     binds: dict[int, list[Bind]] = {}
-    for fact in facts:
-        prompt = rest.take(fact["num_prompt"]).copy()
-        outputs = rest.take(fact["num_outputs"]).tolist()
-        request = Request(prompt, _params(fact["params"]), fact["stop_ids"], fact["seed"])
-        binds.setdefault(fact["dp"], []).append(Bind(fact["slot"], fact["id"], request, outputs))
+    if num_binds:
+        with _described():
+            facts = json.loads(_text(words, num_text))
+            if len(facts) != num_binds:
+                raise ValueError(f"a step message of {num_binds} binds describes {len(facts)}")
+            for fact in facts:
+                binds.setdefault(range(num_plans)[fact["dp"]], []).append(_bind(fact, rest))
     return plans, binds
 
 
@@ -87,16 +87,18 @@ def decode_output(message: bytes) -> StepOutput:
     words = _words(message, OUTPUT_MAGIC)
     num_words, _, num_text = words[3:6].tolist()
     result = _Rest(words, HEADER_WORDS).take(num_words)
-    text = words[len(words) - -(-num_text // 4) :].tobytes()[:num_text]
-    facts = json.loads(text) if num_text else {"logprobs": [], "prompt_logprobs": []}
-    return StepOutput(
-        result,
-        {i: TokenLogprobs(*entry) for i, entry in facts["logprobs"]},
-        {
-            i: {at: TokenLogprobs(*entry) for at, entry in entries}
-            for i, entries in facts["prompt_logprobs"]
-        },
-    )
+    if not num_text:
+        return StepOutput(result, {}, {})
+    with _described():
+        facts = json.loads(_text(words, num_text))
+        return StepOutput(
+            result,
+            {i: TokenLogprobs(*entry) for i, entry in facts["logprobs"]},
+            {
+                i: {at: TokenLogprobs(*entry) for at, entry in entries}
+                for i, entries in facts["prompt_logprobs"]
+            },
+        )
 
 
 def _words(message: bytes, magic: int) -> NDArray[np.int32]:
@@ -108,6 +110,19 @@ def _words(message: bytes, magic: int) -> NDArray[np.int32]:
     if (words[3:6] < 0).any() or words[5] > len(message):
         raise ValueError("a step's message counts what it does not hold")
     return words
+
+
+def _text(words: NDArray[np.int32], num_bytes: int) -> bytes:
+    return words[len(words) - -(-num_bytes // 4) :].tobytes()[:num_bytes]
+
+
+@contextlib.contextmanager
+def _described() -> Iterator[None]:
+    """JSON of another shape is a `ValueError`."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, RecursionError, RequestError) as error:
+        raise ValueError(f"a step's message describes nothing sensible: {error}") from None
 
 
 class _Rest:
@@ -135,6 +150,13 @@ def _facts(dp: int, bind: Bind, num_outputs: int) -> dict[str, Any]:
         "stop_ids": sequence.stop_ids,
         "seed": sequence.seed,
     }
+
+
+def _bind(fact: dict[str, Any], rest: _Rest) -> Bind:
+    prompt = rest.take(fact["num_prompt"]).copy()
+    outputs = rest.take(fact["num_outputs"]).tolist()
+    request = Request(prompt, _params(fact["params"]), fact["stop_ids"], fact["seed"])
+    return Bind(fact["slot"], fact["id"], request, outputs)
 
 
 def _params(facts: dict[str, Any]) -> SamplingParams:

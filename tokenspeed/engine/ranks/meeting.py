@@ -78,10 +78,12 @@ class Meeting:
         return connections, hellos
 
     def close(self) -> None:
-        """Listens no longer; whoever has not introduced itself is cut off."""
+        """Listens no longer; whoever has not been let in is cut off."""
         self._socket.close()
         for connection in list(self._strangers):
             connection.close()
+        while not self._arrived.empty():
+            self._arrived.get()[0].close()
 
     def _accept(self) -> None:
         """Waits a little for somebody to connect."""
@@ -133,13 +135,17 @@ def introduce(
 ) -> tuple[Connection, dict[str, Any]]:
     """The other side: a connection to rank 0 and its welcome. `RankDiedError`: refused, or gone."""
     connection = Connection.open(host, port, timeout_s)
-    connection.send_json(Kind.HELLO, **mine.facts())
-    kind, body = connection.receive()
-    if kind is Kind.REFUSED:
-        raise RankDiedError(f"rank 0 refuses this rank: {body.decode(errors='replace')}")
-    if kind is not Kind.WELCOME:
-        raise RankDiedError(f"rank 0 said {kind.name} where a welcome was due")
-    return connection, facts_of(body)
+    try:
+        connection.send_json(Kind.HELLO, **mine.facts())
+        kind, body = connection.receive()
+        if kind is Kind.REFUSED:
+            raise RankDiedError(f"rank 0 refuses this rank: {body.decode(errors='replace')}")
+        if kind is not Kind.WELCOME:
+            raise RankDiedError(f"rank 0 said {kind.name} where a welcome was due")
+        return connection, facts_of(body)
+    except BaseException:
+        connection.close()
+        raise
 
 
 def free_port(host: str) -> int:
