@@ -146,7 +146,8 @@ def assemble_part(
         else None,
         spmd=spmd if mesh.num_ranks > 1 else None,
         logits=spmd.samples,
-        peers=spmd.peers if config.scheduler.overlap_depth else None,
+        ahead=config.scheduler.overlap_depth > 0,
+        peers=spmd.peers,
         balancer=balancer,
     )
     dp = mesh.index("dp", rank)

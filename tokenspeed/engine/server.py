@@ -202,7 +202,11 @@ def _load(
         os._exit(1)
 
     # Only now, because it takes seconds and the heart should beat from the first moment on.
+    import torch
+
     from tokenspeed.engine.build import build_engine
+
+    torch.set_num_threads(1)  # the kernels have threads of their own
 
     engine = build_engine(
         config,

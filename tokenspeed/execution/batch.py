@@ -43,17 +43,21 @@ class Batcher:
     def build(self, plan: PlanView) -> ForwardBatch:
         """The tensors of this step."""
         counts = plan.num_tokens
-        ends = np.cumsum(counts)
-        firsts = ends - counts
-        row_of = np.repeat(np.arange(plan.num_rows), counts)
-        slot_of = plan.slots[row_of]
-        positions = np.arange(len(plan.tokens)) - (firsts - plan.starts)[row_of]
-        pages = self._host_table[slot_of, positions // self._page_size].astype(np.int64)
+        if len(plan.tokens) == plan.num_rows:  # one token a row
+            ends = np.arange(1, plan.num_rows + 1)
+            slot_of, positions = plan.slots, plan.starts
+        else:
+            ends = np.cumsum(counts)
+            row_of = np.repeat(np.arange(plan.num_rows), counts)
+            slot_of = plan.slots[row_of]
+            positions = np.arange(len(plan.tokens)) - (ends - counts - plan.starts)[row_of]
+        index, offset = np.divmod(positions, self._page_size)
+        pages = self._host_table[slot_of, index].astype(np.int64)
         kv_len = plan.starts + counts
         return ForwardBatch(
             token_ids=self._token_ids(plan.tokens, slot_of),
-            positions=self._tensor(positions.astype(np.int32)),
-            cache_index=self._tensor(pages * self._page_size + positions % self._page_size),
+            positions=self._tensor(positions.astype(np.int32, copy=False)),
+            cache_index=self._tensor(pages * self._page_size + offset),
             q_start=self._tensor(np.concatenate([[0], ends]).astype(np.int32)),
             kv_len=self._tensor(kv_len),
             slots=self._tensor(plan.slots),

@@ -65,10 +65,15 @@ class PlanView:
     def result(self, ids: NDArray[np.int64], failed: NDArray[np.bool_]) -> Words:
         """The StepResult of this plan: `ids` [num_rows], -1 where a row accepts no id."""
         accepted = (ids >= 0) & ~failed
-        header = np.zeros(RESULT_HEADER_WORDS, np.int32)
-        rows = np.stack([self.slots, np.where(failed, ROW_FAILED, ROW_OK), accepted], axis=1)
-        body = np.concatenate([rows.astype(np.int32).ravel(), ids[accepted].astype(np.int32)])
-        header[:3] = RESULT_MAGIC, LAYOUT_VERSION, RESULT_HEADER_WORDS + body.size
-        header[3:5] = self.step_words
-        header[5:7] = self.num_rows, np.count_nonzero(accepted)
-        return np.concatenate([header, body])
+        taken = ids[accepted]
+        end = RESULT_HEADER_WORDS + 3 * self.num_rows
+        words = np.zeros(end + len(taken), np.int32)
+        words[:3] = RESULT_MAGIC, LAYOUT_VERSION, len(words)
+        words[3:5] = self.step_words
+        words[5:7] = self.num_rows, len(taken)
+        rows = words[RESULT_HEADER_WORDS:end].reshape(-1, 3)
+        rows[:, 0] = self.slots
+        rows[failed, 1] = ROW_FAILED
+        rows[:, 2] = accepted
+        words[end:] = taken
+        return words

@@ -5,6 +5,7 @@ All ranks run every step, with an empty batch where their dp index has no plan. 
 stage have logits; one of each dp index samples and says what came out.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -97,7 +98,8 @@ class StepRunner:
     """Runs steps one after the other, on whatever thread calls it; that thread owns all it reads.
 
     `logits` says whether this rank is on the last stage, `sampler` is None where it does not
-    sample. `peers` get the sampled ids at once, for steps that are planned before they are known.
+    sample. `ahead`: steps are planned before the ids of the one before are known, and find them on
+    the device; `peers` have the same tokens and get the sampled ids at once.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class StepRunner:
         *,
         spmd: Spmd | None = None,
         logits: bool = True,
+        ahead: bool = False,
         peers: Group | None = None,
         balancer: Balancer | None = None,
     ) -> None:
@@ -116,7 +119,8 @@ class StepRunner:
         self._model, self._cache = model, cache
         self._batcher, self._sampler = batcher, sampler
         self._logprobs = LogprobsReader(batcher.device)
-        self._spmd, self._has_logits, self._peers = spmd, logits, peers
+        self._spmd, self._has_logits = spmd, logits
+        self._ahead, self._peers = ahead, peers
         self._balancer = balancer
 
     def run(self, step: Step) -> StepOutput | None:
@@ -125,6 +129,8 @@ class StepRunner:
         if self.device.type != "cpu":
             return self._run(step)
         num_threads = torch.get_num_threads()
+        if num_threads == 1:
+            return self._run(step)
         torch.set_num_threads(1)
         try:
             return self._run(step)
@@ -176,7 +182,8 @@ class StepRunner:
         ids = np.full(plan.num_rows, -1, np.int64)
         if not len(rows):
             return ids, {}
-        logits = self._model.logits(hidden[logits_index])
+        whole = len(rows) == len(hidden)  # every token is a row's last
+        logits = self._model.logits(hidden if whole else hidden[logits_index])
         slots = plan.slots[rows]
         chosen: dict[int, TokenLogprobs] = {}
         sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
@@ -184,6 +191,8 @@ class StepRunner:
             places = (plan.starts + plan.num_tokens)[rows]
             sampled, chosen = self._sampler.sample(logits, slots, places)
             ids[rows] = sampled.cpu().numpy()
+        if not self._ahead:
+            return ids, chosen
         if self._peers is not None:
             sampled = self._peers.broadcast(sampled, 0)
         # A failed row's -1 must never be looked up as a token by a step planned already.
@@ -226,6 +235,8 @@ class StepRunner:
 
 def _not_finite(hidden: torch.Tensor, plan: PlanView) -> NDArray[np.bool_]:
     """[num_rows] whether any of the row's hidden states holds NaN or infinity."""
+    if math.isfinite(hidden.sum().item()):  # so is every summand
+        return np.zeros(plan.num_rows, np.bool_)
     bad = ~torch.isfinite(hidden.sum(dim=-1)).cpu().numpy()
     firsts = np.cumsum(plan.num_tokens) - plan.num_tokens
     return np.logical_or.reduceat(bad, firsts) if len(bad) else bad

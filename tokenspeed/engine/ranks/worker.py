@@ -106,6 +106,8 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
 
     take_cpu_share(*welcome["cpu_share"])
     # Only now: kernels start as many threads as this process may use.
+    import torch
+
     from tokenspeed.engine.part import Agreement, build_part
     from tokenspeed.engine.ranks.crew import result_body
     from tokenspeed.engine.ranks.wires import make_communicator
@@ -124,6 +126,7 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
         ring = RingReader(*welcome["ring"])
     communicator = make_communicator(rank, welcome["wires"])
     folder = welcome["folder"]  # None: rank 0 stands on another machine
+    torch.set_num_threads(1)  # the kernels have threads of their own
     part = build_part(
         config,
         Path(folder) if folder else resolve_model(config.model.model, config.model.revision),
