@@ -39,6 +39,8 @@ class Schedulers:
         self, request_id: int, prompt: NDArray[np.int32], salt: bytes, **options: Any
     ) -> None:
         """Queues a request with one of them. `ValueError` as the scheduler says it."""
+        if request_id in self._places:
+            raise ValueError(f"there is a request {request_id} already")
         index, waiting = self._choose(prompt, salt)
         self._all[index].submit(request_id, prompt, salt=salt, **options)
         self._places[request_id] = _Place(index, waiting)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: MIT
+"""Requests divided among the schedulers of several attention data-parallel indices."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tokenspeed._scheduler import FINISH_NONE, Scheduler
+from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView, Words
+
+Prompt = NDArray[np.int32]
+
+
+def make(count: int, **options: int) -> Schedulers:
+    defaults = {"num_pages": 64, "page_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 64}
+    made = [Scheduler(**(defaults | {"max_model_len": 200} | options)) for _ in range(count)]
+    return Schedulers(made)
+
+
+def prompt(length: int, seed: int = 0) -> Prompt:
+    return np.random.default_rng(seed).integers(0, 1000, length, dtype=np.int32)
+
+
+def result(words: Words) -> Words:
+    """Token 1 for every row that samples."""
+    plan = PlanView(words)
+    ids = np.where(plan.flags & ROW_SAMPLE, 1, -1).astype(np.int64)
+    return plan.result(ids, np.zeros(plan.num_rows, np.bool_))
+
+
+class Run:
+    """Runs steps, and notes where each request was and what it got."""
+
+    def __init__(self, schedulers: Schedulers) -> None:
+        self.schedulers = schedulers
+        self.where: dict[int, int] = {}
+        self.got: dict[int, int] = {}
+        self.cached: dict[int, int] = {}
+
+    def step(self) -> bool:
+        plans = self.schedulers.next_plans()
+        if plans is None:
+            return False
+        for index, words in enumerate(plans):
+            if words is None:
+                continue
+            updates = self.schedulers.commit(index, result(words))
+            for at, request_id in enumerate(updates.request_ids.tolist()):
+                assert self.where.setdefault(request_id, index) == index
+                if request_id not in self.got:
+                    self.schedulers.started(request_id)
+                    self.cached[request_id] = int(updates.num_cached[at])
+                self.got[request_id] = self.got.get(request_id, 0) + int(updates.num_ids[at])
+                if updates.finish[at] != FINISH_NONE:
+                    self.schedulers.forget(request_id)
+        return True
+
+    def all(self) -> None:
+        while self.step():
+            pass
+        assert not self.schedulers.has_work()
+        self.schedulers.check_invariants()
+        assert_nothing_counted(self.schedulers)
+
+
+def assert_nothing_counted(schedulers: Schedulers) -> None:
+    assert schedulers._places == {}
+    assert set(schedulers._waiting) == set(schedulers._open) == {0}
+    stats = schedulers.stats()
+    assert (stats["num_running"], stats["num_waiting"], stats["kv_cache_usage"]) == (0, 0, 0.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_requests_are_spread_evenly_and_all_end(count: int) -> None:
+    run = Run(make(count))
+    for i in range(12):
+        run.schedulers.submit(i, prompt(20, i), b"", max_tokens=5)
+    run.all()
+    assert run.got == dict.fromkeys(range(12), 5)
+    assert [list(run.where.values()).count(i) for i in range(count)] == [12 // count] * count
+
+
+def test_a_prompt_goes_where_its_prefix_is() -> None:
+    run = Run(make(2))
+    for i in range(2):
+        run.schedulers.submit(i, prompt(100, i), b"", max_tokens=2)
+    run.all()
+    for i in (3, 4, 5):
+        longer = np.concatenate([prompt(100, i % 2), prompt(8, i)])
+        run.schedulers.submit(i, longer, b"", max_tokens=2)
+        run.all()
+        assert run.where[i] == run.where[i % 2]
+        assert run.cached[i] == 100
+    other = np.concatenate([prompt(100, 0), prompt(8, 9)])
+    run.schedulers.submit(9, other, b"another tenant", max_tokens=2)
+    run.all()
+    assert run.cached[9] == 0
+    assert run.schedulers.stats()["prefix_hits"] == 300
+
+
+def test_load_outweighs_a_prefix_that_saves_less() -> None:
+    run = Run(make(2))
+    run.schedulers.submit(0, prompt(40), b"", max_tokens=2)
+    run.all()
+    for i in range(1, 9):
+        run.schedulers.submit(i, np.concatenate([prompt(40), prompt(100, i)]), b"", max_tokens=20)
+    run.all()
+    assert set(run.where.values()) == {0, 1}
+
+
+def test_an_abort_in_any_state_leaves_nothing() -> None:
+    run = Run(make(2, max_num_seqs=2))
+    for i in range(8):
+        run.schedulers.submit(i, prompt(30, i), b"", max_tokens=9)
+    run.schedulers.abort(0)  # waiting
+    run.step()
+    in_flight = run.schedulers.next_plans()
+    assert in_flight is not None
+    run.schedulers.abort(1)  # in a step
+    run.schedulers.abort(2)
+    for index, words in enumerate(in_flight):
+        if words is not None:
+            updates = run.schedulers.commit(index, result(words))
+            assert not {1, 2} & set(updates.request_ids.tolist())
+    for i in range(3, 8):
+        run.schedulers.abort(i)
+    run.all()
+
+
+def test_an_id_is_taken_once_whichever_index_has_it() -> None:
+    schedulers = make(2)
+    for i in range(2):
+        schedulers.submit(i, prompt(8, i), b"", max_tokens=2)
+    for i in range(2):
+        with pytest.raises(ValueError, match=f"request {i}"):
+            schedulers.submit(i, prompt(8, 5), b"", max_tokens=2)
+    Run(schedulers).all()
+
+
+def test_a_request_that_is_refused_counts_nowhere() -> None:
+    schedulers = make(2)
+    with pytest.raises(ValueError, match="empty"):
+        schedulers.submit(1, prompt(0), b"", max_tokens=2)
+    with pytest.raises(ValueError, match="max_model_len"):
+        schedulers.submit(1, prompt(300), b"", max_tokens=2)
+    assert_nothing_counted(schedulers)
+    assert schedulers.next_plans() is None
+
+
+def test_flushing_forgets_everywhere() -> None:
+    run = Run(make(2))
+    for i in range(2):
+        run.schedulers.submit(i, prompt(40, i), b"", max_tokens=2)
+    run.all()
+    assert run.schedulers.flush_cache() >= 20
+    assert [s.match_prefix(prompt(40, i)) for s in run.schedulers._all for i in range(2)] == [0] * 4
