@@ -2,6 +2,7 @@
 """What tensors travel over between ranks: shared memory on one machine, else torch.distributed."""
 
 import contextlib
+import os
 import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,8 +36,8 @@ def choose_wires(
 
 
 def new_name() -> str:
-    """Of something in shared memory; nobody else will think of it."""
-    return f"tokenspeed-{secrets.token_hex(6)}"
+    """Of something in shared memory: whose it is, and what nobody else will think of."""
+    return f"tokenspeed-{os.getpid()}-{secrets.token_hex(6)}"
 
 
 def clear_away(ring_name: str | None, wires: dict[str, Any]) -> None:
