@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The `tokenspeed` command: picks a subcommand and turns typed errors into exit codes."""
 
+import os
 import sys
 
 from tokenspeed.cli import chat, env, generate, kernels, plan, serve
@@ -27,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
         # The subcommand's own parser knows the flags that the wrong one may have meant.
         args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads had enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (TokenSpeedError, ValueError, OSError) as error:
         print(f"tokenspeed {args.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
