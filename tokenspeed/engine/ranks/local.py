@@ -10,10 +10,13 @@ import json
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
-from tokenspeed.engine.ranks.meeting import Meeting
 from tokenspeed.engine.ranks.starter import LOOPBACK, machine_name
 from tokenspeed.errors import RankDiedError
+
+if TYPE_CHECKING:  # what Ray runs reads this file and does without torch
+    from tokenspeed.engine.ranks.meeting import Meeting
 
 COMMAND = (sys.executable, "-m", "tokenspeed.engine.ranks.worker")
 
@@ -30,20 +33,11 @@ class LocalRanks:
     def prepare(self) -> str:
         return LOOPBACK
 
-    def start(self, meeting: Meeting) -> None:
+    def start(self, meeting: "Meeting") -> None:
         for rank in range(1, self._num_ranks):
-            child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
-            self._children[rank] = child
-            settings = {
-                "host": meeting.host,
-                "port": meeting.port,
-                "token": meeting.token,
-                "rank": rank,
-            }
-            if child.stdin is not None:
-                # One that has ended already is found by `check`.
-                with contextlib.suppress(BrokenPipeError), child.stdin:
-                    child.stdin.write(json.dumps(settings).encode() + b"\n")
+            self._children[rank] = start_worker(
+                host=meeting.host, port=meeting.port, token=meeting.token, rank=rank
+            )
 
     def check(self) -> None:
         """`RankDiedError` if one has ended."""
@@ -67,3 +61,12 @@ class LocalRanks:
             child.kill()
         for child in self._children.values():
             child.wait()
+
+
+def start_worker(**settings: Any) -> subprocess.Popen[bytes]:
+    """A child of this process that is a rank; `settings` are the arguments of `run_worker`."""
+    child = subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
+    if child.stdin is not None:
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # its status will say why
+            child.stdin.write(json.dumps(settings).encode() + b"\n")
+    return child

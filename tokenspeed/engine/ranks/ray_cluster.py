@@ -15,6 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.config import Device, ray_address
+from tokenspeed.engine.ranks.local import start_worker
 from tokenspeed.engine.ranks.starter import LOOPBACK, machine_name
 from tokenspeed.errors import RankDiedError
 
@@ -67,11 +68,8 @@ class RayRanks:
         return LOOPBACK if len(set(self._machines)) == 1 else address
 
     def start(self, meeting: "Meeting") -> None:
-        from tokenspeed.engine.ranks.worker import run_worker
-
         strategies = self._ray.util.scheduling_strategies
-        # The process of a rank has no second use, and the engine no use for a second process.
-        once = self._ray.remote(max_calls=1, max_retries=0)(run_worker)
+        once = self._ray.remote(max_calls=1, max_retries=0)(keep_rank)
         for rank in range(1, self._num_ranks):
             task = once.options(
                 name=f"tokenspeed rank {rank}",
@@ -81,8 +79,13 @@ class RayRanks:
                     self._group, placement_group_bundle_index=rank
                 ),
             )
-            where = (meeting.host, meeting.port, meeting.token)
-            made = task.remote(*where, rank, machine=self._machines[rank])
+            made = task.remote(
+                host=meeting.host,
+                port=meeting.port,
+                token=meeting.token,
+                rank=rank,
+                machine=self._machines[rank],
+            )
             self._tasks[made] = rank
 
     def check(self) -> None:
@@ -114,6 +117,11 @@ class RayRanks:
         if connected:
             with _signals_kept():
                 self._ray.shutdown()
+
+
+def keep_rank(**settings: Any) -> int:
+    """What Ray runs: the rank is its child, which ends with it and ends as it likes."""
+    return start_worker(**settings).wait()
 
 
 def import_ray() -> Any:

@@ -5,7 +5,11 @@ Each launcher is one: this process (`local.py`), torchrun, Ray. A rank that is u
 meeting by itself and from then on lives and dies with its connection.
 """
 
+import os
 import socket
+import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from tokenspeed.config import EngineConfig
@@ -14,6 +18,7 @@ if TYPE_CHECKING:  # the gateway reads this file and does without torch
     from tokenspeed.engine.ranks.meeting import Meeting
 
 LOOPBACK = "127.0.0.1"
+PARENT_POLL_S = 0.5
 
 
 class Starter(Protocol):
@@ -58,3 +63,15 @@ def make_starter(config: EngineConfig, num_ranks: int) -> Starter:
 def machine_name(part: str = "") -> str:
     """This machine's, or of a part of it that has ranks of its own."""
     return f"{socket.gethostname()}/{part}" if part else socket.gethostname()
+
+
+def leave_with_parent(leave: Callable[[], None]) -> None:
+    """Calls `leave`, from another thread, when the process that started this one is no more."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        leave()
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()

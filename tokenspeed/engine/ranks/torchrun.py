@@ -12,14 +12,11 @@ import json
 import os
 import signal
 import socket
-import threading
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.config import EngineConfig, TorchrunPlace, torchrun_place
-from tokenspeed.engine.ranks.starter import LOOPBACK, machine_name
+from tokenspeed.engine.ranks.starter import LOOPBACK, leave_with_parent, machine_name
 from tokenspeed.errors import RankDiedError
 
 if TYPE_CHECKING:  # the gateway reads this file and does without torch
@@ -29,7 +26,6 @@ if TYPE_CHECKING:  # the gateway reads this file and does without torch
 
 MEETING_TIMEOUT_S = 120.0  # for rank 0 to say where to meet
 STORE_TIMEOUT_S = 30.0
-PARENT_POLL_S = 0.5
 
 
 class TorchrunRanks:
@@ -145,18 +141,6 @@ def own_address_towards(host: str, port: int) -> str:
             return found
     except OSError as error:
         raise RankDiedError(f"MASTER_ADDR {host} cannot be reached: {error}") from None
-
-
-def leave_with_parent(leave: Callable[[], None]) -> None:
-    """Calls `leave`, from another thread, when the process that started this one is no more."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(PARENT_POLL_S)
-        leave()
-
-    threading.Thread(target=watch, name="torchrun", daemon=True).start()
 
 
 def stop_with_parent() -> None:

@@ -21,6 +21,7 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine.ranks.connection import Connection, Kind
 from tokenspeed.engine.ranks.hello import Hello
 from tokenspeed.engine.ranks.meeting import introduce
+from tokenspeed.engine.ranks.starter import leave_with_parent
 from tokenspeed.engine.ranks.wires import clear_away
 from tokenspeed.errors import RankDiedError, TokenSpeedError
 
@@ -154,5 +155,6 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
 
 
 if __name__ == "__main__":
+    leave_with_parent(lambda: os._exit(1))
     line = sys.stdin.readline()
     raise SystemExit(run_worker(**json.loads(line)) if line else 1)  # 1: rank 0 is no more
