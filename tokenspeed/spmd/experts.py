@@ -26,15 +26,17 @@ class Slots:
     def __init__(self, placement: ExpertPlacement, place: int, device: torch.device) -> None:
         self.place, self._device = place, device
         self._load: Tensor | None = None
+        self._places = torch.arange(0, device=device)[:, None]  # of tokens, as many as ever needed
         self.replace(placement)
 
     def replace(self, placement: ExpertPlacement) -> None:
         """Takes another placement with as many slots."""
-        self.placement = placement
-        self.per_rank = len(placement.slots) // placement.num_ranks
-        slots = np.arange(placement.num_experts)
-        self._plain = np.array_equal(placement.slots, slots)
-        self._replicas = torch.from_numpy(placement.replicas.copy()).to(self._device)
+        self.placement, self.per_rank = placement, placement.slots_per_rank
+        replicas = placement.replicas
+        inside = replicas - self.place * self.per_rank
+        here = np.where((inside >= 0) & (inside < self.per_rank), inside, -1).astype(np.int32)
+        self._replicas = torch.from_numpy(replicas.copy()).to(self._device)
+        self._here = torch.from_numpy(here).to(self._device)
         self._counts = torch.from_numpy(placement.num_replicas.copy()).to(self._device)
 
     def count_into(self, load: Tensor) -> None:
@@ -49,16 +51,20 @@ class Slots:
 
     def physical(self, ids: Tensor) -> Tensor:
         """ids [T, k] of experts -> slots [T, k], replicas taken in turns of the token's place."""
-        if self._plain:
-            return ids
-        places = torch.arange(len(ids), device=ids.device)[:, None]
-        chosen = ids.long()
-        slots: Tensor = self._replicas[chosen, places % self._counts[chosen]]
-        return slots.to(ids.dtype)
+        return self._look_up(self._replicas, ids)
 
-    def local(self, slots: Tensor) -> Tensor:
-        """Slots as indices into this rank's weights, -1 for those of other ranks."""
-        return self.only(slots, self.place)
+    def local(self, ids: Tensor) -> Tensor:
+        """ids [T, k] of experts -> indices into this rank's weights, -1 where others compute."""
+        return self._look_up(self._here, ids)
+
+    def _look_up(self, table: Tensor, ids: Tensor) -> Tensor:
+        """table [E, max_replicas] int32, ids [T, k] int32 -> [T, k] int32"""
+        if table.shape[1] == 1:
+            return table.index_select(0, ids.flatten()).view(ids.shape)
+        if len(self._places) < len(ids):
+            self._places = torch.arange(2 * len(ids), device=ids.device)[:, None]
+        chosen = ids.long()
+        return table[chosen, self._places[: len(ids)] % self._counts[chosen]]
 
     def only(self, slots: Tensor, rank: int | Tensor) -> Tensor:
         """Slots as indices into the weights of `rank`, -1 for those of others."""
@@ -79,7 +85,7 @@ class Gathered:
         if self._slots is not None:
             if self._slots.place == 0:
                 self._slots.count(ids)
-            ids = self._slots.local(self._slots.physical(ids))
+            ids = self._slots.local(ids)
         return self._leave(self._forward(x, weights, ids))
 
 
