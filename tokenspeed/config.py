@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 DType = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Launcher = Literal["local", "torchrun", "ray"]
+Communication = Literal["auto", "shm", "gloo", "nccl"]
 
 
 def option(default: Any, text: str, *aliases: str, low: float | None = None) -> Any:
@@ -76,6 +77,9 @@ class ParallelOptions:
     pipeline_parallel_size: int = option(1, "devices that share the layers", "-pp", low=1)
     data_parallel_size: int = option(1, "engines behind one gateway", "-dp", low=1)
     launcher: Launcher = option("local", "who starts the ranks: this process, torchrun or Ray")
+    communication: Communication = option(
+        "auto", "what tensors travel over; auto: shm within a machine on CPUs, else gloo or nccl"
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ def check_options(group: Any) -> None:
     """Refuses values out of range: `ValueError` naming the option, before anything is allocated."""
     for f in dataclasses.fields(group):
         value, low = getattr(group, f.name), f.metadata.get("low")
-        if f.type in (DType, Device, Launcher) and value not in get_args(f.type):
+        if f.type in (DType, Device, Launcher, Communication) and value not in get_args(f.type):
             raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
         if low is None or value is None:
             continue

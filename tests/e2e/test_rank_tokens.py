@@ -12,7 +12,6 @@ import pytest
 from tests.rank_processes import assert_gone, workers_of
 from tokenspeed import LLM, SamplingParams
 from tokenspeed.engine.ranks import muster
-from tokenspeed.engine.ranks.wires import choose_wires
 from tokenspeed.llm import RequestOutput
 
 OPTIONS: dict[str, Any] = {
@@ -167,18 +166,9 @@ def test_tokens_of_one_rank(sizes: dict[str, int], stop: int, alone: list[Reques
     assert_gone(workers, os.getpid(), 2.0)
 
 
-def test_tokens_of_one_rank_over_gloo(
-    monkeypatch: pytest.MonkeyPatch, stop: int, alone: list[RequestOutput]
-) -> None:
+def test_tokens_of_one_rank_over_gloo(stop: int, alone: list[RequestOutput]) -> None:
     """As between machines, but for the steps' messages: tensors travel over TCP."""
-
-    def as_if_apart(num_ranks: int, device: Any, hosts: set[str], host: str) -> dict[str, Any]:
-        wires = choose_wires(num_ranks, device, hosts | {"another"}, host)
-        assert wires["kind"] == "torch"
-        return wires
-
-    monkeypatch.setattr(muster, "choose_wires", as_if_apart)
-    with LLM("demo", **(OPTIONS | mesh(tp=2))) as llm:
+    with LLM("demo", **(OPTIONS | mesh(tp=2) | {"communication": "gloo"})) as llm:
         assert answers(ask(llm, stop)) == answers(alone)
         assert llm._engine.stats().num_preemptions > 0
     assert_gone(workers_of(os.getpid()), os.getpid(), 2.0)

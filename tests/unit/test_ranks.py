@@ -358,10 +358,14 @@ def test_tensors_travel_in_shared_memory_where_it_can_be(monkeypatch: pytest.Mon
     import torch
 
     cpu = torch.device("cpu")
-    assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1")["kind"] == "shm"
-    assert wires.choose_wires(2, cpu, {"a", "b"}, "127.0.0.1")["kind"] == "torch"
+    assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "auto")["kind"] == "shm"
+    assert wires.choose_wires(2, cpu, {"a", "b"}, "127.0.0.1", "auto")["kind"] == "torch"
     monkeypatch.setattr(wires, "can_share_memory", lambda: False)
-    found = wires.choose_wires(2, cpu, {"a"}, "127.0.0.1")
+    found = wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "auto")
+    assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "gloo")["kind"] == "torch"
+    for asked in ("shm", "nccl"):
+        with pytest.raises(ValueError, match=f"communication: {asked} does not connect"):
+            wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", asked)
     assert (found["kind"], found["device"], found["num_ranks"]) == ("torch", "cpu", 2)
     assert found["address"].startswith("tcp://127.0.0.1:")
 
@@ -373,6 +377,5 @@ def test_names_in_shared_memory_are_cleared_away(
     ring, tensors = wires.new_name(), wires.new_name()
     for name in (ring, f"{tensors}-all", f"{tensors}-1-0", "tokenspeed-of-others"):
         (tmp_path / name).touch()
-    wires.clear_away(ring, {"kind": "shm", "address": tensors})
-    wires.clear_away(None, {"kind": "torch", "address": "tcp://127.0.0.1:1"})
+    wires.clear_away(ring, "tcp://127.0.0.1:1", None, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenspeed-of-others"]

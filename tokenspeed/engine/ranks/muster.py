@@ -18,6 +18,7 @@ from tokenspeed.engine.ranks.meeting import Meeting
 from tokenspeed.engine.ranks.starter import make_starter
 from tokenspeed.engine.ranks.wires import (
     can_share_memory,
+    check_wires,
     choose_wires,
     clear_away,
     make_communicator,
@@ -71,6 +72,7 @@ def muster(
     starter = make_starter(config, num_ranks)
     if num_ranks == 1:
         return Mustered()
+    check_wires(device, config.parallel.communication)
     cpus = allowed_cpus()
     with contextlib.ExitStack() as undo:
         undo.callback(starter.kill)
@@ -78,10 +80,15 @@ def muster(
             mine = Hello.of_this_process(0, meeting.token, config.digest(), starter.machine)
             starter.start(meeting)
             connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, starter.check)
+        for connection in connections.values():
+            undo.callback(connection.close)
         ranks = Neighbours({0: mine.host} | {rank: each.host for rank, each in hellos.items()})
-        wires = choose_wires(num_ranks, device, ranks.hosts, meeting.host)
+        wires = choose_wires(
+            num_ranks, device, ranks.hosts, meeting.host, config.parallel.communication
+        )
         ring_name = new_name() if len(ranks.of(0)) > 1 and can_share_memory() else None
-        undo.callback(clear_away, ring_name, wires)
+        names = [name for name in (ring_name, wires["address"]) if name is not None]
+        undo.callback(clear_away, *names)
         readers = ranks.of(0)[1:] if ring_name else []
         ring = RingWriter(ring_name, len(readers)) if ring_name else None
         for rank, connection in connections.items():
@@ -90,6 +97,7 @@ def muster(
                 config=config.to_json(),
                 folder=str(folder) if rank in ranks.of(0) else None,
                 wires=wires,
+                names=names,
                 ring=[ring_name, len(readers), readers.index(rank)] if rank in readers else None,
                 cpu_share=ranks.share(rank),
                 num_sharers=num_sharers * len(ranks.of(rank)),
@@ -98,7 +106,7 @@ def muster(
 
     def ended() -> None:
         starter.wait(GRACE_S)
-        clear_away(ring_name, wires)
+        clear_away(*names)
         allow_cpus(cpus)
 
     crew = Crew(connections, ring, frozenset(readers), ended)

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.config import Communication
 from tokenspeed.engine.ranks.meeting import free_port
 
 if TYPE_CHECKING:  # torch starts threads: a worker imports it once it has its share of the cores
@@ -25,11 +26,27 @@ def can_share_memory() -> bool:
     return SHARED_MEMORY.is_dir() and hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 
+def check_wires(device: "torch.device", asked: Communication) -> None:
+    """Before anything is started. `ValueError`: this device's tensors cannot travel so."""
+    if asked not in {"cpu": ("auto", "shm", "gloo"), "cuda": ("auto", "nccl")}[device.type]:
+        raise ValueError(f"communication: {asked} does not carry tensors of {device.type}")
+
+
 def choose_wires(
-    num_ranks: int, device: "torch.device", hosts: set[str], host: str
+    num_ranks: int, device: "torch.device", hosts: set[str], host: str, asked: Communication
 ) -> dict[str, Any]:
-    """For the welcome; `host` is where rank 0 can be reached."""
-    if device.type == "cpu" and len(hosts) == 1 and can_share_memory():
+    """For the welcome; `host` is where rank 0 can be reached.
+
+    `ValueError`: what was asked for does not reach all ranks.
+    """
+    shared = device.type == "cpu" and len(hosts) == 1 and can_share_memory()
+    network = "gloo" if device.type == "cpu" else "nccl"
+    if asked not in ("auto", network) and not (asked == "shm" and shared):
+        raise ValueError(
+            f"communication: {asked} does not connect {num_ranks} ranks on {device.type} of "
+            f"{len(hosts)} machine(s); use auto"
+        )
+    if shared and asked != network:
         return {"kind": "shm", "address": new_name(), "num_ranks": num_ranks, "device": device.type}
     address = f"tcp://{host}:{free_port(host)}"
     return {"kind": "torch", "address": address, "num_ranks": num_ranks, "device": device.type}
@@ -37,13 +54,18 @@ def choose_wires(
 
 def new_name() -> str:
     """Of something in shared memory: whose it is, and what nobody else will think of."""
-    return f"tokenspeed-{os.getpid()}-{secrets.token_hex(6)}"
+    return f"{name_prefix()}{secrets.token_hex(6)}"
 
 
-def clear_away(ring_name: str | None, wires: dict[str, Any]) -> None:
+def name_prefix() -> str:
+    """Of whatever this process names."""
+    return f"tokenspeed-{os.getpid()}-"
+
+
+def clear_away(*prefixes: str | None) -> None:
     """Removes names of shared memory that ranks which died had no time to remove."""
-    for name in (ring_name, wires["address"] if wires["kind"] == "shm" else None):
-        for path in SHARED_MEMORY.glob(f"{name}*") if name else ():
+    for prefix in prefixes:
+        for path in SHARED_MEMORY.glob(f"{prefix}*") if prefix else ():
             with contextlib.suppress(OSError):
                 path.unlink()
 
