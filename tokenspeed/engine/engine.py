@@ -24,7 +24,7 @@ from tokenspeed._scheduler import (
 from tokenspeed.engine.admission import Limits, check
 from tokenspeed.engine.messages import EngineStats, GenerateRequest, Ready, TokenOutput
 from tokenspeed.engine.schedulers import Schedulers
-from tokenspeed.errors import RequestError
+from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.runner import InFlight, Plans
 from tokenspeed.execution.sampler import Sequence
@@ -76,6 +76,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._live: dict[int, _Live] = {}
+        self._death: RankDiedError | None = None  # of another rank: nothing can run any more
 
     def add_request(self, request: GenerateRequest) -> None:
         """Queues a request. `RequestError`: it cannot be served as asked; nothing has changed."""
@@ -107,7 +108,19 @@ class Engine:
             self._runner.remove(request_id)
 
     def step(self) -> list[TokenOutput]:
-        """Plans and launches a step if there is one, then commits what is due."""
+        """Plans and launches a step if there is one, then commits what is due.
+
+        `RankDiedError`: another rank ended. Then every later step says the same.
+        """
+        if self._death is not None:
+            raise RankDiedError(str(self._death))
+        try:
+            return self._step()
+        except RankDiedError as error:
+            self._death = error
+            raise
+
+    def _step(self) -> list[TokenOutput]:
         plans = self._schedulers.next_plans()
         if plans is not None:
             self._in_flight.append(self._runner.launch(plans))

@@ -12,8 +12,10 @@ import argparse
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -199,12 +201,14 @@ def _load(
         own.send(m.Fatal(str(error)))
         own.close()
         time.sleep(RANK_DEATH_GRACE_S)
+        clear_away(name_prefix())
         os._exit(1)
 
     # Only now, because it takes seconds and the heart should beat from the first moment on.
     import torch
 
     from tokenspeed.engine.build import build_engine
+    from tokenspeed.engine.ranks.wires import clear_away, name_prefix
 
     torch.set_num_threads(1)  # the kernels have threads of their own
 
@@ -227,4 +231,11 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     take_cpu_share(*arguments.share)
     addresses = (arguments.inbox, arguments.outbox)
-    raise SystemExit(main(arguments.config, *addresses, arguments.share[1]))
+    status = 1
+    try:
+        status = main(arguments.config, *addresses, arguments.share[1])
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # the interpreter's own end would complain of what threads still hold

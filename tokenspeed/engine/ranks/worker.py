@@ -49,8 +49,7 @@ class Ears(threading.Thread):
                     os._exit(self._status)
                 self.heard.put((kind, body))
         except RankDiedError:
-            ring = self._welcome["ring"]
-            clear_away(ring and ring[0], self._welcome["wires"])  # rank 0 may have had no time to
+            clear_away(*self._welcome["names"])  # rank 0 may have had no time to
             os._exit(1)
 
     def leave(self, why: str, *, lost: bool) -> None:
