@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from tokenspeed.spmd.group import Communicator, Group
 
 # Newer versions of torch call them so, and warn of the old names.
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_TCP_STORE: Any = dist.TCPStore  # type: ignore[attr-defined]
 _REDUCE_SCATTER: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -36,13 +38,15 @@ def torch_communicator(
         raise ValueError("this process is already a rank")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"no backend for tensors on {device}")
+    at, timeout = urlsplit(init_address), timedelta(seconds=timeout_s)
     with _translated(f"rank {rank} cannot meet the others at {init_address}", None):
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "nccl",
-            init_method=init_address,
+            # Made here: under torchrun `init_method` takes torchrun's store to be at any address.
+            store=_TCP_STORE(at.hostname, at.port, num_ranks, rank == 0, timeout),
             rank=rank,
             world_size=num_ranks,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     return TorchCommunicator(rank, num_ranks, device)

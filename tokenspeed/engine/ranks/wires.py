@@ -48,7 +48,8 @@ def choose_wires(
         )
     if shared and asked != network:
         return {"kind": "shm", "address": new_name(), "num_ranks": num_ranks, "device": device.type}
-    address = f"tcp://{host}:{free_port(host)}"
+    bracketed = f"[{host}]" if ":" in host else host
+    address = f"tcp://{bracketed}:{free_port(host)}"
     return {"kind": "torch", "address": address, "num_ranks": num_ranks, "device": device.type}
 
 
