@@ -86,7 +86,7 @@ def main() -> None:
     for _ in range(args.repeat):
         for mode in MODES:
             command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             runs[mode].append(json.loads(output.splitlines()[-1]))
     results: dict[str, Any] = {"benchmark": "eplb_online", **vars(args)}
     for mode, found in runs.items():
