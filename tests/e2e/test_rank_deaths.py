@@ -123,7 +123,7 @@ def test_a_worker_that_is_killed_ends_the_engine_with_a_reason(
 @pytest.mark.full
 @pytest.mark.parametrize("victim", [1, 2, 3])
 def test_one_of_four_that_dies_takes_the_others_along(victim: int, tmp_path: Path) -> None:
-    options = {"attention_data_parallel_size": 2, "expert_parallel_size": 4, "num_pages": 32}
+    options = {"attention_data_parallel_size": 2, "expert_parallel_size": 4}
     with engine(tmp_path, **options) as peer:
         in_a_step(peer)
         family = workers_of(peer.process.pid)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from tests.conftest import ROOT
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.part import Agreement
 from tokenspeed.engine.ranks import local, meeting, wires
@@ -214,8 +218,6 @@ def test_ranks_that_never_come_are_named() -> None:
 
 
 def test_a_process_that_ends_before_it_comes_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     command = (sys.executable, "-c", "raise SystemExit(7)")
     monkeypatch.setattr(local, "COMMAND", command)
     config = EngineConfig.of(tensor_parallel_size=3)
@@ -347,6 +349,11 @@ def test_an_error_of_rank_0_stays_the_error(pair: Pair) -> None:
 # -- where things are
 
 
+def test_a_worker_has_its_cores_before_anything_starts_threads(python: str) -> None:
+    code = "import sys, tokenspeed.engine.ranks.worker; sys.exit('torch' in sys.modules)"
+    subprocess.run([python, "-c", code], check=True, cwd=ROOT)
+
+
 def test_ranks_of_one_machine_are_neighbours() -> None:
     ranks = Neighbours({0: "a", 1: "b", 2: "a", 3: "b", 4: "b"})
     assert ranks.hosts == {"a", "b"}
@@ -355,8 +362,6 @@ def test_ranks_of_one_machine_are_neighbours() -> None:
 
 
 def test_tensors_travel_in_shared_memory_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     cpu = torch.device("cpu")
     assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "auto")["kind"] == "shm"
     assert wires.choose_wires(2, cpu, {"a", "b"}, "127.0.0.1", "auto")["kind"] == "torch"

@@ -19,14 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed.errors import RequestError
-from tokenspeed.execution.plan_view import PlanView, Words
+from tokenspeed.execution.plan_view import STEP_VERSION, PlanView, Words
 from tokenspeed.execution.sampler import Sequence as Request
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.execution.step_runner import Bind, StepOutput
 
 STEP_MAGIC: Final = 0x54535354
 OUTPUT_MAGIC: Final = 0x554F5354
-VERSION: Final = 1
 HEADER_WORDS: Final = 8
 
 
@@ -43,7 +42,7 @@ def encode_step(plans: Sequence[Words | None], binds: Mapping[int, Sequence[Bind
             facts.append(_facts(dp, bind, len(outputs)))
     text = json.dumps(facts).encode() if facts else b""
     size = HEADER_WORDS + sum(len(array) for array in arrays) + -(-len(text) // 4)
-    header = [STEP_MAGIC, VERSION, size, len(plans), len(facts), len(text), 0, 0]
+    header = [STEP_MAGIC, STEP_VERSION, size, len(plans), len(facts), len(text), 0, 0]
     parts = [np.array(header, np.int32), *arrays]
     return b"".join([*(part.tobytes() for part in parts), text, bytes(-len(text) % 4)])
 
@@ -77,7 +76,7 @@ def encode_output(output: StepOutput) -> bytes:
     }
     text = json.dumps(facts).encode() if output.logprobs or output.prompt_logprobs else b""
     size = HEADER_WORDS + len(output.words) + -(-len(text) // 4)
-    header = [OUTPUT_MAGIC, VERSION, size, len(output.words), 0, len(text), 0, 0]
+    header = [OUTPUT_MAGIC, STEP_VERSION, size, len(output.words), 0, len(text), 0, 0]
     head = np.array(header, np.int32).tobytes()
     return b"".join([head, output.words.tobytes(), text, bytes(-len(text) % 4)])
 
@@ -105,7 +104,7 @@ def _words(message: bytes, magic: int) -> NDArray[np.int32]:
     if len(message) % 4 or len(message) < 4 * HEADER_WORDS:
         raise ValueError(f"a message of {len(message)} bytes is none of this layout")
     words = np.frombuffer(bytearray(message), np.int32)  # a copy of our own: torch may write
-    if words[0] != magic or words[1] != VERSION or words[2] != len(words):
+    if words[0] != magic or words[1] != STEP_VERSION or words[2] != len(words):
         raise ValueError("not a step's message of this layout's version")
     if (words[3:6] < 0).any() or words[5] > len(message):
         raise ValueError("a step's message counts what it does not hold")

@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from tokenspeed import __version__
-from tokenspeed.execution.plan_view import LAYOUT_VERSION
-from tokenspeed.execution.step_message import VERSION as STEP_VERSION
+from tokenspeed.execution.plan_view import LAYOUT_VERSION, STEP_VERSION
 
 
 @dataclass(frozen=True)
