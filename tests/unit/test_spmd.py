@@ -263,7 +263,7 @@ MISTAKES: dict[str, tuple[Plant, str]] = {
             outputs={"ep": Partial()},
             weights={"weight": {"ep": Shard(1)}, "bias": {"ep": Partial()}},
         ),
-        rf"{ATTENTION}.o_proj -> {ATTENTION} \(output\): has Replicate\(\) on tp but needs Partial",
+        rf"{ATTENTION}.kv_b_proj -> {ATTENTION}.o_proj: .*; an outer axis divides dimension 1",
     ),
     "an axis that does not exist": (
         spec(f"{DENSE}.gate_up_proj", outputs=tokens(xp=Shard(1))),

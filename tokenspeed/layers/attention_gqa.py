@@ -57,19 +57,24 @@ class GqaAttention(Layer):
             target, q_size, {"o_proj": shape.hidden_size}, bias=shape.o_bias, split="columns"
         )
         attention = Inline("attention_gqa", "headwise")
-        self.flows = (("qkv_proj", attention, "o_proj"),)
+        values = ("qkv_proj", attention, "o_proj")
+        self.flows = (values,)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.qk_norm: QkNorm | None = None
         if shape.qk_norm == "token":
             self.qk_mean_square = QkMeanSquare(target)
             self.qk_norm = QkNorm(target, q_size, kv_size, shape.head_dim, shape.norm_eps)
-            self.flows = (("qkv_proj", "qk_mean_square", "qk_norm", attention, "o_proj"),)
+            self.flows = (
+                values,
+                ("qkv_proj", "qk_mean_square", "qk_norm", attention, "o_proj"),
+            )
         elif shape.qk_norm == "head":
             size, eps, heads = shape.head_dim, shape.norm_eps, tokens(tp=Shard(1))
             self.q_norm = RMSNorm(target, "q_norm", size, eps, "head_norm", heads)
             self.k_norm = RMSNorm(target, "k_norm", size, eps, "head_norm", heads)
             self.flows = (
+                values,
                 ("qkv_proj", "q_norm", attention, "o_proj"),
                 ("qkv_proj", "k_norm", attention, "o_proj"),
             )
@@ -94,8 +99,8 @@ class GqaAttention(Layer):
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
         keys, values = cache
-        num_tokens = x.shape[0]
-        heads = self.qkv_proj(x).view(num_tokens, sum(self.parts), self.shape.head_dim)
+        qkv = self.qkv_proj(x)
+        heads = qkv.view(len(qkv), sum(self.parts), self.shape.head_dim)
         q, k, v = torch.split_with_sizes(heads, self.parts, 1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

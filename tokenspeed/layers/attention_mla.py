@@ -116,10 +116,12 @@ class MlaAttention(Layer):
         o_inputs = shape.num_heads * shape.value_dim
         self.o_proj = Linear(target, o_inputs, {"o_proj": hidden}, bias=shape.bias, split="columns")
         query = ("q_proj",) if rank is None else ("a_proj", "q_a_layernorm", "q_proj")
-        attention = Inline("attention_mla", "headwise")
+        attention, cache = Inline("attention_mla", "headwise"), Inline("latent_cache", "shared")
         self.flows = (
             (*query, "kv_b_proj", attention, "kv_b_proj", "o_proj"),
-            ("a_proj", "kv_a_layernorm", Inline("latent_cache", "shared")),
+            (*query, attention, "kv_b_proj", "o_proj"),  # features with position
+            ("a_proj", "kv_a_layernorm", cache),
+            ("a_proj", cache),  # features with position
         )
         self.parts = [] if rank is None else [rank]
         self.parts += [shape.kv_lora_rank, shape.rope_dim]
@@ -139,11 +141,11 @@ class MlaAttention(Layer):
         return CacheSpec(((self.shape.kv_lora_rank + self.shape.rope_dim,),), dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
-        shape, num_tokens = self.shape, x.shape[0]
+        shape = self.shape
         parts = torch.split_with_sizes(self.a_proj(x), self.parts, 1)
         latent, k_pe = parts[-2:]
         q = self.q_proj(x if shape.q_lora_rank is None else self.q_a_layernorm(parts[0]))
-        heads = q.view(num_tokens, self.num_heads, shape.nope_dim + shape.rope_dim)
+        heads = q.view(len(q), self.num_heads, shape.nope_dim + shape.rope_dim)
         q_nope, q_pe = torch.split_with_sizes(heads, self.head_parts, 2)
         q_pe = self.rope_append(
             q_pe,

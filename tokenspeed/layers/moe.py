@@ -170,11 +170,11 @@ class MoE(Layer):
         super().__init__(target)
         self.gate = Router(target, hidden_size, routing)
         self.experts = Experts(target, routing.num_experts, hidden_size, intermediate_size)
-        self.flows: tuple[Flow, ...] = (("gate", "experts"),)
+        self.flows: tuple[Flow, ...] = (("gate", "experts"), ("experts",))
         self.shared_experts: MLP | None = None
         if shared_size:
             self.shared_experts = MLP(target, hidden_size, shared_size)
-            self.flows = (("gate", "experts"), ("shared_experts",))
+            self.flows = (*self.flows, ("shared_experts",))
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.gate(x)

@@ -8,30 +8,17 @@ input to its output) and its own parameters; it never looks at a forward. A wron
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import nn
 from torch.distributed.tensor.placement_types import Partial, Shard
 
-from tokenspeed.spmd.layout import AtomLayout, Move, axis_of, moves, on_atoms
+from tokenspeed.spmd.layout import AtomLayout, axis_of, hidden_on_atoms, moves, on_atoms
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import Flow, Fused, Inline, Layout, ModuleSpec, tokens
 from tokenspeed.spmd.rules import RULES, Types
+from tokenspeed.spmd.site import Site, check_sites
 
 GENERIC = Mesh(dp=2, tp=4, kv=2, ep=4)  # every axis has ranks, and no two axes coincide
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module's boundary at which data is laid out anew."""
-
-    module: str  # its path
-    side: Literal["in", "out"]
-    producer: str  # the edge, for people
-    consumer: str
-    have: AtomLayout
-    need: AtomLayout
-    moves: tuple[Move, ...]
 
 
 @dataclass(frozen=True)
@@ -52,14 +39,20 @@ def check_model(model: nn.Module, mesh: Mesh) -> list[Site]:
     """
     modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList)]
     specs = {path: spec_of(path, module) for path, module in modules}
+    kinds = {path: spec.kind for path, spec in specs.items()}
+    _check_borrowed(modules, specs)
     for each in (GENERIC, mesh):
+        edges: dict[tuple[str, str], Site] = {}
         sites: dict[tuple[str, str], Site] = {}
         for path, module in modules:
             _check_leaf(path, module, specs[path], each)
         for path, module in modules:
-            for site in _sites(path, module, specs[path], each):
-                _add(sites, _sunk(model, site, each))
+            for site, from_sibling in _sites(path, module, specs[path], each):
+                _add(edges, site)
+                if site.moves or from_sibling:
+                    _add(sites, _sunk(model, site, each))
         _check_root(model, each)
+        check_sites(sites.values(), kinds, each)
     return [site for site in sites.values() if site.moves]
 
 
@@ -75,6 +68,22 @@ def spec_of(path: str, module: nn.Module) -> ModuleSpec:
         if name not in spec.weights:
             raise ValueError(f"{path}: parameter {name} has no placement in its spec")
     return spec
+
+
+def _check_borrowed(modules: list[tuple[str, nn.Module]], specs: dict[str, ModuleSpec]) -> None:
+    """Who multiplies with another module's parameter says of it what its owner says."""
+    owners = {
+        id(parameter): (f"{path}.{name}", specs[path].weights[name])
+        for path, module in modules
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    for path, module in modules:
+        for name, parameter in getattr(module, "borrowed", {}).items():
+            owner, layout = owners[id(parameter)]
+            if specs[path].weights.get(name) != layout:
+                raise ValueError(
+                    f"{path}: its {name} is {owner} and must be laid out as that is: {layout}"
+                )
 
 
 def _check_root(model: nn.Module, mesh: Mesh) -> None:
@@ -105,7 +114,8 @@ def _check_leaf(path: str, module: nn.Module, spec: ModuleSpec, mesh: Mesh) -> N
         for name, layout in spec.weights.items()
         if name in present
     }
-    inputs, outputs = on_atoms(spec.inputs, mesh, path), on_atoms(spec.outputs, mesh, path)
+    inputs = hidden_on_atoms(spec.inputs, mesh, path)
+    outputs = hidden_on_atoms(spec.outputs, mesh, path)
     for atom in range(len(mesh.atoms)):
         types = Types(inputs[atom], outputs[atom], {n: w[atom] for n, w in weights.items()})
         wrong = RULES[spec.kind](types)
@@ -113,6 +123,15 @@ def _check_leaf(path: str, module: nn.Module, spec: ModuleSpec, mesh: Mesh) -> N
             plain = [w for w in spec.weights.values() if not isinstance(w, Fused)]
             axis = axis_of(atom, mesh, spec.inputs, spec.outputs, *plain)
             raise ValueError(f"{path or 'model'} ({type(module).__name__}), axis {axis}: {wrong}")
+    if spec.kind == "experts":
+        _check_experts(path, weights["w2"], mesh)
+
+
+def _check_experts(path: str, w2: AtomLayout, mesh: Mesh) -> None:
+    """Tables of experts and the exchange of tokens are those of the axis `ep`."""
+    over = tuple(atom for atom, placement in enumerate(w2) if placement == Shard(0))
+    if over != mesh.axis_atoms("ep"):
+        raise ValueError(f"{path}: its experts must be divided over ep, and over nothing else")
 
 
 def _weight_on_atoms(where: str, layout: Layout | Fused, mesh: Mesh) -> AtomLayout:
@@ -131,11 +150,18 @@ def _weight_on_atoms(where: str, layout: Layout | Fused, mesh: Mesh) -> AtomLayo
     return found[0]
 
 
-def _sites(path: str, module: nn.Module, spec: ModuleSpec, mesh: Mesh) -> Iterator[Site]:
-    """Every change of layout along the module's flows, its own boundary included."""
+def _sites(
+    path: str, module: nn.Module, spec: ModuleSpec, mesh: Mesh
+) -> Iterator[tuple[Site, bool]]:
+    """Every edge into a child along the module's flows, and into its own output where that changes.
+
+    With each, whether it comes from another child.
+    """
     flows: tuple[Flow, ...] = getattr(module, "flows", ())
     where = path or "model"
     in_flows = {item.split(".")[0] for flow in flows for item in flow if isinstance(item, str)}
+    if spec.kind == "composite" and not flows:
+        raise ValueError(f"{where}: a composite has flows from its input to its output")
     for name, _ in module.named_children():
         if name not in in_flows:
             raise ValueError(f"{where}: child {name} stands in none of its flows")
@@ -175,7 +201,7 @@ def _check_inline(where: str, before: _Station, inline: Inline, mesh: Mesh) -> N
     for atom, placement in enumerate(have):
         wrong = isinstance(placement, Partial)
         if inline.kind == "headwise":
-            wrong |= placement == Shard(0) != own_tokens[atom]
+            wrong |= (placement == Shard(0)) != (own_tokens[atom] == Shard(0))
         if inline.kind == "shared":
             wrong |= placement != own_tokens[atom]
         if wrong:
@@ -188,12 +214,13 @@ def _check_inline(where: str, before: _Station, inline: Inline, mesh: Mesh) -> N
 
 def _edge(
     producer: _Station, consumer: _Station, inline: Inline | None, mesh: Mesh
-) -> Iterator[Site]:
-    have = on_atoms(producer.outputs, mesh, producer.name)
-    need = on_atoms(consumer.inputs, mesh, consumer.name)
+) -> Iterator[tuple[Site, bool]]:
+    have = hidden_on_atoms(producer.outputs, mesh, producer.name)
+    need = hidden_on_atoms(consumer.inputs, mesh, consumer.name)
+    sibling = producer.path is not None
     if have == need:
-        if producer.path is not None and consumer.path is not None:
-            yield Site(consumer.path, "in", producer.name, consumer.name, have, need, ())
+        if consumer.path is not None:
+            yield Site(consumer.path, "in", producer.name, consumer.name, have, need, ()), sibling
         return
     edge = f"{producer.name} -> {consumer.name}"
     changed = [a for a in range(len(have)) if have[a] != need[a]]
@@ -207,9 +234,9 @@ def _edge(
     except ValueError as error:
         raise ValueError(f"{what}; {error}") from None
     if consumer.path is not None:
-        yield Site(consumer.path, "in", producer.name, consumer.name, have, need, found)
+        yield Site(consumer.path, "in", producer.name, consumer.name, have, need, found), sibling
     elif producer.path is not None:
-        yield Site(producer.path, "out", producer.name, consumer.name, have, need, found)
+        yield Site(producer.path, "out", producer.name, consumer.name, have, need, found), sibling
     else:
         raise ValueError(f"{what}; nothing stands between them")
 

@@ -19,13 +19,13 @@ from typing import cast
 from torch import nn
 from torch.distributed.tensor.placement_types import Shard
 
-from tokenspeed.spmd.check import Site, check_model, spec_of
+from tokenspeed.spmd.check import check_model, spec_of
 from tokenspeed.spmd.collectives import Collective, Variant, collectives_of, cost_s
 from tokenspeed.spmd.cost import Interconnect
-from tokenspeed.spmd.layout import label
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import Fused
 from tokenspeed.spmd.shards import Cut, cut_of
+from tokenspeed.spmd.site import Site, after_stream
 from tokenspeed.spmd.stages import Stages, find_stages
 
 LOOPBACK = Interconnect(latency_s=20e-6, bandwidth=5e9)  # processes of one machine
@@ -94,7 +94,7 @@ def compile_model(
         find_stages(model, mesh.pp),
         {path: width for path, (width, _) in widths.items()},
         {path: width for path, (_, width) in widths.items()},
-        frozenset(path for path in kinds if _stands_after_stream(path, kinds)),
+        frozenset(after_stream(kinds)),
         max((int(getattr(m, "top_k", 0)) for _, m in _modules(model)), default=0),
         memory_bandwidth,
         variants=(Variant(),),
@@ -102,7 +102,6 @@ def compile_model(
         num_slots=_num_slots(model, mesh, num_redundant_experts),
         whole_shapes=shapes,
     )
-    _check_stream(plan)
     cuts(model, plan, 0)  # what divides for one rank divides for all
     if variant is not None:
         return replace(plan, variants=(variant,))
@@ -154,8 +153,11 @@ def _with_kv(model: nn.Module, mesh: Mesh) -> Mesh:
                 f"{path}: {count} key-value heads and {mesh.tp} ranks of tp: one must divide the "
                 "other"
             )
-    kv = gcd(mesh.tp, *(count for _, count in heads)) if heads else mesh.tp
-    return replace(mesh, kv=kv)
+    found = {gcd(mesh.tp, count) for _, count in heads} or {mesh.tp}
+    if len(found) > 1:
+        paths = ", ".join(f"{path}: {count}" for path, count in sorted(heads))
+        raise ValueError(f"key-value heads that {mesh.tp} ranks of tp divide differently: {paths}")
+    return replace(mesh, kv=found.pop())
 
 
 def _num_slots(model: nn.Module, mesh: Mesh, redundant: int) -> int:
@@ -191,31 +193,6 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     return (1, last) if kind == "embedding" else (last, first)
 
 
-def _stands_after_stream(path: str, kinds: Mapping[str, str]) -> bool:
-    """Whether `path` sees sampled rows: a linear outside of all that the stream runs through."""
-    stream = [p.rpartition(".")[0] for p, kind in kinds.items() if kind == "residual_norm"]
-    return (
-        kinds[path] == "linear"
-        and bool(stream)
-        and not any(path.startswith(f"{parent}.") for parent in stream if parent)
-    )
-
-
-def _check_stream(plan: SpmdPlan) -> None:
-    """A norm of the stream gets sums over tp or whole tokens, and nothing else."""
-    tp = plan.mesh.axis_atoms("tp")
-    for path in plan.stream:
-        site = plan.sites.get((path, "in"))
-        if site is None:
-            continue
-        for move in site.moves:
-            if move.kind != "all_reduce" or not set(move.atoms) <= set(tp):
-                raise ValueError(
-                    f"{site.producer} -> {site.consumer}: the residual stream takes sums over tp "
-                    f"or whole tokens; this needs {move.kind} over {label(move.atoms, plan.mesh)}"
-                )
-
-
 def _choose(plan: SpmdPlan, interconnect: Interconnect, max_tokens: int, itemsize: int) -> SpmdPlan:
     """The cheapest variant for each power of two of tokens, neighbours of one variant merged."""
     candidates = [Variant()]
@@ -246,5 +223,5 @@ def can_dispatch(mesh: Mesh) -> bool:
 
 def _gathers(plan: SpmdPlan) -> bool:
     """Whether experts get tokens of other dp ranks at all."""
-    first = plan.sites.get((plan.experts[0], "in"))
-    return first is not None and any(move.kind == "all_gather" for move in first.moves)
+    entries = [plan.sites.get((path, "in")) for path in plan.experts]
+    return all(e is not None and any(m.kind == "all_gather" for m in e.moves) for e in entries)

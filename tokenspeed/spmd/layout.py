@@ -65,6 +65,22 @@ def on_atoms(layout: Layout, mesh: Mesh, where: str) -> AtomLayout:
     )
 
 
+def hidden_on_atoms(layout: Layout, mesh: Mesh, where: str) -> AtomLayout:
+    """`on_atoms` for hidden states [tokens, features].
+
+    `ValueError` also for another dimension, and for tokens that other ranks divide while those of
+    one dp rank are not held apart: their numbers would be known to nobody.
+    """
+    placed = on_atoms(layout, mesh, where)
+    for placement in placed:
+        if isinstance(placement, Shard) and placement.dim not in (0, 1):
+            raise ValueError(f"{where}: {placement!r}: hidden states are [tokens, features]")
+    dp = [placed[atom] == Shard(0) for atom in mesh.axis_atoms("dp")]
+    if Shard(0) in placed and not all(dp):
+        raise ValueError(f"{where}: tokens are divided over dp before any other axis")
+    return placed
+
+
 def axis_of(atom: int, mesh: Mesh, *layouts: Layout) -> str:
     """The name by which the layouts speak of an atom, for messages."""
     named = [axis for layout in layouts for axis in layout if atom in mesh.axis_atoms(axis)]
@@ -99,8 +115,11 @@ def moves(have: AtomLayout, need: AtomLayout) -> tuple[Move, ...]:
             found.items(), key=lambda item: _ORDER.index(item[0][0])
         )
     ]
+    now = list(have)
     for move in done:
-        _check_order(move, have, need)
+        _check_order(move, now)
+        for atom in move.atoms:
+            now[atom] = need[atom]
     return tuple(done)
 
 
@@ -120,14 +139,15 @@ def _kind(source: Placement, target: Placement) -> tuple[MoveKind, int, int]:
     return "slice", target.dim, 0
 
 
-def _check_order(move: Move, have: AtomLayout, need: AtomLayout) -> None:
+def _check_order(move: Move, now: Sequence[Placement]) -> None:
     """Pieces along one dimension nest, the outer atom first: an outer one cannot move alone."""
     if move.kind == "all_reduce":
         return
-    dim = move.source_dim if move.kind == "all_to_all" else move.dim
-    for atom in range(max(move.atoms) + 1, len(have)):
-        if have[atom] == need[atom] == Shard(dim):
+    dims = {move.dim, move.source_dim} if move.kind == "all_to_all" else {move.dim}
+    for atom in range(min(move.atoms) + 1, len(now)):
+        placement = now[atom]
+        if atom not in move.atoms and isinstance(placement, Shard) and placement.dim in dims:
             raise ValueError(
-                f"an outer axis divides dimension {dim} while an inner one already does; "
+                f"an outer axis divides dimension {placement.dim} while an inner one already does; "
                 "divide both or neither"
             )

@@ -190,7 +190,9 @@ def _attach_stage(model: nn.Module, spmd: Spmd, stream: Stream, pipeline: Group)
         width = plan.widths[stages.exit]
         entry.__dict__["forward"] = StageEntry(width, target.dtype, target.device, stream, pipeline)
     if not spmd.samples:
-        arrival: Arrival = "summand" if (stages.exit, "in") in plan.sites else "whole"
+        # What leaves is what the next stage's first norm would get here.
+        norms = [path for path in plan.stream if stages.stage_of(path) == spmd.stage + 1]
+        arrival: Arrival = "summand" if (norms[0], "in") in plan.sites else "whole"
         norm = _stream_norm(model, stages.exit, stream, arrival)
         model.get_submodule(stages.exit).__dict__["add"] = StageExit(norm, pipeline)
 
