@@ -177,6 +177,19 @@ def test_an_engine_that_is_told_to_end_ends_its_workers(tmp_path: Path) -> None:
         assert_gone(family, peer.process.pid, within_s=1.0)
 
 
+@pytest.mark.full
+def test_a_worker_that_stands_still_does_not_outlive_the_engine(tmp_path: Path) -> None:
+    with engine(tmp_path) as peer:
+        peer.receive(m.Ready)
+        family = workers_of(peer.process.pid)
+        family[0].suspend()
+        start = time.monotonic()
+        peer.send(m.Shutdown())
+        assert peer.process.wait(LIMIT_S) == 0
+        assert time.monotonic() - start < 2.0  # the gateway would kill it, and leave the worker
+        assert_gone(family, peer.process.pid)
+
+
 # -- behind the gateway
 
 

@@ -18,7 +18,9 @@ from tokenspeed.execution.step_message import decode_output
 from tokenspeed.execution.step_runner import StepOutput
 from tokenspeed.spmd.shm_ring import RingWriter
 
-GRACE_S = 5.0  # for the others to leave after a goodbye
+GRACE_S = (
+    1.5  # for the others to leave after a goodbye; less than the gateway waits for this process
+)
 REASON_S = 0.5  # from a failed collective until its cause is known here
 _DP = struct.Struct("<i")
 
