@@ -11,7 +11,9 @@ import contextlib
 import importlib
 import os
 import signal
+import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenspeed.config import Device, ray_address
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 PLACEMENT_TIMEOUT_S = 8.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray takes no less; nothing of ours goes through it
+CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
+PROBE_S = 1.0
 PINNED = 0.001  # of a node's own resource: enough to be there
 QUIET = {"logging_level": "ERROR", "log_to_driver": False, "configure_logging": False}
 
@@ -138,20 +142,32 @@ def import_ray() -> Any:
 def connect(ray: Any) -> None:
     """To the cluster that RAY_ADDRESS names or that runs on this machine, else to a new one."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nobody is called home
-    address = ray_address()
+    address = ray_address() or ("auto" if answers(CURRENT_CLUSTER) else "local")
     if address != "local":
         try:
-            ray.init(address=address or "auto", **QUIET)
-            return
+            ray.init(address=address, **QUIET)
         except ConnectionError as error:
-            if address is not None:
-                raise RankDiedError(f"no Ray cluster at RAY_ADDRESS {address}: {error}") from None
+            raise RankDiedError(f"no Ray cluster at {address}: {error}") from None
+        return
     ray.init(
         address="local",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         **QUIET,
     )
+
+
+def answers(file: Path) -> bool:
+    """Whether the cluster that was last started here lives; Ray would wait minutes for a dead one.
+
+    Ray writes its address into `file` and does not remove it if the cluster is killed.
+    """
+    try:
+        host, _, port = file.read_text().strip().rpartition(":")
+        socket.create_connection((host, int(port)), timeout=PROBE_S).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def check_room(has: dict[str, float], unit: dict[str, float], num_ranks: int) -> None:
