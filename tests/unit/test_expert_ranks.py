@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Experts that move while a model runs: virtual ranks against one rank, in float64."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,11 @@ from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.simulate import run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-9
 CPU = torch.device("cpu")
 NUM_STEPS, NUM_SLOTS = 12, 4
 EAGER = ExpertOptions(enable_eplb=True, eplb_window_steps=2, eplb_step_interval=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

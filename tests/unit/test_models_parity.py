@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Every model family against transformers on tiny random weights, through shuffled pages."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,68 +9,14 @@ import torch
 from torch import Tensor
 
 from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint, reference_model
+from tests.paged_run import PagedRun
 from tokenspeed.kernels import force_backend
-from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hub import DEMO_FOLDER
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose by being shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class PagedRun:
-    """Feeds pieces of sequences to a model; slots and pages are handed out in shuffled order.
-
-    Everything that no sequence owns is NaN.
-    """
-
-    def __init__(self, model: CausalLM, num_slots: int = 5, page_size: int = 16) -> None:
-        self.model, self.page_size = model, page_size
-        num_pages, per_slot = 64, 12
-        self.caches = [
-            tuple(torch.full((num_pages, page_size, *s), torch.nan) for s in spec.shapes)
-            for spec in model.cache_specs()
-        ]
-        generator = torch.Generator().manual_seed(1)
-        pages = torch.randperm(num_pages, generator=generator)[: num_slots * per_slot]
-        self.page_table = pages.view(num_slots, per_slot).int()
-        self.lengths = [0] * num_slots
-
-    def step(self, pieces: dict[int, list[int]]) -> Tensor:
-        """Appends each slot's ids; returns the logits of all new tokens, in order."""
-        positions = [
-            torch.arange(self.lengths[s], self.lengths[s] + len(ids)) for s, ids in pieces.items()
-        ]
-        places = [
-            self.page_table[s].long()[p // self.page_size] * self.page_size + p % self.page_size
-            for s, p in zip(pieces, positions, strict=True)
-        ]
-        for slot, ids in pieces.items():
-            self.lengths[slot] += len(ids)
-        lengths = [len(ids) for ids in pieces.values()]
-        kv_len = [self.lengths[s] for s in pieces]
-        batch = ForwardBatch(
-            token_ids=torch.tensor([t for ids in pieces.values() for t in ids]),
-            positions=torch.cat(positions).int(),
-            cache_index=torch.cat(places),
-            q_start=torch.tensor([0, *lengths]).cumsum(0).int(),
-            kv_len=torch.tensor(kv_len).int(),
-            slots=torch.tensor(list(pieces)).int(),
-            page_table=self.page_table,
-            logits_index=torch.arange(sum(lengths)),
-            max_q_len=max(lengths),
-            max_kv_len=max(kv_len),
-        )
-        return self.model.logits(self.model.forward(batch, self.caches))
 
 
 def expected_logits(reference: Any, ids: list[int]) -> Tensor:

@@ -2,7 +2,6 @@
 """Every model on every mesh of the support matrix: simulated ranks against one rank, in float64."""
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.simulate import VirtualCommunicator, run_ranks
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = 1e-9
 MESHES = [
     "tp=2",
@@ -59,14 +59,6 @@ def sequences() -> list[list[int]]:
     made = [torch.randint(VOCAB_SIZE, (48,), generator=generator).tolist() for _ in range(4)]
     made[3][:32] = made[1][:32]
     return made
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))

@@ -118,20 +118,20 @@ def _check_leaf(path: str, module: nn.Module, spec: ModuleSpec, mesh: Mesh) -> N
     outputs = hidden_on_atoms(spec.outputs, mesh, path)
     for atom in range(len(mesh.atoms)):
         types = Types(inputs[atom], outputs[atom], {n: w[atom] for n, w in weights.items()})
-        wrong = RULES[spec.kind](types)
+        try:
+            wrong = RULES[spec.kind](types)
+        except KeyError as name:
+            raise ValueError(f"{path}: kind {spec.kind} needs a weight named {name}") from None
         if wrong is not None:
             plain = [w for w in spec.weights.values() if not isinstance(w, Fused)]
             axis = axis_of(atom, mesh, spec.inputs, spec.outputs, *plain)
             raise ValueError(f"{path or 'model'} ({type(module).__name__}), axis {axis}: {wrong}")
+    if spec.kind == "residual_norm" and inputs != on_atoms(tokens(), mesh, path):
+        raise ValueError(f"{path}: the residual stream is whole tokens of one's own dp rank")
     if spec.kind == "experts":
-        _check_experts(path, weights["w2"], mesh)
-
-
-def _check_experts(path: str, w2: AtomLayout, mesh: Mesh) -> None:
-    """Tables of experts and the exchange of tokens are those of the axis `ep`."""
-    over = tuple(atom for atom, placement in enumerate(w2) if placement == Shard(0))
-    if over != mesh.axis_atoms("ep"):
-        raise ValueError(f"{path}: its experts must be divided over ep, and over nothing else")
+        over = tuple(atom for atom, placement in enumerate(weights["w2"]) if placement == Shard(0))
+        if over != mesh.axis_atoms("ep"):
+            raise ValueError(f"{path}: its experts must be divided over ep, and over nothing else")
 
 
 def _weight_on_atoms(where: str, layout: Layout | Fused, mesh: Mesh) -> AtomLayout:

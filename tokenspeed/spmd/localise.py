@@ -19,7 +19,8 @@ from tokenspeed.spmd.compile import SpmdPlan, can_dispatch, cuts
 from tokenspeed.spmd.expert_placement import ExpertPlacement
 from tokenspeed.spmd.experts import Dispatched, Expert, Gathered, Slots
 from tokenspeed.spmd.group import Communicator, Group
-from tokenspeed.spmd.layout import moves
+from tokenspeed.spmd.layout import moves, on_atoms
+from tokenspeed.spmd.placement import tokens
 from tokenspeed.spmd.program import Convert, Groups, Step, conversion
 from tokenspeed.spmd.stream import Arrival, StageEntry, StageExit, Stream, StreamNorm
 
@@ -213,7 +214,9 @@ def _attach_experts(
     gathered = Gathered(module.forward, slots, enter, out)
     dispatched = None
     ep = groups.over(mesh.axis_atoms("ep"))
-    if slots is not None and ep is not None and leave is not None and can_dispatch(mesh):
+    arrives = entry.have if entry else on_atoms(module.spec.inputs, mesh, path)
+    own_tokens = arrives == on_atoms(tokens(), mesh, path)
+    if slots and ep and leave and own_tokens and can_dispatch(mesh):
         dp, atoms = mesh.axis_atoms("dp"), mesh.axis_atoms("ep")
         sharing = [atom for atom in atoms if atom not in dp]
         pieces = prod(mesh.atoms[atom] for atom in sharing)

@@ -63,16 +63,7 @@ def linear(t: Types) -> str | None:
 
 def head_linear(t: Types) -> str | None:
     """A product per head with W [heads, ...]: divided by heads, input and output are too."""
-    for name, weight in t.weights.items():
-        if weight == ROWS:
-            wrong = _expect(t, (FEATURES,), FEATURES, f"its {name} is divided by heads")
-        elif weight == WHOLE:
-            wrong = _expect(t, (WHOLE, TOKENS), t.inputs, f"its {name} is whole")
-        else:
-            return _unknown(t, name)
-        if wrong:
-            return wrong
-    return None
+    return _each_weight(t, FEATURES, "heads")
 
 
 def embedding(t: Types) -> str | None:
@@ -107,16 +98,7 @@ def mean_square(t: Types) -> str | None:
 
 def scale(t: Types) -> str | None:
     """Features times numbers of their token, the input: weights divided as features come out."""
-    for name, weight in t.weights.items():
-        if weight == ROWS:
-            wrong = _expect(t, (WHOLE,), FEATURES, f"its {name} is divided by features")
-        elif weight == WHOLE:
-            wrong = _expect(t, (WHOLE, TOKENS), t.inputs, f"its {name} is whole")
-        else:
-            return _unknown(t, name)
-        if wrong:
-            return wrong
-    return None
+    return _each_weight(t, WHOLE, "features")
 
 
 def router(t: Types) -> str | None:
@@ -134,6 +116,20 @@ def experts(t: Types) -> str | None:
     if pair == (WHOLE, WHOLE):
         return _expect(t, (WHOLE, TOKENS), t.inputs, "its experts are whole")
     return f"w13 {pair[0]!r} and w2 {pair[1]!r} do not fit together"
+
+
+def _each_weight(t: Types, inputs: Placement, what: str) -> str | None:
+    """Rows of every weight divided by `what`, which takes `inputs`; or every weight whole."""
+    for name, weight in t.weights.items():
+        if weight == ROWS:
+            wrong = _expect(t, (inputs,), FEATURES, f"its {name} is divided by {what}")
+        elif weight == WHOLE:
+            wrong = _expect(t, (WHOLE, TOKENS), t.inputs, f"its {name} is whole")
+        else:
+            return _unknown(t, name)
+        if wrong:
+            return wrong
+    return None
 
 
 def _whole_weights(t: Types) -> str | None:

@@ -5,7 +5,7 @@ stage 0: entry, layers [0, a)    stage 1: layers [a, b)    last: layers [b, n), 
 """
 
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from torch import nn
 
@@ -61,11 +61,6 @@ def find_stages(model: nn.Module, count: int) -> Stages:
     bounds = tuple(accumulate(sizes, initial=0))
     entry = names[at - 1] if at else ""
     return Stages(bounds, names[at], entry, names[at + 1] if at + 1 < len(flow) else "")
-
-
-def stage_sizes(stages: Stages) -> list[int]:
-    """Layers of each stage."""
-    return [end - begin for begin, end in pairwise(stages.bounds)]
 
 
 def _is_list(parent: nn.Module, name: str) -> bool:
