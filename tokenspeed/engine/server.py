@@ -195,11 +195,13 @@ def _load(
     outbox.send(m.Loading(0.0, "starting"))
 
     def on_death(error: RankDiedError) -> None:
-        """The loop may wait on its inbox, or on that very rank: it gets a moment to leave by itself
-        and then no more."""
-        own = Outbox(context, address)  # this is another thread
-        own.send(m.Fatal(str(error)))
-        own.close()
+        """The loop may wait on its inbox, or on that very rank: it gets a moment to say so itself
+        and leave, and then no more."""
+        time.sleep(RANK_DEATH_GRACE_S)
+        with contextlib.suppress(zmq.ZMQError):  # it is leaving
+            own = Outbox(context, address)  # this is another thread
+            own.send(m.Fatal(str(error)))
+            own.close()
         time.sleep(RANK_DEATH_GRACE_S)
         clear_away(name_prefix())
         os._exit(1)
