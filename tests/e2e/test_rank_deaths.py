@@ -99,6 +99,8 @@ def in_a_step(peer: Peer) -> None:
         pytest.param(idle, {}, marks=pytest.mark.full),
         (in_a_step, {}),
         pytest.param(in_a_step, {"overlap_depth": 1}, marks=pytest.mark.full),
+        pytest.param(in_load, {"communication": "gloo"}, marks=pytest.mark.full),
+        pytest.param(in_a_step, {"communication": "gloo"}, marks=pytest.mark.full),
         pytest.param(
             in_a_step,
             {"tensor_parallel_size": 1, "pipeline_parallel_size": 2},
