@@ -1,48 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""The compile: what it inserts, and that a wrong annotation is refused by the module's name."""
+"""The compile: what it inserts, how weights divide, and which meshes are refused."""
 
-import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from tests.checkpoints import FAMILIES
-from tokenspeed.layers.layer import Layer, Target
-from tokenspeed.layers.mlp import MLP
+from tests.meta_model import build
+from tokenspeed.layers.layer import Layer
 from tokenspeed.models.causal_lm import CausalLM
-from tokenspeed.models.registry import find_architecture
 from tokenspeed.spmd.collectives import Collective, Variant
 from tokenspeed.spmd.compile import compile_model, cuts
 from tokenspeed.spmd.cost import Interconnect
 from tokenspeed.spmd.localise import localise
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import (
-    REPLICATED,
-    Fused,
-    Inline,
-    ModuleSpec,
-    Part,
-    Partial,
-    Shard,
-    tokens,
-)
 
-TARGET = Target(torch.device("cpu"), torch.float32)
 PACKAGE = Path(__file__).resolve().parents[2] / "tokenspeed"
-
-
-def build(family: str, **changes: Any) -> CausalLM:
-    values = json.loads(FAMILIES[family](architectures=[], **changes).to_json_string(False))
-    name = {"deepseek_v2": "DeepseekV2", "deepseek_v3": "DeepseekV3", "qwen3_moe": "Qwen3Moe"}
-    model = find_architecture(name.get(family, family.capitalize()) + "ForCausalLM").model
-    return model.from_config(values, TARGET.dtype, TARGET.device)
 
 
 def test_one_rank_moves_nothing() -> None:
@@ -171,223 +146,6 @@ def test_a_communicator_of_another_size_is_refused() -> None:
     model = build("llama")
     with pytest.raises(ValueError, match="mesh tp 2 needs 2 ranks, there are 1"):
         localise(model, compile_model(model, Mesh(tp=2)), 0, None)
-
-
-Plant = Callable[[CausalLM], None]
-ATTENTION, DENSE, SPARSE = (f"model.layers.{at}" for at in ("0.self_attn", "0.mlp", "1.mlp"))
-
-
-def spec(path: str, **fields: Any) -> Plant:
-    """Changes fields of one module's spec."""
-
-    def plant(model: CausalLM) -> None:
-        module = model.get_submodule(path)
-        old = module.spec
-        assert isinstance(old, ModuleSpec)
-        module.spec = replace(old, **fields)
-
-    return plant
-
-
-def weights(path: str, **changes: Any) -> Plant:
-    """Changes the placement of some of one module's weights; None takes it away."""
-
-    def plant(model: CausalLM) -> None:
-        module = model.get_submodule(path)
-        old = module.spec
-        assert isinstance(old, ModuleSpec)
-        kept: Mapping[str, Any] = {**old.weights, **changes}
-        module.spec = replace(old, weights={n: w for n, w in kept.items() if w is not None})
-
-    return plant
-
-
-def flows(path: str, *chains: tuple[Any, ...]) -> Plant:
-    def plant(model: CausalLM) -> None:
-        model.get_submodule(path).flows = chains
-
-    return plant
-
-
-def halves(first: Any, second: Any) -> Fused:
-    return Fused(0, (Part(96, first), Part(96, second)))
-
-
-def add_child(model: CausalLM) -> None:
-    model.get_submodule(DENSE).add_module("extra", MLP(TARGET, 8, 16))
-
-
-ROWS, COLUMNS = {"tp": Shard(0)}, {"tp": Shard(1)}
-SILU = Inline("silu_mul", "elementwise")
-MISTAKES: dict[str, tuple[Plant, str]] = {
-    "missing reduce after attention": (
-        spec(f"{ATTENTION}.o_proj", outputs=tokens()),
-        rf"{ATTENTION}.o_proj .*axis tp: .* its output is Partial.*declares Replicate",
-    ),
-    "missing reduce after the embedding": (
-        spec("model.embed_tokens", outputs=tokens()),
-        r"model.embed_tokens .*axis tp: its vocabulary is divided: its output is Partial",
-    ),
-    "missing reduce after the experts": (
-        spec(f"{SPARSE}.experts", outputs=tokens()),
-        rf"{SPARSE}.experts .*: its experts are divided: its output is Partial",
-    ),
-    "double reduce: a whole block declares a sum": (
-        weights(f"{DENSE}.down_proj", weight=REPLICATED),
-        rf"{DENSE}.down_proj .*axis tp: its weight is whole: needs its input",
-    ),
-    "double reduce: the block's output is summed already": (
-        spec(DENSE, outputs=tokens()),
-        r"model.layers.0 \(output\): has Replicate\(\) on tp but needs Partial",
-    ),
-    "wrong dimension of a weight": (
-        weights(f"{DENSE}.down_proj", weight=ROWS),
-        rf"{DENSE}.down_proj .*axis tp: its weight is divided by output features",
-    ),
-    "a dimension that the weight has not": (
-        weights(f"{DENSE}.down_proj", weight={"tp": Shard(2)}),
-        rf"{DENSE}.down_proj .*axis tp: weight cannot be Shard\(dim=2\)",
-    ),
-    "wrong dimension of an output": (
-        spec(f"{ATTENTION}.o_proj", outputs=tokens(tp=Shard(1))),
-        rf"{ATTENTION}.o_proj .*axis tp: .* its output is Partial.*declares Shard\(dim=1\)",
-    ),
-    "wrong axis of a weight": (
-        weights(f"{ATTENTION}.o_proj", weight={"ep": Shard(1)}),
-        rf"{ATTENTION}.o_proj .*axis (tp|dp)",
-    ),
-    "wrong axis all through a module": (
-        spec(
-            f"{ATTENTION}.o_proj",
-            inputs={"ep": Shard(1)},
-            outputs={"ep": Partial()},
-            weights={"weight": {"ep": Shard(1)}, "bias": {"ep": Partial()}},
-        ),
-        rf"{ATTENTION}.kv_b_proj -> {ATTENTION}.o_proj: .*; an outer axis divides dimension 1",
-    ),
-    "an axis that does not exist": (
-        spec(f"{DENSE}.gate_up_proj", outputs=tokens(xp=Shard(1))),
-        rf"{DENSE}.gate_up_proj: unknown mesh axis 'xp'",
-    ),
-    "two axes over the same ranks": (
-        spec(f"{DENSE}.gate_up_proj", outputs={"tp": Shard(1), "ep": Partial()}),
-        rf"{DENSE}.gate_up_proj: Partial\(sum\) on ep contradicts",
-    ),
-    "no placement at all": (
-        spec(f"{DENSE}.gate_up_proj", outputs=tokens(tp=1)),
-        rf"{DENSE}.gate_up_proj: unknown placement 1 on axis tp",
-    ),
-    "a maximum where a sum is meant": (
-        spec(f"{DENSE}.down_proj", outputs=tokens(tp=Partial("max"))),
-        rf"{DENSE}.down_proj: only sums can be partial",
-    ),
-    "forgotten gather at the logits": (
-        spec("", outputs=tokens(tp=Shard(1))),
-        r"model: its outputs are Shard\(dim=1\) on tp, and the sampler needs Replicate",
-    ),
-    "logits of another rank's tokens": (
-        spec("", outputs=REPLICATED),
-        r"model: its outputs are Replicate\(\) on dp, and the sampler needs Shard\(dim=0\)",
-    ),
-    "half of a fused weight not divided": (
-        weights(f"{DENSE}.gate_up_proj", weight=halves(ROWS, REPLICATED)),
-        rf"{DENSE}.gate_up_proj.weight: part 1 is .* fused parts are divided alike",
-    ),
-    "a sum through a nonlinearity": (
-        spec(
-            f"{DENSE}.gate_up_proj",
-            inputs=tokens(tp=Shard(1)),
-            outputs=tokens(tp=Partial()),
-            weights={"weight": COLUMNS},
-        ),
-        rf"{DENSE}.gate_up_proj -> {DENSE}.silu_mul: has Partial.*elementwise",
-    ),
-    "a bias added by every rank": (
-        weights(f"{ATTENTION}.o_proj", bias=REPLICATED),
-        rf"{ATTENTION}.o_proj .*axis tp: its bias must be Partial",
-    ),
-    "a norm over divided features": (
-        spec("model.norm", inputs=tokens(tp=Shard(1)), outputs=tokens(tp=Shard(1))),
-        r"model.norm .*axis tp: it norms whole tokens: needs its input",
-    ),
-    "a norm of a sum": (
-        spec("model.norm", inputs=tokens(tp=Partial())),
-        r"model.norm .*axis tp: it norms whole tokens",
-    ),
-    "a norm with a divided weight": (
-        weights("model.norm", weight=ROWS),
-        r"model.norm .*axis tp: its weight must be whole",
-    ),
-    "a router that sees some experts": (
-        weights(f"{SPARSE}.gate", weight={"ep": Shard(0)}),
-        rf"{SPARSE}.gate .*: its weight must be whole",
-    ),
-    "experts divided in one weight only": (
-        weights(f"{SPARSE}.experts", w2=REPLICATED),
-        rf"{SPARSE}.experts .*do not fit together",
-    ),
-    "experts of another rank's tokens": (
-        spec(f"{SPARSE}.experts", inputs=tokens()),
-        rf"{SPARSE}.experts .*axis (dp|ep): its experts are divided: needs its input Replicate",
-    ),
-    "heads divided, their weights whole": (
-        weights(f"{ATTENTION}.kv_b_proj", w_uk=REPLICATED),
-        rf"{ATTENTION}.kv_b_proj .*axis tp: its w_uk is whole",
-    ),
-    "a latent cache in pieces": (
-        spec(
-            f"{ATTENTION}.kv_a_layernorm", inputs=tokens(tp=Shard(0)), outputs=tokens(tp=Shard(0))
-        ),
-        rf"{ATTENTION}.kv_a_layernorm -> {ATTENTION}.latent_cache: has Shard\(dim=0\) on tp",
-    ),
-    "a parameter without a placement": (
-        weights(f"{DENSE}.gate_up_proj", weight=None),
-        rf"{DENSE}.gate_up_proj: parameter weight has no placement",
-    ),
-    "a child that no flow names": (
-        add_child,
-        rf"{DENSE}: child extra stands in none of its flows",
-    ),
-    "a flow that names no child": (
-        flows(DENSE, ("gate_up_proj", SILU, "down_proj"), ("up_proj",)),
-        rf"{DENSE}: its flows name up_proj, which it has not",
-    ),
-    "a kind without a rule": (
-        spec("model.norm", kind="layer_norm"),
-        r"model.norm: unknown kind 'layer_norm'",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(dp=2, tp=2, ep=4)], ids=str)
-def test_a_planted_mistake_is_refused(name: str, mesh: Mesh) -> None:
-    plant, message = MISTAKES[name]
-    model = build("deepseek_v3", attention_bias=True)
-    compile_model(model, mesh)
-    plant(model)
-    with pytest.raises(ValueError, match=message):
-        compile_model(model, mesh)
-
-
-def test_a_tied_head_is_divided_as_the_embedding() -> None:
-    model = build("qwen3", tie_word_embeddings=True)
-    spec("model.embed_tokens", weights={"weight": COLUMNS}, outputs=tokens(tp=Shard(1)))(model)
-    model.lm_head.spec = replace(model.lm_head.spec, weights=model.model.embed_tokens.spec.weights)
-    with pytest.raises(ValueError, match=r"lm_head .*axis tp: its weight is divided by input"):
-        compile_model(model, Mesh())
-
-
-def test_a_module_without_a_spec_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model \(Linear\) declares no ModuleSpec"):
-        compile_model(nn.Linear(2, 2), Mesh())
-
-
-def test_a_composite_with_parameters_is_refused() -> None:
-    mlp = MLP(TARGET, 8, 16)
-    mlp.own_parameter("scale", (8,))
-    with pytest.raises(ValueError, match=r"a composite has parameters of its own: \['scale'\]"):
-        compile_model(mlp, Mesh())
 
 
 @pytest.mark.parametrize("folder", ["models", "layers"])
