@@ -295,23 +295,21 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     port = ["--port", address.rpartition(":")[2], "--node-ip-address", LOOPBACK]
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # names of sockets are short
     quiet = ["--include-dashboard", "false", "--disable-usage-stats", "--temp-dir", temporary]
-    folder = tmp_path / "cluster"
-    folder.mkdir()
+    head = [*ray, "--head", *port, *quiet]
     with contextlib.ExitStack() as stack:
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
-        stack.enter_context(launch(folder, [*ray, "--head", *port, *quiet], **SECRET))
-        wait_for_port(address)
-        stack.enter_context(launch(folder, [*ray, "--address", address], **SECRET))
+        for name, command in (("head", head), ("second", [*ray, "--address", address])):
+            (tmp_path / name).mkdir()
+            wait_until_up(stack.enter_context(launch(tmp_path / name, command, **SECRET)))
         yield address
 
 
-def wait_for_port(address: str) -> None:
+def wait_until_up(node: Launch) -> None:
     end = time.monotonic() + START_S
-    host, _, port = address.rpartition(":")
-    with socket.socket() as probe:
-        while probe.connect_ex((host, int(port))):
-            assert time.monotonic() < end
-            time.sleep(0.1)
+    while "Ray runtime started" not in node.said:
+        assert node.processes[0].poll() is None, node.said
+        assert time.monotonic() < end, node.said
+        time.sleep(0.1)
 
 
 @pytest.mark.full
