@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.cli.options import flag_of
 from tokenspeed.planner.devices import DEVICES, Device, find_device, with_memory
 from tokenspeed.spmd.mesh import Mesh
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # they need torch, which no other command should wait for
     from tokenspeed.planner.search import Found
 
 CONTEXT = 50_000
+MOST_DEVICES = 4096  # of one engine
+MOST = 1e12  # of anything else that is counted in numbers with a point
 AXES = {
     "tp": ("--tensor-parallel-size", "devices that share each layer"),
     "ep": ("--expert-parallel-size", "devices that share the experts"),
@@ -68,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     from tokenspeed.planner.catalog import open_model
     from tokenspeed.planner.search import search
 
+    _check(args)
     planned = open_model(args.model, weight_dtype=args.weight_dtype, kv_dtype=args.kv_cache_dtype)
     load, mesh = _load(args, planned), _mesh(args, planned)
     count = args.count or mesh.num_ranks
@@ -83,6 +87,18 @@ def run(args: argparse.Namespace) -> int:
         draw(found, args.tps_floor, args.plot)
     print(_as_json(args, chosen, found) if args.json else "\n".join(_lines(args, chosen, found)))
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """`ValueError`: a number that is none, or out of all bounds."""
+    for name in ("memory_gib", "tps_floor", "price_per_gpu_hour"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= MOST:
+            raise ValueError(f"{flag_of(name)} must be from 0 to {MOST:.0e}: {value}")
+    for name in ("count", *AXES):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MOST_DEVICES:
+            raise ValueError(f"{flag_of(name)} must be from 1 to {MOST_DEVICES}: {value}")
 
 
 def _load(args: argparse.Namespace, planned: "PlannedModel") -> "Load":
@@ -105,14 +121,14 @@ def _load(args: argparse.Namespace, planned: "PlannedModel") -> "Load":
 def _mesh(args: argparse.Namespace, planned: "PlannedModel") -> Mesh:
     """The axes given; with none, all devices share every layer, experts by ep if there are any."""
     sizes = {axis: getattr(args, axis) for axis in AXES if getattr(args, axis) is not None}
-    if args.count is not None and args.count < 1:
-        raise ValueError(f"--count must be at least 1: {args.count}")
     if args.auto and (sizes or args.count is None):
         raise ValueError("--auto searches all meshes of --count devices: give that and no axis")
     if not sizes:
         count = args.count or 1
         return Mesh(tp=count, ep=count if planned.has_experts else 1)
     mesh = Mesh(**sizes)
+    if mesh.num_ranks > MOST_DEVICES:
+        raise ValueError(f"mesh {mesh} has {mesh.num_ranks} ranks, more than {MOST_DEVICES}")
     if args.count not in (None, mesh.num_ranks):
         raise ValueError(f"mesh {mesh} has {mesh.num_ranks} ranks, --count says {args.count}")
     return mesh

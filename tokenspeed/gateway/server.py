@@ -96,7 +96,7 @@ async def _run(
 
 def _public_name(model: str) -> str:
     """A folder is known by its last part: clients need not learn where it lies."""
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     return path.resolve().name if path.is_dir() else model
 
 

@@ -4,6 +4,7 @@
 Fetches only configuration, tokenizer and safetensors; never code, never pickles.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def resolve_model(name: str, revision: str | None = None) -> Path:
     """The folder that holds model `name`. `ModelLoadError` says what to do instead."""
     if name == DEMO:
         return DEMO_FOLDER
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return path
     if name and path.exists():

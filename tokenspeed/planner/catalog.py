@@ -4,6 +4,7 @@
 Reads config.json and nothing else; never downloads. Refuses to know meshes and devices.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,7 +107,7 @@ def find_config(name: str) -> Path:
         return DEMO_FOLDER / "config.json"
     if name in shipped_names():
         return SHAPES / f"{name}.json"
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name and folder.is_dir():
         return folder / "config.json"
     try:

@@ -29,9 +29,10 @@ class Load:
     redundant_experts: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "context", "page_size", "step_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+        for name in ("batch", "context", "page_size", "step_tokens", "redundant_experts"):
+            value, least = getattr(self, name), 0 if name == "redundant_experts" else 1
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}: {value}")
         if not 0 <= self.cached_share < 1:
             raise ValueError(f"cached must be in [0, 1): {self.cached_share}")
 

@@ -62,7 +62,13 @@ class Room:
 
     def check(self, batch: int, context: int) -> None:
         """`DoesNotFitError` says by how many GiB, and what would fit."""
-        if self.kv_bytes < self.page_size * self.kv_bytes_per_token:
+        page_bytes = self.page_size * self.kv_bytes_per_token
+        if 0 <= self.kv_bytes < page_bytes:
+            raise DoesNotFitError(
+                f"a page of {self.page_size} tokens takes {page_bytes / GIB:.1f} GiB, and"
+                f" {self.kv_bytes / GIB:.1f} GiB of a rank are left for keys and values"
+            )
+        if self.kv_bytes < 0:
             raise DoesNotFitError(
                 f"weights of {self.weight_bytes / GIB:.1f} GiB, and {self.other_bytes / GIB:.1f} "
                 f"GiB of runtime and activations, exceed the {self.device_bytes / GIB:.1f} GiB of "
