@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import socket
 import struct
@@ -38,6 +39,42 @@ WAIT_S = 10.0
 
 def nobody_ended() -> None:
     """Of the processes that were started."""
+
+
+# -- silence
+
+
+def test_a_machine_that_is_cut_off_is_noticed_within_ten_seconds() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        host, port = server.getsockname()
+        connection = Connection.open(host, port, WAIT_S)
+        with contextlib.closing(connection):
+            held = connection._socket
+            idle, interval, count, unacknowledged_ms = (
+                held.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT", "TCP_USER_TIMEOUT")
+            )
+            assert held.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert 0 < idle + interval * count < 10
+            assert 0 < unacknowledged_ms < 10_000
+
+
+@pytest.mark.parametrize("timeout_s", [None, 5.0])
+def test_when_the_system_gives_a_peer_up_it_is_dead(
+    timeout_s: float | None,
+) -> None:
+    class GivenUp:
+        """The end of a connection over which nothing came back."""
+
+        def setsockopt(self, *_: int) -> None: ...
+
+        def settimeout(self, _: float | None) -> None: ...
+
+        def recv_into(self, _: memoryview) -> int:
+            raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    with pytest.raises(RankDiedError, match="rank 1 cannot be reached any more"):
+        Connection(GivenUp(), "rank 1").receive(timeout_s)  # type: ignore[arg-type]
 
 
 # -- hellos

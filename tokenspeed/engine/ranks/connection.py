@@ -4,7 +4,7 @@
     | kind, 1 byte | length, 8 bytes little-endian | body |
 
 The connection is also the sign of life: when a process ends, however it ends, its peer reads the
-end of the stream.
+end of the stream. A machine that is cut off sends no end; then the system gives up by `SILENCE`.
 """
 
 import contextlib
@@ -19,6 +19,13 @@ from tokenspeed.errors import RankDiedError
 
 _HEAD = struct.Struct("<BQ")
 MAX_BODY = 1 << 31
+# Linux's names; where the system lacks one, its own patience holds.
+SILENCE = {
+    "TCP_KEEPIDLE": 3,  # seconds of silence until the peer's system is asked whether it is there
+    "TCP_KEEPINTVL": 1,  # seconds between two such questions
+    "TCP_KEEPCNT": 4,  # of them without an answer
+    "TCP_USER_TIMEOUT": 7000,  # milliseconds that what was sent may stay unacknowledged
+}
 
 
 class Kind(IntEnum):
@@ -45,6 +52,9 @@ class Connection:
         self._lock = threading.Lock()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in SILENCE.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     @classmethod
     def open(cls, host: str, port: int, timeout_s: float) -> "Connection":
@@ -77,7 +87,9 @@ class Connection:
             if kind not in Kind.__members__.values() or length > max_body:
                 raise RankDiedError(f"{self.peer} does not speak this protocol")
             return Kind(kind), self._exactly(length)
-        except TimeoutError:
+        except TimeoutError as error:
+            if timeout_s is None or error.errno is not None:  # the system gave up (see SILENCE)
+                raise RankDiedError(f"{self.peer} cannot be reached any more: {error}") from None
             raise RankDiedError(f"{self.peer} said nothing for {timeout_s:g} s") from None
         except OSError as error:
             raise RankDiedError(f"{self.peer} is gone: {error}") from None
