@@ -67,6 +67,9 @@ bench: build ## every benchmark that fits a laptop
 	$(BIN)/python benchmarks/gateway.py
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/groups.py
+	$(BIN)/python -m benchmarks.parallel
+	$(BIN)/python benchmarks/eplb.py
 	$(BIN)/python benchmarks/footprint.py
 
 clean: ## remove what was built, keep .venv
