@@ -364,6 +364,40 @@ def test_ray_ranks_on_two_nodes_of_a_cluster(
 
 
 @pytest.mark.full
+def test_a_cluster_that_is_full_says_so(tmp_path: Path, cluster: str) -> None:
+    port, second = free_port(), tmp_path / "one too many"
+    second.mkdir()
+    with launch(tmp_path, by_ray(port), RAY_ADDRESS=cluster, **SECRET) as made:
+        made.wait_until_ready(port)
+        with launch(second, by_ray(free_port()), RAY_ADDRESS=cluster, **SECRET) as other:
+            assert other.ends(START_S) == [1]
+            assert "Ray has no room for 2 ranks of 1 CPU" in other.said
+        made.wait_until_ready(port)
+
+
+@pytest.mark.full
+def test_an_llm_uses_the_ray_that_its_program_has(tmp_path: Path, expected: list[str]) -> None:
+    need_ray()
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import time, ray\n"
+        "from tokenspeed import LLM, SamplingParams\n"
+        "ray.init(num_cpus=2, include_dashboard=False)\n"
+        f"with LLM('demo', tensor_parallel_size=2, launcher='ray', **{OPTIONS}) as llm:\n"
+        f"    params = SamplingParams(**{dict(list(bodies()[0].items())[1:])})\n"
+        f"    print(repr(llm.generate({PROMPTS[0]!r}, params)[0].outputs[0].text))\n"
+        "for _ in range(100):\n"  # Ray counts now and then
+        "    free = ray.available_resources().get('CPU')\n"
+        "    time.sleep(0 if free == 2 else 0.1)\n"
+        "print('still', ray.is_initialized(), free)\n"
+    )
+    with launch(tmp_path, [sys.executable, str(program)]) as made:
+        assert made.ends(START_S) == [0], made.said
+        assert repr(expected[0]) in made.said
+        assert "still True 2.0" in made.said
+
+
+@pytest.mark.full
 def test_a_cluster_that_is_too_small_says_so_at_once(tmp_path: Path, cluster: str) -> None:
     command = by_ray(free_port(), "--tensor-parallel-size", "4")
     with launch(tmp_path, command, RAY_ADDRESS=cluster, **SECRET) as made:
