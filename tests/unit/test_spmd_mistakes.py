@@ -326,6 +326,13 @@ def test_layers_with_other_key_value_heads_are_refused_where_it_matters() -> Non
         compile_model(model, Mesh(tp=4))
 
 
+def test_layers_with_other_numbers_of_experts_are_refused() -> None:
+    model: Any = build("deepseek_v3")
+    model.model.layers[2].mlp = build("deepseek_v3", n_routed_experts=8).model.layers[2].mlp
+    with pytest.raises(ValueError, match=r"2.mlp.experts: 8 experts where .*1.mlp.experts has 16"):
+        compile_model(model, Mesh())
+
+
 def test_a_kind_whose_weight_has_another_name_is_refused() -> None:
     layer = Layer(TARGET)
     layer.own_parameter("table", (8, 8))

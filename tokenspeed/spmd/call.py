@@ -46,5 +46,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Count:
+    """Calls of one kind, and the bytes of all of them."""
+
     calls: int = 0
     num_bytes: int = 0

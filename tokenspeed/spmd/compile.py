@@ -161,20 +161,28 @@ def _with_kv(model: nn.Module, mesh: Mesh) -> Mesh:
 
 
 def _num_slots(model: nn.Module, mesh: Mesh, redundant: int) -> int:
-    for path, module in _modules(model):
-        if spec_of(path, module).kind == "experts":
-            count = int(module.get_parameter("w2").shape[0])
-            if (count + redundant) % mesh.ep:
-                more = f" and {redundant} redundant ones" if redundant else ""
-                raise ValueError(
-                    f"{path}: {count} experts{more} cannot be divided over {mesh.ep} ranks of ep"
-                )
-            return count + redundant
-    if mesh.ep > 1:
-        raise ValueError(f"mesh {mesh}: the model has no experts for the axis ep")
-    if redundant:
-        raise ValueError(f"{redundant} redundant experts: the model has no experts")
-    return 0
+    """Physical experts of a layer; all layers have equally many."""
+    found = {
+        path: int(module.get_parameter("w2").shape[0])
+        for path, module in _modules(model)
+        if spec_of(path, module).kind == "experts"
+    }
+    if not found:
+        if mesh.ep > 1:
+            raise ValueError(f"mesh {mesh}: the model has no experts for the axis ep")
+        if redundant:
+            raise ValueError(f"{redundant} redundant experts: the model has no experts")
+        return 0
+    first, count = next(iter(found.items()))
+    for path, other in found.items():
+        if other != count:
+            raise ValueError(f"{path}: {other} experts where {first} has {count}")
+    if (count + redundant) % mesh.ep:
+        more = f" and {redundant} redundant ones" if redundant else ""
+        raise ValueError(
+            f"{first}: {count} experts{more} cannot be divided over {mesh.ep} ranks of ep"
+        )
+    return count + redundant
 
 
 def _widths(module: nn.Module) -> tuple[int, int]:

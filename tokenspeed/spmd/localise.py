@@ -42,6 +42,7 @@ class Spmd:
 
     @property
     def stage(self) -> int:
+        """The pipeline stage that this rank belongs to."""
         return self.plan.mesh.index("pp", self.rank)
 
     @property

@@ -16,7 +16,7 @@ that divides key-value heads when there are fewer of them than tensor-parallel r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -35,7 +35,7 @@ class Mesh:
     dp: int = 1
     pp: int = 1
     cp: int = 1
-    kv: int | None = field(default=None)  # None: tp
+    kv: int | None = None  # None: tp
 
     def __post_init__(self) -> None:
         for axis in ("tp", "ep", "dp", "pp", "cp", "kv"):
@@ -124,6 +124,7 @@ class Mesh:
         }
 
     def size(self, axis: str) -> int:
+        """Ranks of an axis."""
         return self.tp if axis == "kv" and self.kv is None else int(getattr(self, axis))
 
     def index(self, axis: str, rank: int) -> int:

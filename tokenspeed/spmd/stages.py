@@ -21,6 +21,7 @@ class Stages:
 
     @property
     def count(self) -> int:
+        """How many stages there are."""
         return len(self.bounds) - 1
 
     def stage_of(self, path: str) -> int | None:
