@@ -55,6 +55,11 @@ def build_engine(
     if num_ranks > 1:
         tell(0.0, f"waiting for {num_ranks - 1} other rank(s)")
         check_mesh(config, folder)
+
+    def loading(fraction: float) -> None:
+        met.check()  # big weights take minutes, and another rank may have died meanwhile
+        tell(fraction * WEIGHTS_SHARE, "loading weights")
+
     met = muster(config, folder, num_sharers, on_death)
     try:
         part = build_part(
@@ -63,7 +68,7 @@ def build_engine(
             communicator=met.communicator,
             agree=met.agree,
             num_sharers=num_sharers * met.num_neighbours,
-            progress=lambda fraction: tell(fraction * WEIGHTS_SHARE, "loading weights"),
+            progress=loading,
         )
         met.wait_until_ready()
         tell(READY_SHARE, "warming up")

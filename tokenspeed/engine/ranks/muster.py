@@ -49,6 +49,11 @@ class Mustered:
         self.crew.tell(Kind.PAGES, **least.facts())
         return least
 
+    def check(self) -> None:
+        """`RankDiedError` if a rank has died."""
+        if self.crew is not None:
+            self.crew.check()
+
     def wait_until_ready(self) -> None:
         """Every rank has loaded. `RankDiedError`."""
         if self.crew is not None:
@@ -104,8 +109,12 @@ def muster(
             )
         undo.pop_all()
 
+    communicator: Communicator | None = None
+
     def ended() -> None:
         starter.wait(GRACE_S)
+        if communicator is not None:
+            communicator.close()  # this process may be a rank of another engine later
         clear_away(*names)
         allow_cpus(cpus)
 
