@@ -174,6 +174,15 @@ def test_tokens_of_one_rank_over_gloo(stop: int, alone: list[RequestOutput]) -> 
     assert_gone(workers_of(os.getpid()), os.getpid(), 2.0)
 
 
+def test_an_llm_over_gloo_can_follow_another_but_not_stand_beside_it() -> None:
+    options = OPTIONS | mesh(tp=2) | {"communication": "gloo"}
+    with LLM("demo", **options), pytest.raises(ValueError, match="one per process"):
+        LLM("demo", **options)
+    with LLM("demo", **options):
+        pass
+    assert_gone(workers_of(os.getpid()), os.getpid(), 2.0)
+
+
 @pytest.mark.full
 def test_tokens_of_one_rank_without_any_shared_memory(
     monkeypatch: pytest.MonkeyPatch, stop: int, alone: list[RequestOutput]

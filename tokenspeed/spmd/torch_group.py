@@ -35,7 +35,9 @@ def torch_communicator(
     One per process. `RankDiedError`: not all came within `timeout_s`, which also bounds each call.
     """
     if dist.is_initialized():
-        raise ValueError("this process is already a rank")
+        raise ValueError(
+            "this process is already a rank of an engine over torch.distributed: one per process"
+        )
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"no backend for tensors on {device}")
     at, timeout = urlsplit(init_address), timedelta(seconds=timeout_s)
