@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.part import Agreement, device_of, mesh_of
-from tokenspeed.engine.ranks.connection import Kind
+from tokenspeed.engine.ranks.connection import Connection, Kind
 from tokenspeed.engine.ranks.crew import GRACE_S, Crew
 from tokenspeed.engine.ranks.hello import Hello
 from tokenspeed.engine.ranks.meeting import Meeting
-from tokenspeed.engine.ranks.starter import make_starter
+from tokenspeed.engine.ranks.starter import Starter, make_starter
 from tokenspeed.engine.ranks.wires import (
     can_share_memory,
     check_wires,
@@ -81,16 +81,10 @@ def muster(
     cpus = allowed_cpus()
     with contextlib.ExitStack() as undo:
         undo.callback(starter.kill)
-        with contextlib.closing(Meeting(starter.prepare())) as meeting:
-            mine = Hello.of_this_process(0, meeting.token, config.digest(), starter.machine)
-            starter.start(meeting)
-            connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, starter.check)
+        connections, ranks, host = _meet(starter, config, num_ranks)
         for connection in connections.values():
             undo.callback(connection.close)
-        ranks = Neighbours({0: mine.host} | {rank: each.host for rank, each in hellos.items()})
-        wires = choose_wires(
-            num_ranks, device, ranks.hosts, meeting.host, config.parallel.communication
-        )
+        wires = choose_wires(num_ranks, device, ranks.hosts, host, config.parallel.communication)
         ring_name = new_name() if len(ranks.of(0)) > 1 and can_share_memory() else None
         names = [name for name in (ring_name, wires["address"]) if name is not None]
         undo.callback(clear_away, *names)
@@ -130,6 +124,18 @@ def muster(
         crew.close_after(error)
         raise
     return Mustered(crew, communicator, len(ranks.of(0)))
+
+
+def _meet(
+    starter: Starter, config: EngineConfig, num_ranks: int
+) -> tuple[dict[int, Connection], "Neighbours", str]:
+    """The other ranks, which stand on one machine, and where this one was met."""
+    with contextlib.closing(Meeting(starter.prepare())) as meeting:
+        mine = Hello.of_this_process(0, meeting.token, config.digest(), starter.machine)
+        starter.start(meeting)
+        connections, hellos = meeting.gather(mine, num_ranks, START_TIMEOUT_S, starter.check)
+    hosts = {0: mine.host} | {rank: each.host for rank, each in hellos.items()}
+    return connections, Neighbours(hosts), meeting.host
 
 
 @dataclass(frozen=True)
