@@ -155,3 +155,11 @@ def test_flushing_forgets_everywhere() -> None:
     run.all()
     assert run.schedulers.flush_cache() >= 20
     assert [s.match_prefix(prompt(40, i)) for s in run.schedulers._all for i in range(2)] == [0] * 4
+
+
+def test_equal_indices_take_turns_and_another_salt_finds_no_prefix() -> None:
+    run = Run(make(3))
+    for i in range(6):
+        run.schedulers.submit(i, prompt(60, 0), b"salt %d" % i if i else b"", max_tokens=2)
+        run.all()
+    assert [run.where[i] for i in range(6)] == [0, 1, 2, 0, 1, 2]
