@@ -422,3 +422,16 @@ def test_names_in_shared_memory_are_cleared_away(
         (tmp_path / name).touch()
     wires.clear_away(ring, "tcp://127.0.0.1:1", None, tensors)
     assert [path.name for path in tmp_path.iterdir()] == ["tokenspeed-of-others"]
+
+
+def test_without_shared_memory_to_write_to_tensors_travel_over_gloo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setattr(wires, "SHARED_MEMORY", tmp_path / "missing")
+    cpu = torch.device("cpu")
+    assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "auto")["kind"] == "torch"
+    with pytest.raises(ValueError, match="communication: shm does not connect"):
+        wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "shm")
+    monkeypatch.setattr(wires, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # mounted for reading only
+    assert wires.choose_wires(2, cpu, {"a"}, "127.0.0.1", "auto")["kind"] == "torch"

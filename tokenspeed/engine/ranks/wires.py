@@ -23,7 +23,7 @@ def can_share_memory() -> bool:
     """Whether processes of this machine can exchange tensors and steps in shared memory."""
     from torch import Tensor
 
-    return SHARED_MEMORY.is_dir() and hasattr(Tensor, "__dlpack_c_exchange_api__")
+    return os.access(SHARED_MEMORY, os.W_OK) and hasattr(Tensor, "__dlpack_c_exchange_api__")
 
 
 def check_wires(device: "torch.device", asked: Communication) -> None:
