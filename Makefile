@@ -68,7 +68,7 @@ bench: build ## every benchmark that fits a laptop
 	$(BIN)/python benchmarks/kernels.py
 	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/groups.py
-	$(BIN)/python -m benchmarks.parallel
+	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/eplb.py
 	$(BIN)/python benchmarks/footprint.py
 

@@ -2,7 +2,7 @@
 """What many ranks cost beside the computing: a step's time outside kernels and collectives, the
 plan's way to the other ranks, and the compiled collectives beside Megatron-style ones.
 
-    python -m benchmarks.parallel [--batch 16] [--steps 100] [--json FILE]
+    python benchmarks/parallel.py [--batch 16] [--steps 100] [--json FILE]
 
 Steps: a dense model of random weights whose decode step takes about 10 ms here, on one rank and on
 two processes; every kernel of the registry and every call of a group is timed on rank 0, and what
@@ -25,15 +25,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from groups import broadcast_seconds
 from safetensors.torch import save_file
 
-from benchmarks.groups import broadcast_seconds
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.ranks import muster
+from tokenspeed.engine.ranks.wires import make_communicator
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.step_message import encode_step
 from tokenspeed.kernels.registry import Ask, Kernel, Registry
@@ -128,19 +129,19 @@ class TimedCommunicator:
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
     """Kernels chosen and communicators made inside are on the clock."""
-    select, make = Registry.select, muster.make_communicator
+    select, make = Registry.select, make_communicator
 
     def timed_select(self: Registry, ask: Ask, backend: str | None = None) -> Kernel:
         wrap = clock.fused_kernel if "reduce" in ask.op else clock.kernel
         return wrap(select(self, ask, backend))
 
     Registry.select = timed_select  # type: ignore[method-assign]
-    muster.make_communicator = lambda *a: TimedCommunicator(make(*a), clock)  # type: ignore
+    vars(muster)["make_communicator"] = lambda *a: TimedCommunicator(make(*a), clock)
     try:
         yield
     finally:
         Registry.select = select  # type: ignore[method-assign]
-        muster.make_communicator = make
+        vars(muster)["make_communicator"] = make
 
 
 def write_model(folder: Path) -> None:

@@ -38,7 +38,7 @@ def route(
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
     choice = scores if bias is None else scores + bias
     if n_group > 1:
-        grouped = choice.unflatten(1, (n_group, -1))
+        grouped = choice.view(choice.shape[0], n_group, choice.shape[1] // n_group)
         best = grouped.topk(1 if group_score == "max" else 2, dim=-1)[0].sum(-1)
         kept = best.sort(dim=-1, descending=True, stable=True)[1][:, :topk_group]
         keep = torch.zeros_like(best, dtype=torch.bool).scatter(1, kept, True)
