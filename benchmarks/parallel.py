@@ -125,6 +125,9 @@ class TimedCommunicator:
     def group(self, partition: Any) -> Any:
         return TimedGroup(self._inner.group(partition), self._clock)
 
+    def close(self) -> None:
+        self._inner.close()
+
 
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
