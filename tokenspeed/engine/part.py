@@ -86,7 +86,7 @@ def build_part(
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
     model = load_model(folder, dtype, device_of(config), limit, progress, ranks)
-    return assemble_part(config, model, rank, ranks.mesh, agree, num_sharers)
+    return assemble_part(config, model, rank, agree, num_sharers)
 
 
 def check_mesh(config: EngineConfig, folder: Path) -> None:
@@ -112,12 +112,11 @@ def assemble_part(
     config: EngineConfig,
     model: CausalLM,
     rank: int = 0,
-    mesh: Mesh | None = None,
     agree: Agree = lambda mine: mine,
     num_sharers: int = 1,
 ) -> Part:
     """The part around a loaded share. `ValueError` if the cache cannot hold one request."""
-    mesh = mesh or Mesh()
+    mesh = mesh_of(config)
     seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
     device = model.target.device
     specs = model.cache_specs(DTYPES[config.cache.kv_cache_dtype])
@@ -131,9 +130,8 @@ def assemble_part(
     )
     num_pages = agree(Agreement(fits)).num_pages
     max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
-    same_tokens = [a for a in range(len(mesh.atoms)) if a not in mesh.axis_atoms("dp")]
     spmd = model.spmd
-    samples = spmd.samples and mesh.atoms_index(same_tokens, rank) == 0
+    samples = spmd.samples and mesh.atoms_index(mesh.same_tokens, rank) == 0
     balancer = make_balancer(model, config.experts)
     runner = StepRunner(
         model,

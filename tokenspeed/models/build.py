@@ -108,7 +108,7 @@ def build_model(
     config = text_config(outer)
     found = find_architecture(architecture(outer))
     block = _fp8_block(config if config.has("quantization_config") else outer)
-    dtype = dtype or _stated_dtype(config, outer)
+    dtype = dtype or stated_dtype(config, outer)
     try:
         model = found.model.from_config(dict(config.values), dtype, device, max_model_len)
     except (RuntimeError, OverflowError) as error:  # torch cannot even describe such a tensor
@@ -116,7 +116,7 @@ def build_model(
     return model, TensorNames(found.prefix, found.other, block)
 
 
-def _stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:
+def stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:
     """config.json's dtype; float16 is served as bfloat16, an unstated one as bfloat16."""
     for part in (config, outer):
         for key in ("dtype", "torch_dtype"):

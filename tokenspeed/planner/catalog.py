@@ -19,6 +19,7 @@ from tokenspeed.errors import ModelLoadError
 from tokenspeed.layers.attention_gqa import GqaAttention
 from tokenspeed.layers.attention_mla import MlaAttention
 from tokenspeed.layers.moe import Experts
+from tokenspeed.models.build import stated_dtype
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
 from tokenspeed.models.hub import DEMO, DEMO_FOLDER
@@ -28,7 +29,6 @@ from tokenspeed.planner.weight_format import BF16, FP32, FormatOf, choose_format
 
 SHAPES = Path(__file__).parent.parent / "assets" / "models"
 META = torch.device("meta")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def describe(
     """The model of a parsed config.json. `weight_dtype`, `kv_dtype`: "auto" or a format's name."""
     outer = HfConfig(values)
     config = text_config(outer)
-    dtype = _stated_dtype(config, outer)
+    dtype = stated_dtype(config, outer)
     try:
         found = find_architecture(architecture(outer))
         model = found.model.from_config(dict(config.values), dtype, META)
@@ -120,11 +120,3 @@ def find_config(name: str) -> Path:
         f"{name!r} is no folder, no hub id in the local cache, and none of the shipped shapes: "
         + ", ".join(shipped_names())
     )
-
-
-def _stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:
-    for part in (config, outer):
-        for key in ("dtype", "torch_dtype"):
-            if part.has(key):
-                return DTYPES[part.word(key, tuple(DTYPES))]
-    return torch.bfloat16

@@ -8,6 +8,7 @@ input to its output) and its own parameters; it never looks at a forward. A wron
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor.placement_types import Partial, Shard
@@ -37,7 +38,7 @@ def check_model(model: nn.Module, mesh: Mesh) -> list[Site]:
     Types are checked on a mesh where every axis counts first, so that one device refuses what many
     would.
     """
-    modules = [(p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList)]
+    modules = list(modules_of(model))
     specs = {path: spec_of(path, module) for path, module in modules}
     kinds = {path: spec.kind for path, spec in specs.items()}
     _check_borrowed(modules, specs)
@@ -54,6 +55,11 @@ def check_model(model: nn.Module, mesh: Mesh) -> list[Site]:
         _check_root(model, each)
         check_sites(sites.values(), kinds, each)
     return [site for site in sites.values() if site.moves]
+
+
+def modules_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module but lists, by path."""
+    return ((p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList))
 
 
 def spec_of(path: str, module: nn.Module) -> ModuleSpec:

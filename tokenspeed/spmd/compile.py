@@ -11,7 +11,7 @@ counts, by the cost model:
                every rank (all-gather) and back (reduce-scatter)
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import cast
@@ -19,7 +19,7 @@ from typing import cast
 from torch import nn
 from torch.distributed.tensor.placement_types import Shard
 
-from tokenspeed.spmd.check import check_model, spec_of
+from tokenspeed.spmd.check import check_model, modules_of, spec_of
 from tokenspeed.spmd.collectives import Collective, Variant, collectives_of, cost_s
 from tokenspeed.spmd.cost import Interconnect
 from tokenspeed.spmd.mesh import Mesh
@@ -83,8 +83,8 @@ def compile_model(
     sites: dict[tuple[str, str], Site] = {
         (site.module, site.side): site for site in check_model(model, mesh)
     }
-    kinds = {path: spec_of(path, m).kind for path, m in _modules(model)}
-    widths = {path: _widths(m) for path, m in _modules(model) if kinds[path] != "composite"}
+    kinds = {path: spec_of(path, m).kind for path, m in modules_of(model)}
+    widths = {path: _widths(m) for path, m in modules_of(model) if kinds[path] != "composite"}
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     plan = SpmdPlan(
         mesh,
@@ -95,7 +95,7 @@ def compile_model(
         {path: width for path, (width, _) in widths.items()},
         {path: width for path, (_, width) in widths.items()},
         frozenset(after_stream(kinds)),
-        max((int(getattr(m, "top_k", 0)) for _, m in _modules(model)), default=0),
+        max((int(getattr(m, "top_k", 0)) for _, m in modules_of(model)), default=0),
         memory_bandwidth,
         variants=(Variant(),),
         buckets=(max_tokens,),
@@ -112,7 +112,7 @@ def cuts(model: nn.Module, plan: SpmdPlan, rank: int) -> dict[str, Cut]:
     """Each parameter's cut on `rank`, by path. Experts are not cut along their first dimension
     here: which of them a rank holds may change while it runs."""
     found = {}
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         spec = spec_of(path, module)
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
@@ -135,14 +135,10 @@ def _without_experts(layout: object, mesh: Mesh) -> Fused | dict[str, Shard]:
     return {axis: placement for axis, placement in pairs if placement != Shard(0)}
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList))
-
-
 def _with_kv(model: nn.Module, mesh: Mesh) -> Mesh:
     """`kv` for the model's key-value heads: each rank gets some whole heads, or shares one."""
     heads: set[tuple[str, int]] = set()
-    for path, module in _modules(model):
+    for path, module in modules_of(model):
         for layout in spec_of(path, module).weights.values():
             for part in layout.parts if isinstance(layout, Fused) else ():
                 if "kv" in part.layout:
@@ -164,7 +160,7 @@ def _num_slots(model: nn.Module, mesh: Mesh, redundant: int) -> int:
     """Physical experts of a layer; all layers have equally many."""
     found = {
         path: int(module.get_parameter("w2").shape[0])
-        for path, module in _modules(model)
+        for path, module in modules_of(model)
         if spec_of(path, module).kind == "experts"
     }
     if not found:

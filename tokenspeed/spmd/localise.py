@@ -6,7 +6,7 @@ share and calls the collectives that the plan names. Knows modules by their spec
 names that `layers/layer.py` promises; reads no weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor.placement_types import Partial, Shard
 
+from tokenspeed.spmd.check import modules_of
 from tokenspeed.spmd.compile import SpmdPlan, can_dispatch, cuts
 from tokenspeed.spmd.expert_placement import ExpertPlacement
 from tokenspeed.spmd.experts import Dispatched, Expert, Gathered, Slots
@@ -34,7 +35,6 @@ class Spmd:
     groups: Groups | None  # None: one rank
     step: Step
     slots: dict[str, Slots] = field(default_factory=dict)  # by path of this rank's experts
-    experts: dict[str, Any] = field(default_factory=dict)  # their modules
 
     def begin_step(self, tokens_per_dp: Sequence[int]) -> None:
         """Before each forward: how many tokens each dp rank has. All ranks say the same."""
@@ -69,13 +69,9 @@ def localise(
     plan: SpmdPlan,
     rank: int = 0,
     communicator: Communicator | None = None,
-    placements: Mapping[str, ExpertPlacement] | None = None,
 ) -> Spmd:
-    """Makes `model` this rank's share. `ValueError`: the communicator does not fit the mesh.
-
-    `placements` gives experts other places than the first ones.
-    """
-    placed = {path: _placement(plan, path, placements or {}) for path in plan.experts}
+    """Makes `model` this rank's share. `ValueError`: the communicator does not fit the mesh."""
+    placed = {path: _placement(plan, path) for path in plan.experts}
     cut_parameters(model, plan, rank, placed)
     spmd = Spmd(plan, rank, None, Step(plan, rank))
     if plan.mesh.num_ranks > 1:
@@ -99,8 +95,8 @@ def cut_parameters(
     stage = plan.mesh.index("pp", rank)
     found = cuts(model, plan, rank)
     last = stage == plan.stages.count - 1
-    tied = {id(p) for _, m in _leaves(model) for p in m.borrowed.values()} if last else set()
-    for path, module in _leaves(model):
+    tied = {id(p) for _, m in modules_of(model) for p in m.borrowed.values()} if last else set()
+    for path, module in modules_of(model):
         module.is_here = plan.stages.stage_of(path) in (None, stage)
         for name, parameter in list(module.named_parameters(recurse=False)):
             cut = module.cuts[name] = found[f"{path}.{name}" if path else name]
@@ -114,14 +110,8 @@ def cut_parameters(
             setattr(module, name, nn.Parameter(empty, requires_grad=False) if here else None)
 
 
-def _leaves(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every module but lists, by path."""
-    return ((p, m) for p, m in model.named_modules() if not isinstance(m, nn.ModuleList))
-
-
-def _placement(plan: SpmdPlan, path: str, given: Mapping[str, ExpertPlacement]) -> ExpertPlacement:
-    if path in given:
-        return given[path]
+def _placement(plan: SpmdPlan, path: str) -> ExpertPlacement:
+    """Where the experts stand at first."""
     num_experts = plan.whole_shapes[f"{path}.w2"][0]
     return ExpertPlacement.default(num_experts, plan.mesh.ep, plan.num_slots - num_experts)
 
@@ -208,7 +198,6 @@ def _attach_experts(
     slots = None
     if mesh.ep > 1:
         place = mesh.index("ep", spmd.rank)
-        spmd.experts[path] = module
         slots = spmd.slots[path] = Slots(placement, place, module.target.device)
     enter = conversion(entry.moves, groups, step) if entry else _same
     out = conversion(leave.moves, groups, step) if leave else _same

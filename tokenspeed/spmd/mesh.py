@@ -123,6 +123,12 @@ class Mesh:
             for axis, (low, high) in spans.items()
         }
 
+    @property
+    def same_tokens(self) -> tuple[int, ...]:
+        """The atoms over which ranks of one stage have the same tokens: all but those of dp."""
+        dp = self.axis_atoms("dp")
+        return tuple(atom for atom in range(len(self.atoms)) if atom not in dp)
+
     def size(self, axis: str) -> int:
         """Ranks of an axis."""
         return self.tp if axis == "kv" and self.kv is None else int(getattr(self, axis))

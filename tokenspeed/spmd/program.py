@@ -64,7 +64,7 @@ class Groups:
         mesh = self._mesh = plan.mesh
         sets = {move.atoms: None for site in plan.sites.values() for move in site.moves}
         sets |= {mesh.axis_atoms(axis): None for axis in ("tp", "dp", "ep")}
-        sets |= {_but_dp(mesh): None}
+        sets |= {mesh.same_tokens: None}
         sets |= {rest: None for site in plan.sites.values() if (rest := _stays(site.have, mesh))}
         self._made = {
             atoms: communicator.group(mesh.groups(atoms)) for atoms in sorted(sets) if atoms
@@ -78,17 +78,11 @@ class Groups:
     @property
     def peers(self) -> Group | None:
         """The ranks of this stage that have the same tokens."""
-        return self.over(_but_dp(self._mesh))
+        return self.over(self._mesh.same_tokens)
 
     def over(self, atoms: tuple[int, ...]) -> Group | None:
         """The group over these atoms; None where they are no ranks at all."""
         return self._made[atoms] if atoms else None
-
-
-def _but_dp(mesh: Mesh) -> tuple[int, ...]:
-    """The atoms over which ranks of one stage have the same tokens."""
-    dp = mesh.axis_atoms("dp")
-    return tuple(atom for atom in range(len(mesh.atoms)) if atom not in dp)
 
 
 def _stays(have: Sequence[object], mesh: Mesh) -> tuple[int, ...]:
