@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tokenspeed.cli import kernels as cli_kernels
-from tokenspeed.kernels import explain, force_backend, registry, select
+from tokenspeed.kernels import explain, force_backend, plugins, registry, select
 from tokenspeed.kernels.norm import rms_norm
 from tokenspeed.kernels.registry import Ask, Registry
 
@@ -35,7 +35,8 @@ def broken_plug_in(register: Callable[..., None]) -> None:
 
 @pytest.fixture
 def small() -> Registry:
-    made = Registry(loaded=True)
+    made = Registry()
+    made.sources.loaded = made.sources.gpu_loaded = True
     made.define("double", "(x) -> x", slow)
     return made
 
@@ -57,7 +58,7 @@ def test_the_highest_priority_that_can_serve_is_taken(small: Registry) -> None:
     reasons = {v.backend: (v.chosen, v.reason) for v in small.explain(ask(d=65))}
     assert reasons == {
         "gpu": (False, "runs on cuda, not on cpu"),
-        "half": (False, "does not take torch.float32"),
+        "half": (False, "takes bfloat16, not float32"),
         "narrow": (False, wide),
         "reference": (True, "serves the ask"),
     }
@@ -78,9 +79,9 @@ def test_duplicates_and_unknown_ops_are_errors(small: Registry) -> None:
 def test_plug_ins(small: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     """A good one serves; broken ones are reported and harm nobody."""
     points = [
-        EntryPoint("good", f"{__name__}:plug_in", registry.ENTRY_POINT_GROUP),
-        EntryPoint("broken", f"{__name__}:broken_plug_in", registry.ENTRY_POINT_GROUP),
-        EntryPoint("missing", "no_such_module:run", registry.ENTRY_POINT_GROUP),
+        EntryPoint("good", f"{__name__}:plug_in", plugins.ENTRY_POINT_GROUP),
+        EntryPoint("broken", f"{__name__}:broken_plug_in", plugins.ENTRY_POINT_GROUP),
+        EntryPoint("missing", "no_such_module:run", plugins.ENTRY_POINT_GROUP),
     ]
     asked: list[str] = []
 
@@ -88,12 +89,12 @@ def test_plug_ins(small: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append(group)
         return points
 
-    monkeypatch.setattr(registry, "entry_points", fake_entry_points)
-    small.loaded = False
+    monkeypatch.setattr(plugins, "entry_points", fake_entry_points)
+    small.sources.loaded = False
     assert asked == []
     assert small.select(ask()) is fast
     assert small.select(ask(), backend="reference") is slow
-    assert asked == [registry.ENTRY_POINT_GROUP]
+    assert asked == [plugins.ENTRY_POINT_GROUP]
     assert small.problems == {
         "plug-in broken": "RuntimeError: no such device",
         "plug-in missing": "ModuleNotFoundError: No module named 'no_such_module'",
@@ -133,7 +134,7 @@ sys.modules["tokenspeed._cpu"] = None  # as if it had not been built
 import torch
 torch.cuda._lazy_init = lambda: 1 / 0
 from tokenspeed.kernels import select, registry
-assert registry.REGISTRY.loaded is False
+assert registry.REGISTRY.sources.loaded is False
 print(select("rms_norm").__module__, *registry.REGISTRY.problems)
 """
     assert run_python(code) == "tokenspeed.kernels.norm tokenspeed.kernels.cpu"
@@ -153,7 +154,7 @@ def test_the_command_lists_and_explains(capsys: pytest.CaptureFixture[str]) -> N
     assert "attention_mla    cpu, reference" in listing
     status, reasons = run("explain", "linear", "--dtype", "float64", "--shape", "in=64")
     assert status == 0
-    assert "does not take torch.float64" in reasons
+    assert "takes float32, bfloat16, not float64" in reasons
     assert "* reference" in reasons
     assert run("explain", "no_such_op")[0] == 2
     assert run("explain", "linear", "--device", "toaster")[0] == 2

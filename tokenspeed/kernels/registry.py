@@ -1,28 +1,31 @@
 # SPDX-License-Identifier: MIT
 """Which implementation of an op runs: declared needs, a choice at layer build, and the reasons.
 
-Refuses to know what any op computes. Built-in modules of this package and third-party packages
-(entry-point group `tokenspeed.kernels`) are loaded on the first question, never at import; one that
-fails to load is reported by `explain`, it stops nobody.
+Refuses to know what any op computes. Capability decides first, then measured times
+(`kernels/table.py`), then priority. Ops and backends are loaded on the first question, never at
+import (`kernels/plugins.py`).
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
-from importlib.metadata import EntryPoint, entry_points
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-Kernel = Callable[..., Any]
-ENTRY_POINT_GROUP = "tokenspeed.kernels"
-REFERENCE = "reference"
+from tokenspeed.kernels.device import arch_of
+from tokenspeed.kernels.plugins import GPU_BACKENDS, Sources
+from tokenspeed.kernels.table import Dispatcher, Pick, Tables, pick
 
-_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+Kernel = Callable[..., Any]
+Pack = Callable[[Any], Any]
+REFERENCE = "reference"
+EVERY_OP = "*"
+
+_forced: ContextVar[Mapping[str, str] | None] = ContextVar("forced_backends", default=None)
+_asked: ContextVar["list[Ask] | None"] = ContextVar("asked", default=None)
 
 
 @dataclass(frozen=True)
@@ -36,17 +39,35 @@ class Op:
 
 @dataclass(frozen=True)
 class Ask:
-    """What a layer asks for: an op on a device, in the dtype of its activations, for shapes."""
+    """What a layer asks for: an op on a device, in the dtype of its activations, for shapes.
+
+    `arch` is the device's architecture ("cpu", "sm_90", "gfx950"); by default that of the device
+    that is present.
+    """
 
     op: str
     device: str
     dtype: torch.dtype
     shapes: Mapping[str, int]
+    arch: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.arch:
+            object.__setattr__(self, "arch", arch_of(self.device))
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name}={size}" for name, size in sorted(self.shapes.items()))
+        place = self.device if self.arch == self.device else f"{self.device} ({self.arch})"
+        return f"{self.op}({sizes}) in {_name(self.dtype)} on {place}"
 
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `requires` returns why it cannot serve an `Ask`, or None if it can."""
+    """One implementation. `requires` returns why it cannot serve an `Ask`, or None if it can.
+
+    `archs` are names or patterns such as "gfx9*". `pack` brings a weight into the layout that
+    `kernel` takes in its place.
+    """
 
     op: str
     name: str
@@ -55,12 +76,16 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = None
     requires: Callable[[Ask], str | None] | None = None
     priority: int = 0  # the highest that can serve is taken; the reference has -1
+    archs: tuple[str, ...] | None = None
+    pack: Pack | None = None
 
     def refusal(self, ask: Ask) -> str | None:
         if self.devices is not None and ask.device not in self.devices:
             return f"runs on {', '.join(self.devices)}, not on {ask.device}"
+        if self.archs is not None and not any(fnmatchcase(ask.arch, a) for a in self.archs):
+            return f"runs on {', '.join(self.archs)}, not on {ask.arch}"
         if self.dtypes is not None and ask.dtype not in self.dtypes:
-            return f"does not take {ask.dtype}"
+            return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(ask.dtype)}"
         return self.requires(ask) if self.requires is not None else None
 
 
@@ -79,8 +104,13 @@ class Registry:
 
     ops: dict[str, Op] = field(default_factory=dict)
     backends: dict[str, dict[str, Backend]] = field(default_factory=dict)
-    problems: dict[str, str] = field(default_factory=dict)  # source -> why it did not load
-    loaded: bool = False
+    sources: Sources = field(default_factory=Sources)
+    tables: Tables = field(default_factory=Tables)
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Sources that did not load, and why."""
+        return self.sources.problems
 
     def define(self, name: str, call: str, reference: Kernel) -> Op:
         """Adds an op and its reference, which serves every device and dtype."""
@@ -100,13 +130,12 @@ class Registry:
         dtypes: Sequence[torch.dtype] | None = None,
         requires: Callable[[Ask], str | None] | None = None,
         priority: int = 0,
+        archs: Sequence[str] | None = None,
+        pack: Pack | None = None,
     ) -> None:
         """Adds an implementation of `op`, which may be defined later. `ValueError`: a duplicate."""
-        limits = (
-            None if devices is None else tuple(devices),
-            None if dtypes is None else tuple(dtypes),
-        )
-        self._add(Backend(op, backend, kernel, *limits, requires, priority))
+        limits = (_frozen(devices), _frozen(dtypes), requires, priority, _frozen(archs), pack)
+        self._add(Backend(op, backend, kernel, *limits))
 
     def _add(self, backend: Backend) -> None:
         of_op = self.backends.setdefault(backend.op, {})
@@ -114,26 +143,9 @@ class Registry:
             raise ValueError(f"backend {backend.name} of {backend.op} is registered twice")
         of_op[backend.name] = backend
 
-    def load(self) -> None:
-        """Imports the package's kernel modules, then every plug-in. Later calls do nothing."""
-        if self.loaded:
-            return
-        self.loaded = True
-        package = importlib.import_module("tokenspeed.kernels")
-        for module in pkgutil.iter_modules(package.__path__, "tokenspeed.kernels."):
-            self._try(module.name, partial(importlib.import_module, module.name))
-        for plugin in entry_points(group=ENTRY_POINT_GROUP):
-            self._try(f"plug-in {plugin.name}", partial(self._plug_in, plugin))
-
-    def _plug_in(self, plugin: EntryPoint) -> None:
-        plugin.load()(self.register)
-
-    def _try(self, source: str, load: Callable[[], object]) -> None:
-        # A plug-in is foreign code: whatever it raises is its own report, not our crash.
-        try:
-            load()
-        except Exception as error:
-            self.problems[source] = f"{type(error).__name__}: {error}"
+    def load(self, *, gpu: bool = True) -> None:
+        """Imports the kernel modules and every plug-in. Later calls do nothing."""
+        self.sources.load(self.register, gpu=gpu)
 
     def explain(self, ask: Ask, backend: str | None = None) -> list[Verdict]:
         """Every backend of the op, the preferred first, with the reason. `ValueError`: unknown op.
@@ -141,45 +153,100 @@ class Registry:
         `backend` (or an enclosing `force_backend`) admits one backend only.
         """
         self.load()
-        if ask.op not in self.ops:
-            raise ValueError(f"unknown op {ask.op!r}; known: {', '.join(sorted(self.ops))}")
-        forced = backend or _forced.get()
-        verdicts: list[Verdict] = []
-        taken: str | None = None
-        for candidate in sorted(self.backends[ask.op].values(), key=lambda b: -b.priority):
-            refusal = candidate.refusal(ask)
-            if refusal is None and forced not in (None, candidate.name):
-                refusal = f"{forced} is forced"
-            if refusal is None and taken is not None:
-                refusal = f"{taken} comes first"
-            if refusal is None:
-                taken = candidate.name
-            verdicts.append(Verdict(candidate.name, refusal is None, refusal or "serves the ask"))
-        return verdicts
+        return self._judge(ask, backend)[0]
 
     def select(self, ask: Ask, backend: str | None = None) -> Kernel:
         """The kernel of the chosen backend. `ValueError`: none can serve, with all the reasons."""
-        verdicts = self.explain(ask, backend)
-        for verdict in verdicts:
-            if verdict.chosen:
-                return self.backends[ask.op][verdict.backend].kernel
-        reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
-        raise ValueError(f"no backend serves {ask}: {reasons}")
+        self.load(gpu=ask.device == "cuda" or _forced_for(ask.op, backend) in GPU_BACKENDS)
+        verdicts, kernel = self._judge(ask, backend)
+        if kernel is None:
+            reasons = "; ".join(f"{v.backend}: {v.reason}" for v in verdicts)
+            raise ValueError(f"no backend serves {ask}: {reasons}")
+        return kernel
+
+    def _judge(self, ask: Ask, backend: str | None) -> tuple[list[Verdict], Kernel | None]:
+        found = self.of(ask.op)
+        forced = _forced_for(ask.op, backend)
+        refusals: dict[str, str] = {}
+        for candidate in found:
+            refusal = candidate.refusal(ask)
+            if refusal is None and forced not in (None, candidate.name):
+                refusal = f"{forced} is forced"
+            if refusal is not None:
+                refusals[candidate.name] = refusal
+        able = {b.name: b for b in found if b.name not in refusals}
+        times = self.tables.times(ask) if len(able) > 1 else {}
+        choice = pick({name: b.pack for name, b in able.items()}, times)
+        reasons = choice.reasons(list(able)) | refusals
+        taken = choice.backends()
+        verdicts = [Verdict(b.name, b.name in taken, reasons[b.name]) for b in found]
+        return verdicts, self._kernel(ask, able, choice)
+
+    def _kernel(self, ask: Ask, able: Mapping[str, Backend], choice: Pick) -> Kernel | None:
+        kernels = [(first, able[name].kernel) for first, name in choice.ranges]
+        if len(kernels) > 1:
+            return Dispatcher(kernels, able[choice.ranges[0][1]].pack)
+        return kernels[0][1] if kernels else None
+
+    def of(self, op: str) -> list[Backend]:
+        """The op's backends, the preferred first. `ValueError`: unknown op."""
+        if op not in self.ops:
+            raise ValueError(f"unknown op {op!r}; known: {', '.join(sorted(self.ops))}")
+        return sorted(self.backends[op].values(), key=lambda b: -b.priority)
+
+    def pack_of(self, kernel: Kernel) -> Pack | None:
+        """The hook that packs weights for a selected kernel; None: it takes them as they are."""
+        if isinstance(kernel, Dispatcher):
+            return kernel.pack
+        every = (b for of_op in self.backends.values() for b in of_op.values())
+        return next((b.pack for b in every if b.kernel is kernel), None)
 
 
 REGISTRY = Registry()
 define = REGISTRY.define
 register = REGISTRY.register
+pack_of = REGISTRY.pack_of
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _frozen(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
+    return None if values is None else tuple(values)
+
+
+def _forced_for(op: str, backend: str | None) -> str | None:
+    forced = _forced.get() or {}
+    return backend or forced.get(op) or forced.get(EVERY_OP)
 
 
 @contextmanager
-def force_backend(backend: str) -> Iterator[None]:
-    """Every `select` inside takes this backend or raises. For tests and comparisons."""
-    token = _forced.set(backend)
+def force_backend(backend: str, *ops: str) -> Iterator[None]:
+    """Every `select` inside (of these ops, if any are given) takes this backend or raises."""
+    with force_backends(dict.fromkeys(ops or (EVERY_OP,), backend)):
+        yield
+
+
+@contextmanager
+def force_backends(by_op: Mapping[str, str]) -> Iterator[None]:
+    """As `force_backend`, a backend for each op. What an enclosing call forces stays forced."""
+    token = _forced.set({**(_forced.get() or {}), **by_op})
     try:
         yield
     finally:
         _forced.reset(token)
+
+
+@contextmanager
+def record_asks() -> Iterator[list[Ask]]:
+    """Collects what is asked of `select` inside."""
+    asks: list[Ask] = []
+    token = _asked.set(asks)
+    try:
+        yield asks
+    finally:
+        _asked.reset(token)
 
 
 def select(
@@ -194,7 +261,11 @@ def select(
 
     Raises `ValueError` for an unknown op, or if no backend (or not the forced one) can serve.
     """
-    return REGISTRY.select(Ask(op, torch.device(device).type, dtype, shapes), backend)
+    ask = Ask(op, torch.device(device).type, dtype, shapes)
+    asked = _asked.get()
+    if asked is not None:
+        asked.append(ask)
+    return REGISTRY.select(ask, backend)
 
 
 def explain(
@@ -203,7 +274,8 @@ def explain(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     backend: str | None = None,
+    arch: str = "",
     **shapes: int,
 ) -> list[Verdict]:
-    """Why `select` with the same arguments takes what it takes."""
-    return REGISTRY.explain(Ask(op, torch.device(device).type, dtype, shapes), backend)
+    """Why `select` with the same arguments takes what it takes; `arch`: as if on that device."""
+    return REGISTRY.explain(Ask(op, torch.device(device).type, dtype, shapes, arch), backend)
