@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Fixtures that every suite shares."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+# Before anything imports Triton: without a GPU its kernels run on CPU tensors, in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:

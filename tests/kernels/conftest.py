@@ -6,7 +6,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels import interpreter
 from tokenspeed import _cpu
+
+if interpreter.interpreting():
+    interpreter.install()
 
 
 @pytest.fixture(scope="package", autouse=True)
