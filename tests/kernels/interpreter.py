@@ -3,8 +3,9 @@
 
 The interpreter holds bfloat16 and float8 as raw bits in integer arrays and computes on those:
 `tl.dot` multiplies bit patterns, arithmetic adds them, rounding to bfloat16 cuts bits off, rounding
-to e4m3 loses the mantissa's carry. Here each of them is done in float32 and rounded once, to nearest even,
-as the devices do; float8 saturates, as `cvt.rn.satfinite` does.
+to e4m3 loses the mantissa's carry. Here each of them is done in float32 and rounded once, to
+nearest even, as the devices do; float8 saturates, as `cvt.rn.satfinite` does. Reductions and scans
+of such formats are refused: a kernel widens first.
 """
 
 from collections.abc import Callable
@@ -35,6 +36,7 @@ _LIMIT = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 Handle = engine.TensorHandle
 _Builder = engine.InterpreterBuilder
 _cast, _binary, _unary = _Builder.cast_impl, _Builder.binary_op, _Builder.unary_op
+_check = engine.ReduceScanOpInterface.check_tensor
 _fp_to_fp, _dot, _run = _Builder.create_fp_to_fp, _Builder.create_dot, engine.GridExecutor.__call__
 
 
@@ -48,6 +50,7 @@ def install() -> None:
     _Builder.cast_impl, _Builder.create_fp_to_fp = _cast_impl, _create_fp_to_fp
     _Builder.binary_op, _Builder.unary_op = _binary_op, _unary_op
     _Builder.create_dot, engine.GridExecutor.__call__ = _create_dot, _quiet_run
+    engine.ReduceScanOpInterface.check_tensor = _check_tensor
 
 
 def _to_torch(handle: Handle) -> torch.Tensor:
@@ -110,6 +113,13 @@ def _create_dot(
     wide = torch.promote_types(torch.float32, _TORCH[c.dtype.scalar])
     product = torch.matmul(_to_torch(a).to(wide), _to_torch(b).to(wide))
     return _from_torch(product + _to_torch(c).to(wide), c.dtype.scalar)
+
+
+def _check_tensor(self: Any, inputs: Any) -> None:
+    _check(self, inputs)
+    for value in inputs:
+        if value.dtype.scalar in _RAW:
+            raise TypeError(f"a reduction of {value.dtype.scalar}: widen to float32 first")
 
 
 def _quiet_run(self: Any, *arguments: Any, **options: Any) -> Any:

@@ -35,7 +35,12 @@ def _arithmetic(x, y, sums, products, smaller, roots, total, SIZE: tl.constexpr)
     tl.store(products + at, left * right)
     tl.store(smaller + at, (left < right).to(tl.int32))
     tl.store(roots + at, tl.sqrt(tl.abs(left).to(tl.float32)))
-    tl.store(total, tl.sum(left, 0))
+    tl.store(total, tl.sum(left.to(tl.float32), 0))
+
+
+@triton.jit
+def _narrow_sum(x, total, SIZE: tl.constexpr):
+    tl.store(total, tl.sum(tl.load(x + tl.arange(0, SIZE)), 0))
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +101,11 @@ def test_bfloat16_arithmetic() -> None:
     assert torch.equal(smaller, (x < y).int())
     torch.testing.assert_close(roots, x.float().abs().sqrt())
     torch.testing.assert_close(total[0], x.float().sum(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_reduction_of_raw_bits_is_refused() -> None:
+    with pytest.raises(Exception, match="widen to float32 first"):
+        _narrow_sum[(1,)](noise(16).to(BF16), torch.empty(1), 16)
 
 
 def test_integers_and_bfloat16() -> None:
