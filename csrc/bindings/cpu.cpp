@@ -139,11 +139,11 @@ nb::object moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
     expect_type(ids, "ids", python::kInt32);
     expect_shape(ids, "ids", {p.num_tokens, p.top_k});
     p.ids = ids.data<int32_t>();
-    bool inside = true;
-    for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) {
-        inside &= p.ids[i] < p.num_experts;
-    }
-    expect(inside, "ids", "an id is not below the number of experts");
+    check_values([p] {
+        bool inside = true;
+        for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) inside &= p.ids[i] < p.num_experts;
+        expect(inside, "ids", "an id is not below the number of experts");
+    });
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
     p.w13 = w13.data<void>();
@@ -152,50 +152,6 @@ nb::object moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tenso
     Tensor out = x.empty_like();
     p.out = out.data<void>();
     run(kernels().moe, p);
-    return out.object();
-}
-
-nb::object linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    LinearParams p{};
-    p.dtype = float_type(x, "x");
-    expect_shape(x, "x", {kAny, kAny}, 1);
-    p.num_tokens = x.size(0);
-    p.in = x.size(1);
-    expect_same(weight, "weight", p.dtype);
-    expect_shape(weight, "weight", {kAny, p.in});
-    p.num_heads = 1;
-    p.out_size = weight.size(0);
-    p.x = x.data<void>();
-    p.x_stride = x.stride(0);
-    p.weight = weight.data<void>();
-    if (bias) {
-        expect_same(*bias, "bias", p.dtype);
-        expect_shape(*bias, "bias", {p.out_size});
-        p.bias = bias->data<void>();
-    }
-    Tensor out = x.empty({p.num_tokens, p.out_size});
-    p.out = out.data<void>();
-    run(kernels().linear, p);
-    return out.object();
-}
-
-nb::object head_linear(const Tensor& x, const Tensor& weight) {
-    LinearParams p{};
-    p.dtype = float_type(x, "x");
-    expect_shape(x, "x", {kAny, kAny, kAny}, 2);
-    p.num_tokens = x.size(0);
-    p.num_heads = x.size(1);
-    p.in = x.size(2);
-    expect_same(weight, "weight", p.dtype);
-    expect_shape(weight, "weight", {p.num_heads, kAny, p.in});
-    p.out_size = weight.size(1);
-    p.x = x.data<void>();
-    p.x_stride = x.stride(0);
-    p.x_head_stride = x.stride(1);
-    p.weight = weight.data<void>();
-    Tensor out = x.empty({p.num_tokens, p.num_heads, p.out_size});
-    p.out = out.data<void>();
-    run(kernels().linear, p);
     return out.object();
 }
 
@@ -259,12 +215,13 @@ NB_MODULE(_cpu, m) {
     m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a);
     m.def("add_rms_norm", &add_rms_norm, "x"_a, "residual"_a, "weight"_a, "eps"_a);
     m.def("silu_mul", &silu_mul, "x"_a);
+    bind_elementwise(m);
     bind_attention(m);
+    bind_recording(m);
     m.def("route", &route, "logits"_a, "bias"_a.none(), "top_k"_a, "scoring"_a, "n_group"_a,
           "topk_group"_a, "group_score"_a, "norm"_a, "scale"_a);
     m.def("moe", &moe, "x"_a, "w13"_a, "w2"_a, "weights"_a, "ids"_a);
-    m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none());
-    m.def("head_linear", &head_linear, "x"_a, "weight"_a);
+    bind_linear(m);
     m.def("sample", &sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
           "position"_a);
     m.def("apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,

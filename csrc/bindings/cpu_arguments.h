@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: MIT
 // Checks of a kernel's tensors: each raises ValueError naming the argument. Knows no kernel.
+//
+// Shapes and types are checked once; what depends on values in memory goes through `check_values`,
+// so that a replayed step is checked as well. Kernels go through `run`. Neither may read a value
+// out of a tensor beforehand: at replay it would be an old one.
 #pragma once
 
 #include <initializer_list>
@@ -7,11 +11,15 @@
 
 #include "dlpack_tensor.h"
 #include "kernels.h"
+#include "recording.h"
 
 namespace tokenspeed::cpu {
 
-// Adds the functions of cpu_attention.cpp.
+// Each adds the functions of its file.
 void bind_attention(nanobind::module_& m);
+void bind_elementwise(nanobind::module_& m);
+void bind_linear(nanobind::module_& m);
+void bind_recording(nanobind::module_& m);
 
 using python::Tensor;
 using python::Type;
@@ -61,15 +69,23 @@ inline void expect_same(const Tensor& t, const char* name, DType dtype) {
     expect(float_type(t, name) == dtype, name, "its dtype differs from the first argument's");
 }
 
+// `check` throws what is wrong with values in memory; it must own all it needs but that memory.
+template <typename Check>
+void check_values(Check&& check) {
+    perform(std::forward<Check>(check));
+}
+
 template <typename T>
 const T* indices(const Tensor& t, const char* name, const Type& type, int64_t count,
                  int64_t below) {
     expect_type(t, name, type);
     expect_shape(t, name, {count});
     const T* const values = t.data<T>();
-    bool inside = true;
-    for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < below;
-    if (!inside) refuse(name, "an index is not in [0, " + std::to_string(below) + ")");
+    check_values([values, name, count, below] {
+        bool inside = true;
+        for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < below;
+        if (!inside) refuse(name, "an index is not in [0, " + std::to_string(below) + ")");
+    });
     return values;
 }
 
@@ -83,7 +99,7 @@ const T* vector_of(const Tensor& t, const char* name, const Type& type, int64_t 
 template <typename Params>
 void run(void (*kernel)(const Params&), const Params& params) {
     nanobind::gil_scoped_release released;
-    kernel(params);
+    perform([kernel, params] { kernel(params); });
 }
 
 }  // namespace tokenspeed::cpu

@@ -69,11 +69,9 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
     append_v.out = value_cache.data<void>();
     append_v.out_stride = append_v.size;
     append_v.out_index = rotate_k.out_index;
-    nb::gil_scoped_release released;
-    kernels().rope(rotate_q);
-    kernels().rope(rotate_k);
-    kernels().append(append_v);
-    nb::gil_scoped_acquire held;
+    run(kernels().rope, rotate_q);
+    run(kernels().rope, rotate_k);
+    run(kernels().append, append_v);
     return out.object();
 }
 
@@ -107,15 +105,25 @@ nb::object rope_append_mla(const Tensor& q_pe, const Tensor& k_pe, const Tensor&
     rotate_k.out = static_cast<char*>(append_latent.out) + latent.size(1) * element;
     rotate_k.out_stride = row;
     rotate_k.out_index = append_latent.out_index;
-    nb::gil_scoped_release released;
-    kernels().rope(rotate_q);
-    kernels().rope(rotate_k);
-    kernels().append(append_latent);
-    nb::gil_scoped_acquire held;
+    run(kernels().rope, rotate_q);
+    run(kernels().rope, rotate_k);
+    run(kernels().append, append_latent);
     return out.object();
 }
 
 // ---- Attention ---------------------------------------------------------------------------------
+
+// That the rows cover the tokens and lie within their pages.
+void check_rows(const AttentionParams& p) {
+    expect(p.q_start[0] == 0 && p.q_start[p.num_rows] == p.num_tokens, "q_start",
+           "must begin with 0 and end with the number of tokens");
+    for (int64_t r = 0; r < p.num_rows; ++r) {
+        const int64_t length = p.q_start[r + 1] - p.q_start[r];
+        expect(length >= 0, "q_start", "must not fall");
+        expect(p.kv_len[r] >= length && p.kv_len[r] <= p.max_pages * p.page_size, "kv_len",
+               "must be at least the row's queries and fit its pages");
+    }
+}
 
 // Fills what both attentions share. q: [T, H, D], queries or their first part.
 AttentionParams attention_params(const Tensor& q, const char* name, const Tensor& cache,
@@ -143,15 +151,8 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
     p.kv_len = vector_of<int32_t>(kv_len, "kv_len", python::kInt32, p.num_rows);
-    expect(p.q_start[0] == 0 && p.q_start[p.num_rows] == p.num_tokens, "q_start",
-           "must begin with 0 and end with the number of tokens");
-    for (int64_t r = 0; r < p.num_rows; ++r) {
-        const int64_t length = p.q_start[r + 1] - p.q_start[r];
-        expect(length >= 0, "q_start", "must not fall");
-        expect(p.kv_len[r] >= length && p.kv_len[r] <= p.max_pages * p.page_size, "kv_len",
-               "must be at least the row's queries and fit its pages");
-    }
     p.scale = static_cast<float>(scale);
+    check_values([p] { check_rows(p); });
     return p;
 }
 

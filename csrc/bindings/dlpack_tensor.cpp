@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "dlpack_tensor.h"
 
+#include <utility>
+
 namespace tokenspeed::python {
 namespace dlpack {
 
@@ -28,6 +30,53 @@ const ExchangeApi* api_of(PyTypeObject* type) {
 }
 
 }  // namespace dlpack
+
+namespace {
+
+// What an importer gets of a tensor in a `Memory`. Deleting it gives the block back.
+struct Placed {
+    static constexpr int kMaxAxes = 8;
+
+    dlpack::Managed managed{};
+    int64_t shape[kMaxAxes], strides[kMaxAxes];
+    std::shared_ptr<Memory> memory;
+    size_t bytes;
+
+    Placed(const dlpack::View& prototype, std::shared_ptr<Memory> where)
+        : memory(std::move(where)), bytes(prototype.dtype.bits / 8) {
+        for (int axis = prototype.ndim - 1; axis >= 0; --axis) {
+            shape[axis] = prototype.shape[axis];
+            strides[axis] = axis + 1 == prototype.ndim ? 1 : strides[axis + 1] * shape[axis + 1];
+            bytes *= shape[axis];
+        }
+        managed.major = 1;
+        managed.context = this;
+        managed.deleter = [](dlpack::Managed* held) { delete static_cast<Placed*>(held->context); };
+        managed.view = prototype;
+        managed.view.shape = shape;
+        managed.view.strides = strides;
+        managed.view.data = memory->take(bytes);
+    }
+    ~Placed() { memory->give_back(managed.view.data, bytes); }
+    Placed(const Placed&) = delete;
+    Placed& operator=(const Placed&) = delete;
+};
+
+dlpack::Managed* allocate(const dlpack::ExchangeApi& api, dlpack::View& prototype) {
+    if (memory_of_new_tensors != nullptr && prototype.ndim <= Placed::kMaxAxes) {
+        return &(new Placed(prototype, memory_of_new_tensors))->managed;
+    }
+    dlpack::Managed* managed = nullptr;
+    const auto set_error = [](void*, const char*, const char* message) {
+        PyErr_SetString(PyExc_MemoryError, message);
+    };
+    if (api.allocate(&prototype, &managed, nullptr, set_error) != 0) {
+        throw nanobind::python_error();
+    }
+    return managed;
+}
+
+}  // namespace
 
 bool Tensor::borrow(PyObject* object) {
     api_ = dlpack::api_of(Py_TYPE(object));
@@ -73,12 +122,7 @@ Tensor Tensor::make(const int64_t* shape, int ndim, dlpack::DataType dtype) cons
     prototype.ndim = ndim;
     prototype.dtype = dtype;
     prototype.shape = const_cast<int64_t*>(shape);
-    dlpack::Managed* managed = nullptr;
-    const auto set_error = [](void*, const char*, const char* message) {
-        PyErr_SetString(PyExc_MemoryError, message);
-    };
-    if (api_->allocate(&prototype, &managed, nullptr, set_error) != 0)
-        throw nanobind::python_error();
+    dlpack::Managed* const managed = allocate(*api_, prototype);
     void* object = nullptr;
     Tensor result;
     result.api_ = api_;

@@ -8,8 +8,10 @@
 
 #include <nanobind/nanobind.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <string>
 
 namespace tokenspeed::python {
@@ -62,7 +64,18 @@ struct Type {
     const char* name;
 };
 inline constexpr Type kInt32{0, 32, "int32"}, kInt64{0, 64, "int64"}, kFloat32{2, 32, "float32"},
-    kBFloat16{4, 16, "bfloat16"}, kBool{6, 8, "bool"};
+    kBFloat16{4, 16, "bfloat16"}, kBool{6, 8, "bool"}, kInt8{0, 8, "int8"}, kUInt8{1, 8, "uint8"};
+
+// Where new tensors stand in place of the framework's own memory.
+class Memory {
+  public:
+    virtual ~Memory() = default;
+    virtual void* take(size_t bytes) = 0;
+    virtual void give_back(void* block, size_t bytes) = 0;
+};
+
+// Null unless the thread wants its new tensors in a memory of its own; tensors keep it alive.
+inline thread_local std::shared_ptr<Memory> memory_of_new_tensors;
 
 // A borrowed tensor argument, valid during the call; or an owned new one.
 class Tensor {

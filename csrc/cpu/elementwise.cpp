@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Norms, rotary embedding, appends to the cache and the gated activation: ops that read their
-// inputs once. Rows are independent, and each is computed by one thread.
+// Norms, rotary embedding, appends to the cache, the gated activation, rows by id and sums: ops
+// that read their inputs once. Rows are independent, and each is computed by one thread.
+#include <cstring>
+
 #include "simd.h"
 
 namespace tokenspeed::cpu::TS_ISA {
@@ -113,8 +115,6 @@ void rope(const RopeParams& p) {
     });
 }
 
-namespace {}  // namespace
-
 void append(const AppendParams& p) {
     with_type(p.dtype, [&](auto from) {
         with_type(p.out_dtype, [&](auto to) {
@@ -148,6 +148,37 @@ void silu_mul(const SiluMulParams& p) {
     with_type(p.dtype, [&](auto type) {
         parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) silu_mul_row<decltype(type)>(p, row);
+        });
+    });
+}
+
+void embedding(const EmbeddingParams& p) {
+    parallel_for(p.num_tokens, rows_per_task(p.row_bytes / 2), [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            const int64_t row = p.ids[token] - p.first;
+            char* const out = static_cast<char*>(p.out) + token * p.row_bytes;
+            if (row >= 0 && row < p.num_rows) {
+                const char* const weight = static_cast<const char*>(p.weight);
+                std::memcpy(out, weight + row * p.row_bytes, p.row_bytes);
+            } else {
+                std::memset(out, 0, p.row_bytes);
+            }
+        }
+    });
+}
+
+void add(const AddParams& p) {
+    with_type(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
+            for (int64_t row = begin; row < end; ++row) {
+                const T* const x = static_cast<const T*>(p.x) + row * p.x_stride;
+                const T* const y = static_cast<const T*>(p.y) + row * p.y_stride;
+                T* const out = static_cast<T*>(p.out) + row * p.size;
+                for (int64_t i = 0; i < p.size; i += kLanes) {
+                    store_at(out, i, p.size, load_at(x, i, p.size) + load_at(y, i, p.size));
+                }
+            }
         });
     });
 }

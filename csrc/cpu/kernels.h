@@ -80,6 +80,25 @@ struct SiluMulParams {
     void* out;  // [num_tokens, size]
 };
 
+// Rows of a table by id, zeros where the id is not in [first, first + num_rows).
+struct EmbeddingParams {
+    int64_t num_tokens, row_bytes, num_rows, first;
+    const int64_t* ids;  // [num_tokens]
+    const void* weight;  // [num_rows] rows of row_bytes
+    void* out;           // [num_tokens] rows of row_bytes
+};
+
+// x + y, rounded once.
+struct AddParams {
+    DType dtype;
+    int64_t num_tokens, size;
+    const void* x;  // [num_tokens, size], rows x_stride apart
+    int64_t x_stride;
+    const void* y;  // [num_tokens, size], rows y_stride apart
+    int64_t y_stride;
+    void* out;  // [num_tokens, size]
+};
+
 struct RouteParams {
     int64_t num_tokens, num_experts;
     const float* logits;  // [num_tokens, num_experts]
@@ -105,13 +124,64 @@ struct MoeParams {
 
 // A linear layer, or one for each head: head h takes its own columns of x and its own weight.
 struct LinearParams {
-    DType dtype;
+    DType dtype, out_dtype;
     int64_t num_tokens, num_heads, in, out_size;
     const void* x;  // [num_tokens, num_heads, in]
     int64_t x_stride, x_head_stride;
     const void* weight;  // [num_heads, out_size, in]
     const void* bias;    // [num_heads, out_size] or null
     void* out;           // [num_tokens, num_heads, out_size]
+};
+
+// How the elements of a packed weight are held: as they are, or as codes with a scale a group.
+enum class Format : int { kPlain, kInt8, kInt4 };
+
+inline constexpr int64_t kPanelOut = 64;  // outputs of a panel (see packed.h)
+
+// Weights [count, out, in] in panels: one a head, or one an expert.
+struct PackedWeight {
+    Format format;
+    DType dtype;    // of plain elements
+    int64_t count, out, in;
+    int64_t group;  // elements of `in` that share a scale; `in` where there is none
+    char* data;     // [count, ceil(out / kPanelOut), panel_bytes()]
+
+    int64_t panel_bytes() const {
+        if (format == Format::kInt8) return in * kPanelOut + in / group * kPanelOut * 2;
+        if (format == Format::kInt4) return in * kPanelOut / 2 + in / group * kPanelOut * 2;
+        const int64_t per_word = dtype == DType::kBFloat16 ? 2 : 1;
+        return (in + per_word - 1) / per_word * kPanelOut * 4;
+    }
+    int64_t num_panels() const { return (out + kPanelOut - 1) / kPanelOut; }
+    int64_t bytes_each() const { return num_panels() * panel_bytes(); }
+};
+
+// Elements [count, out, in], or codes (int8: bytes; int4: two a byte, the even k low) and scales.
+struct PackParams {
+    PackedWeight weight;
+    const void* elements;
+    const void* scales;  // bfloat16 [count, out, in / group], or null
+};
+
+// Rows -> codes and scales, as PackParams takes them. REQUIRES: group divides in, group % 8 == 0.
+struct QuantizeParams {
+    DType dtype;
+    Format format;
+    int64_t num_rows, in, group;
+    const void* x;  // [num_rows, in]
+    void* codes;    // [num_rows, in] int8, or [num_rows, in / 2] pairs of int4
+    void* scales;   // [num_rows, in / group] bfloat16
+};
+
+// A linear layer with a packed weight, or one for each head.
+struct PackedLinearParams {
+    DType dtype, out_dtype;
+    int64_t num_tokens;
+    const void* x;  // [num_tokens, count, in]
+    int64_t x_stride, x_head_stride;
+    PackedWeight weight;
+    const void* bias;  // [count, out] of dtype, or null
+    void* out;         // [num_tokens, count, out]
 };
 
 struct SampleParams {
@@ -147,9 +217,14 @@ struct Kernels {
     void (*append)(const AppendParams&);
     void (*attention)(const AttentionParams&);
     void (*silu_mul)(const SiluMulParams&);
+    void (*embedding)(const EmbeddingParams&);
+    void (*add)(const AddParams&);
     void (*route)(const RouteParams&);
     void (*moe)(const MoeParams&);
     void (*linear)(const LinearParams&);
+    void (*pack)(const PackParams&);
+    void (*quantize)(const QuantizeParams&);
+    void (*linear_packed)(const PackedLinearParams&);
     void (*sample)(const SampleParams&);
     void (*penalize)(const PenaltyParams&);
 };
@@ -171,9 +246,14 @@ void rope(const RopeParams&);
 void append(const AppendParams&);
 void attention(const AttentionParams&);
 void silu_mul(const SiluMulParams&);
+void embedding(const EmbeddingParams&);
+void add(const AddParams&);
 void route(const RouteParams&);
 void moe(const MoeParams&);
 void linear(const LinearParams&);
+void pack(const PackParams&);
+void quantize(const QuantizeParams&);
+void linear_packed(const PackedLinearParams&);
 void sample(const SampleParams&);
 void penalize(const PenaltyParams&);
 }  // namespace TS_ISA

@@ -8,7 +8,20 @@
 namespace tokenspeed::cpu::TS_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {TS_NAME(TS_ISA), norm, rope,   append, attention, silu_mul,
-                          route,           moe,  linear, sample, penalize};
+const Kernels kKernels = {
+    .isa = TS_NAME(TS_ISA),
+    .norm = norm,
+    .rope = rope,
+    .append = append,
+    .attention = attention,
+    .silu_mul = silu_mul,
+    .embedding = embedding,
+    .add = add,
+    .route = route,
+    .moe = moe,
+    .linear = linear,
+    .sample = sample,
+    .penalize = penalize,
+};
 
 }  // namespace tokenspeed::cpu::TS_ISA

@@ -50,6 +50,28 @@ def test_silu_mul(isa: str, dtype: torch.dtype) -> None:
     assert _cpu.silu_mul(torch.full((1, 4), float("nan"), dtype=dtype)).isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add(isa: str, dtype: torch.dtype) -> None:
+    for shape in [(1, 1), (3, 38), (70, 1024)]:
+        x, y = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=2)
+        assert torch.equal(*both("add", dtype, x, y))
+        wide = rand(shape[0], shape[1] + 3, dtype=dtype)[:, 2:-1]
+        assert torch.equal(*both("add", dtype, wide, y))
+    with pytest.raises(ValueError, match=r"y: expected shape \[2, 3\]"):
+        _cpu.add(torch.ones(2, 3), torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(isa: str, dtype: torch.dtype) -> None:
+    table = rand(11, 33, dtype=dtype)
+    table[0] = torch.nan  # nobody asks for it
+    ids = torch.tensor([5, 15, 5, 4, 16, -1, 7, 2**40])
+    actual, expected = both("embedding", dtype, ids, table, 5 - 1)
+    assert torch.equal(actual[[0, 1, 2, 4, 5, 6, 7]], expected[[0, 1, 2, 4, 5, 6, 7]])
+    assert actual[3].isnan().all() and not actual[4:6].any()
+    assert _cpu.embedding(ids[:0], table, 0).shape == (0, 33)
+
+
 def rope_table(size: int, rot: int) -> Tensor:
     angles = torch.outer(torch.arange(size), 10000 ** (-torch.arange(0, rot, 2) / rot)).float()
     return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -26,6 +26,8 @@ _WIDE: dict[str, Kernel] = {
     "attention_gqa": _cpu.attention_gqa,
     "attention_mla": _cpu.attention_mla,
     "silu_mul": _cpu.silu_mul,
+    "embedding": _cpu.embedding,
+    "add": _cpu.add,
     "moe": _cpu.moe,
     "linear": _cpu.linear,
     "head_linear": _cpu.head_linear,

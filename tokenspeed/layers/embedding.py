@@ -4,7 +4,6 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenspeed.layers.layer import Layer, Source, Target
@@ -25,12 +24,9 @@ class Embedding(Layer):
     def choose_kernels(self) -> None:
         (vocab,) = self.cuts["weight"].dims[0]
         self.first = vocab.start
-        self.is_whole = vocab.count == 1
         self.kernel = self.target.kernel("embedding", size=self.weight.shape[1])
 
     def forward(self, ids: Tensor) -> Tensor:
-        if self.is_whole:
-            return F.embedding(ids, self.weight)
         y: Tensor = self.kernel(ids, self.weight, self.first)
         return y
 

@@ -176,7 +176,12 @@ class MoE(Layer):
             self.shared_experts = MLP(target, hidden_size, shared_size)
             self.flows = (*self.flows, ("shared_experts",))
 
+    def choose_kernels(self) -> None:
+        self.add = self.target.kernel("add")
+
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.gate(x)
         y: Tensor = self.experts(x, weights, ids)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        if self.shared_experts is not None:
+            y = self.add(y, self.shared_experts(x))
+        return y
