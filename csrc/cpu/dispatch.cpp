@@ -32,7 +32,9 @@ struct Builds {
         const bool avx512 =
             avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-        if (avx512 && __builtin_cpu_supports("avx512bf16")) list[size++] = &avx512bf16::kKernels;
+        const bool pairs =
+            __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+        if (avx512 && pairs) list[size++] = &avx512bf16::kKernels;
         if (avx512) list[size++] = &avx512::kKernels;
         if (avx2) list[size++] = &avx2::kKernels;
 #endif

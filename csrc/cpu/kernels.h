@@ -141,7 +141,7 @@ inline constexpr int64_t kPanelOut = 64;  // outputs of a panel (see packed.h)
 // Weights [count, out, in] in panels: one a head, or one an expert.
 struct PackedWeight {
     Format format;
-    DType dtype;    // of plain elements
+    DType dtype;  // of plain elements
     int64_t count, out, in;
     int64_t group;  // elements of `in` that share a scale; `in` where there is none
     char* data;     // [count, ceil(out / kPanelOut), panel_bytes()]

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// x times a weight, or one weight a head.
+// x times a weight as it stands, or one weight a head. Where the weight is the kernels' alone it is
+// packed: linear_packed.cpp.
 #include "gemm.h"
 
 namespace tokenspeed::cpu::TS_ISA {
@@ -8,7 +9,7 @@ namespace {
 constexpr int64_t kBlockRows = 128;
 constexpr int64_t kWeightBytes = 131072;
 
-template <typename T>
+template <typename T, typename To>
 struct Output {
     const LinearParams& p;
     int64_t head;
@@ -16,7 +17,7 @@ struct Output {
     void operator()(int64_t m, int64_t n, float sum) const {
         const int64_t column = head * p.out_size + n;
         if (p.bias != nullptr) sum += load_one(static_cast<const T*>(p.bias) + column);
-        store_one(static_cast<T*>(p.out) + m * p.num_heads * p.out_size + column, sum);
+        store_one(static_cast<To*>(p.out) + m * p.num_heads * p.out_size + column, sum);
     }
 };
 
@@ -31,7 +32,7 @@ const T* weight_of(const LinearParams& p, int64_t head) {
 }
 
 // A task is a block of tokens times as many weight rows as fit the second cache.
-template <typename T>
+template <typename T, typename To>
 void products(const LinearParams& p) {
     const int64_t width = max_of<int64_t>(4, kWeightBytes / (p.in * sizeof(T)) / 4 * 4);
     const int64_t blocks = div_ceil(p.num_tokens, kBlockRows);
@@ -40,7 +41,7 @@ void products(const LinearParams& p) {
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * kBlockRows, head = task / blocks / strips;
             const int64_t n = task / blocks % strips * width;
-            const Output<T> out{p, head};
+            const Output<T, To> out{p, head};
             dot_product<Product<T, T>>(
                 min_of(kBlockRows, p.num_tokens - first), input_of<T>(p, head) + first * p.x_stride,
                 p.x_stride, weight_of<T>(p, head), p.in, n, min_of(n + width, p.out_size),
@@ -52,9 +53,8 @@ void products(const LinearParams& p) {
 }  // namespace
 
 void linear(const LinearParams& p) {
-    with_type(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        products<T>(p);
+    with_type(p.dtype, [&](auto in) {
+        with_type(p.out_dtype, [&](auto out) { products<decltype(in), decltype(out)>(p); });
     });
 }
 

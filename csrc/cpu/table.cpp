@@ -20,6 +20,9 @@ const Kernels kKernels = {
     .route = route,
     .moe = moe,
     .linear = linear,
+    .pack = pack,
+    .quantize = quantize,
+    .linear_packed = linear_packed,
     .sample = sample,
     .penalize = penalize,
 };

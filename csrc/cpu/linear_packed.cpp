@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: MIT
+// x times a packed weight, or one weight a head.
+#include "packed.h"
+
+namespace tokenspeed::cpu::TS_ISA {
+namespace {
+
+constexpr int64_t kBlockRows = 192;
+constexpr int64_t kFewRows = 4;  // encoded by the caller's thread alone
+
+// Row m of c plus the bias into the output.
+template <typename A, typename Out>
+void put(const PackedLinearParams& p, int64_t head, int64_t n, int64_t first, int64_t rows,
+         const float* c) {
+    const PackedWeight& w = p.weight;
+    const int64_t count = min_of(kPanelOut, w.out - n);
+    const A* const bias = static_cast<const A*>(p.bias);
+    for (int64_t m = 0; m < rows; ++m) {
+        Out* const out = static_cast<Out*>(p.out) + ((first + m) * w.count + head) * w.out + n;
+        for (int64_t i = 0; i < count; i += kLanes) {
+            Vec sum = load(c + m * kPanelOut + i);
+            if (bias != nullptr) sum += load_at(bias + head * w.out + n, i, count);
+            store_at(out, i, count, sum);
+        }
+    }
+}
+
+// A head's rows, as the weight's format wants them.
+template <typename A>
+Rows<A> rows_of(const PackedLinearParams& p, int64_t head, const CodesRoom& room) {
+    const PackedWeight& w = p.weight;
+    const A* const x = static_cast<const A*>(p.x) + head * p.x_head_stride;
+    Rows<A> rows{x, p.x_stride, {}};
+    if (w.format != Format::kPlain) {
+        rows.codes = room.view(w);
+        const int64_t first = head * p.num_tokens;
+        rows.codes.codes += first * w.in;
+        rows.codes.scales += first * rows.codes.groups;
+        rows.codes.sums += first * rows.codes.groups;
+    }
+    return rows;
+}
+
+template <typename A, typename Out>
+void products(const PackedLinearParams& p) {
+    const PackedWeight& w = p.weight;
+    const int64_t heads = w.count, all = p.num_tokens * heads;
+    char* const memory = scratch_of<char>(1, codes_bytes(all, w) + 64);
+    const CodesRoom room(memory, all, w);
+    if (w.format != Format::kPlain) {
+        parallel_for(all, kFewRows, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                room.encode(i,
+                            static_cast<const A*>(p.x) + i % p.num_tokens * p.x_stride +
+                                i / p.num_tokens * p.x_head_stride,
+                            w);
+            }
+        });
+    }
+    const int64_t blocks = div_ceil(p.num_tokens, kBlockRows), panels = w.num_panels();
+    const int64_t block = div_ceil(p.num_tokens, max_of<int64_t>(blocks, 1));
+    parallel_for(heads * panels * blocks, 1, [&](int64_t begin, int64_t end) {
+        float* const c = scratch_of<float>(0, block * kPanelOut);
+        for (int64_t task = begin; task < end; ++task) {
+            const int64_t first = task % blocks * block, head = task / blocks / panels;
+            const int64_t panel = task / blocks % panels;
+            const int64_t rows = min_of(block, p.num_tokens - first);
+            if (rows <= 0) continue;
+            panel_of(first, rows, rows_of<A>(p, head, room), w, head, panel, c);
+            put<A, Out>(p, head, panel * kPanelOut, first, rows, c);
+        }
+    });
+}
+
+}  // namespace
+
+void linear_packed(const PackedLinearParams& p) {
+    with_type(p.dtype, [&](auto in) {
+        with_type(p.out_dtype, [&](auto out) { products<decltype(in), decltype(out)>(p); });
+    });
+}
+
+}  // namespace tokenspeed::cpu::TS_ISA
