@@ -7,7 +7,7 @@ Memory that a kernel allocates and does not write reads as NaN, as does whatever
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from tokenspeed.kernels.cases.case import Arguments, Case, OpCases, Tolerance
 from tokenspeed.kernels.cases.catalog import cases_of
 from tokenspeed.kernels.registry import REGISTRY, Ask, Backend
 
+Truths = dict[tuple[str, str, torch.dtype], tuple[Tensor, ...]]
 INFINITE = float("inf")
 
 
 @dataclass
 class Report:
-    """What checking one op on one backend in one dtype gave. `worst` is a share of the tolerance."""
+    """One op on one backend in one dtype. `worst` is the largest error, 1 is what is tolerated."""
 
     op: str
     backend: str
@@ -49,13 +50,18 @@ def check(
     device: torch.device | str = "cpu",
     full: bool = False,
     only: str = "",
+    truths: Truths | None = None,
 ) -> Report:
-    """Every case of the op whose name contains `only`. `ValueError`: no such op or backend."""
+    """Every case of the op whose name contains `only`. `ValueError`: no such op or backend.
+
+    `truths` keeps true results for later checks of the same op on other backends.
+    """
     REGISTRY.load()
     known = {b.name: b for b in REGISTRY.of(op)}
     if backend not in known:
         raise ValueError(f"{op} has no backend {backend!r}; it has {', '.join(known)}")
     cases, report = cases_of(op), Report(op, backend, dtype)
+    truths = {} if truths is None else truths
     kind = torch.device(device).type
     for case in cases.cases():
         if only not in case.name or (case.level == "full" and not full):
@@ -64,15 +70,32 @@ def check(
             report.num_refused += 1
             continue
         report.num_cases += 1
-        _check_case(cases, case, known[backend], device, report)
+        key = (op, case.name, dtype)
+        if key not in truths:
+            truths[key] = _true(cases, case, dtype, device)
+        _check_case(cases, case, known[backend], device, report, truths[key])
     return report
 
 
+def _true(
+    cases: OpCases, case: Case, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, ...]:
+    reference = REGISTRY.ops[cases.op].reference
+    return cases.read(*cases.truth(reference, case.arguments(dtype, device)))
+
+
 def _check_case(
-    cases: OpCases, case: Case, backend: Backend, device: torch.device | str, report: Report
+    cases: OpCases,
+    case: Case,
+    backend: Backend,
+    device: torch.device | str,
+    report: Report,
+    true: tuple[Tensor, ...],
 ) -> None:
     try:
-        error, why = _distance(cases, case, backend, report.dtype, device)
+        arguments = case.arguments(report.dtype, device)
+        tolerance = _tolerance(cases, case, report.dtype)
+        error, why = _distance(cases, tolerance, backend, arguments, true)
     except Exception as failure:  # a backend may be foreign code; what it raises is its result
         error, why = INFINITE, f"{type(failure).__name__}: {failure}"
     if error > report.worst or not report.worst_case:
@@ -81,13 +104,19 @@ def _check_case(
         report.failures.append(f"{case.name}: {why or f'{error:.3g} times the tolerance'}")
 
 
+def _tolerance(cases: OpCases, case: Case, dtype: torch.dtype) -> Tolerance:
+    usual, looser = cases.tolerance[dtype], case.looser
+    return usual if looser is None or looser.share < usual.share else looser
+
+
 def _distance(
-    cases: OpCases, case: Case, backend: Backend, dtype: torch.dtype, device: torch.device | str
+    cases: OpCases,
+    tolerance: Tolerance,
+    backend: Backend,
+    arguments: Arguments,
+    expected: tuple[Tensor, ...],
 ) -> tuple[float, str]:
     """The largest error as a share of the tolerance, and what is wrong if it is no number."""
-    reference = REGISTRY.ops[backend.op].reference
-    expected = cases.read(*cases.truth(reference, case.arguments(dtype, device)))
-    arguments = case.arguments(dtype, device)
     with torch.no_grad(), poisoned_allocations():
         result = backend.kernel(*packed(cases, backend.pack, arguments))
     actual = cases.read(result, arguments)
@@ -95,7 +124,7 @@ def _distance(
         return INFINITE, f"{len(actual)} results, not {len(expected)}"
     worst = 0.0
     for found, true in zip(actual, expected, strict=True):
-        error, why = distance(found, true, cases.tolerance[dtype], cases.share_of_mistakes)
+        error, why = distance(found, true, tolerance, cases.share_of_mistakes)
         if why:
             return INFINITE, why
         worst = max(worst, error)
@@ -121,15 +150,16 @@ def distance(
     if not true.is_floating_point():
         return _mistakes(found, true, share_of_mistakes)
     found, true = found.double(), true.double()
-    if not torch.equal(found.isnan(), true.isnan()):
-        wrong = int((found.isnan() != true.isnan()).sum())
-        return INFINITE, f"NaN where there is none, or none where NaN must stay: {wrong} elements"
+    for kind, test in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        if not torch.equal(test(found), test(true)):
+            wrong = int((test(found) != test(true)).sum())
+            return INFINITE, f"{kind} where there is none, or none where it is due: {wrong} places"
     if found.numel() == 0:
         return 0.0, ""
-    found, true = found.nan_to_num(nan=0.0), true.nan_to_num(nan=0.0)
+    found, true = (x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for x in (found, true))
     row = true.abs().amax(-1, keepdim=True) if true.ndim else true.abs()
-    error = float(((found - true).abs() / (tolerance.share * row + tolerance.floor)).max())
-    return error, ""
+    error = (found - true).abs() / (tolerance.share * row.clamp(min=tolerance.least))
+    return float(error.max()), ""
 
 
 def _mistakes(found: Tensor, true: Tensor, allowed: float) -> tuple[float, str]:
@@ -145,11 +175,12 @@ def poisoned_allocations() -> Iterator[None]:
     """Every tensor that torch allocates inside begins as NaN (integers: the largest value)."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings = cast(Any, torch.utils.deterministic)
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before, warn_only=warned)
