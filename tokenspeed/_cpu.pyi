@@ -84,6 +84,7 @@ def apply_penalties(
     frequency: Tensor,
 ) -> None: ...
 def isa() -> str: ...  # the build in use
+def compiler() -> str: ...  # the version of what compiled the module
 def available_isas() -> list[str]: ...  # builds this machine runs, the widest first
 def set_isa(name: str) -> None: ...  # for tests; ValueError if it does not run here
 def num_threads() -> int: ...

@@ -227,6 +227,7 @@ NB_MODULE(_cpu, m) {
     m.def("apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,
           "output_count"_a, "repetition"_a, "presence"_a, "frequency"_a);
     m.def("isa", [] { return std::string(kernels().isa); });
+    m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("available_isas", &available_isas);
     m.def(
         "set_isa",
