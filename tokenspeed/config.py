@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 DType = Literal["auto", "float32", "bfloat16"]
@@ -36,6 +37,7 @@ class ModelOptions:
     served_model_name: tuple[str, ...] = option((), "names that clients may ask for")
     dtype: DType = option("auto", "of weights and activations; auto: the checkpoint's")
     device: Device = option("auto", "auto: the first device with kernels for every op")
+    kernel_backend: tuple[str, ...] = option((), "OP=BACKEND: whose kernel to take for an op")
     max_model_len: int | None = option(None, "tokens of prompt and answer together", low=1)
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     chat_template: str | None = option(None, "a Jinja file in place of the model's own")
@@ -241,6 +243,12 @@ def torchrun_place(environment: Mapping[str, str] = os.environ) -> TorchrunPlace
         restart=int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")),
         agent_has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
     )
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where files are kept that can be made again: XDG_CACHE_HOME/tokenspeed."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tokenspeed"
 
 
 def ray_address(environment: Mapping[str, str] = os.environ) -> str | None:

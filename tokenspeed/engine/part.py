@@ -16,6 +16,7 @@ from tokenspeed.execution.expert_balancer import ExpertBalancer, make_balancer
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
 from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.step_runner import StepRunner
+from tokenspeed.kernels.registry import force_backends, forced_by
 from tokenspeed.models.build import Ranks, load_model, plan_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.group import Communicator
@@ -85,8 +86,10 @@ def build_part(
     """
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
-    model = load_model(folder, dtype, device_of(config), limit, progress, ranks)
-    return assemble_part(config, model, rank, agree, num_sharers)
+    device = device_of(config)
+    with force_backends(forced_by(config.model.kernel_backend)):
+        model = load_model(folder, dtype, device, limit, progress, ranks)
+        return assemble_part(config, model, rank, agree, num_sharers)
 
 
 def check_mesh(config: EngineConfig, folder: Path) -> None:

@@ -53,7 +53,8 @@ def this_machine(device: str) -> Machine:
     if device == "cuda":
         versions["triton"] = _version("triton")
         return Machine(torch.cuda.get_device_name(), arch, versions)
-    return Machine(_cpu_name(), arch, versions | {"instructions": _instructions()})
+    instructions, threads = _compiled()
+    return Machine(f"{_cpu_name()}, {threads} threads", arch, versions | instructions)
 
 
 def _version(package: str) -> str:
@@ -63,12 +64,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _instructions() -> str:
+def _compiled() -> tuple[dict[str, str], int]:
+    """What the compiled kernels were made with and run on, and their number of threads."""
     try:
         from tokenspeed import _cpu
     except ImportError:
-        return "not compiled"
-    return _cpu.isa()
+        return {"compiler": "none"}, torch.get_num_threads()
+    return {"compiler": _cpu.compiler(), "instructions": _cpu.isa()}, _cpu.num_threads()
 
 
 def _cpu_name() -> str:

@@ -10,92 +10,40 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from tokenspeed.kernels.device import arch_of
+from tokenspeed.kernels.backend import Ask, Backend, Kernel, Op, Pack, Verdict
 from tokenspeed.kernels.plugins import GPU_BACKENDS, Sources
-from tokenspeed.kernels.table import Dispatcher, Pick, Tables, pick
+from tokenspeed.kernels.table import REFERENCE, Dispatcher, Pick, pick
+from tokenspeed.kernels.table_files import Tables
 
-Kernel = Callable[..., Any]
-Pack = Callable[[Any], Any]
-REFERENCE = "reference"
+__all__ = [
+    "EVERY_OP",
+    "REFERENCE",
+    "REGISTRY",
+    "Ask",
+    "Backend",
+    "Kernel",
+    "Op",
+    "Pack",
+    "Registry",
+    "Verdict",
+    "define",
+    "explain",
+    "force_backend",
+    "force_backends",
+    "forced_by",
+    "pack_of",
+    "record_asks",
+    "register",
+    "select",
+]
 EVERY_OP = "*"
 
 _forced: ContextVar[Mapping[str, str] | None] = ContextVar("forced_backends", default=None)
 _asked: ContextVar["list[Ask] | None"] = ContextVar("asked", default=None)
-
-
-@dataclass(frozen=True)
-class Op:
-    """An operation: its name, its call with documented shapes, and the plain torch reference."""
-
-    name: str
-    call: str
-    reference: Kernel
-
-
-@dataclass(frozen=True)
-class Ask:
-    """What a layer asks for: an op on a device, in the dtype of its activations, for shapes.
-
-    `arch` is the device's architecture ("cpu", "sm_90", "gfx950"); by default that of the device
-    that is present.
-    """
-
-    op: str
-    device: str
-    dtype: torch.dtype
-    shapes: Mapping[str, int]
-    arch: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.arch:
-            object.__setattr__(self, "arch", arch_of(self.device))
-
-    def __str__(self) -> str:
-        sizes = ", ".join(f"{name}={size}" for name, size in sorted(self.shapes.items()))
-        place = self.device if self.arch == self.device else f"{self.device} ({self.arch})"
-        return f"{self.op}({sizes}) in {_name(self.dtype)} on {place}"
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation. `requires` returns why it cannot serve an `Ask`, or None if it can.
-
-    `archs` are names or patterns such as "gfx9*". `pack` brings a weight into the layout that
-    `kernel` takes in its place.
-    """
-
-    op: str
-    name: str
-    kernel: Kernel
-    devices: tuple[str, ...] | None = None  # None: any
-    dtypes: tuple[torch.dtype, ...] | None = None
-    requires: Callable[[Ask], str | None] | None = None
-    priority: int = 0  # the highest that can serve is taken; the reference has -1
-    archs: tuple[str, ...] | None = None
-    pack: Pack | None = None
-
-    def refusal(self, ask: Ask) -> str | None:
-        if self.devices is not None and ask.device not in self.devices:
-            return f"runs on {', '.join(self.devices)}, not on {ask.device}"
-        if self.archs is not None and not any(fnmatchcase(ask.arch, a) for a in self.archs):
-            return f"runs on {', '.join(self.archs)}, not on {ask.arch}"
-        if self.dtypes is not None and ask.dtype not in self.dtypes:
-            return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(ask.dtype)}"
-        return self.requires(ask) if self.requires is not None else None
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why a backend was taken or not."""
-
-    backend: str
-    chosen: bool
-    reason: str
 
 
 @dataclass
@@ -175,9 +123,11 @@ class Registry:
             if refusal is not None:
                 refusals[candidate.name] = refusal
         able = {b.name: b for b in found if b.name not in refusals}
-        times = self.tables.times(ask) if len(able) > 1 else {}
-        choice = pick({name: b.pack for name, b in able.items()}, times)
-        reasons = choice.reasons(list(able)) | refusals
+        sized = ask.op, ask.device, ask.arch, ask.dtype, ask.shapes
+        times = self.tables.times(*sized) if len(able) > 1 else {}
+        layouts = {name: b.pack for name, b in able.items()}
+        choice = pick(layouts, times, by_tokens=self.ops[ask.op].by_tokens)
+        reasons = refusals | {name: choice.reason(name) for name in able}
         taken = choice.backends()
         verdicts = [Verdict(b.name, b.name in taken, reasons[b.name]) for b in found]
         return verdicts, self._kernel(ask, able, choice)
@@ -208,10 +158,6 @@ register = REGISTRY.register
 pack_of = REGISTRY.pack_of
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _frozen(values: Sequence[Any] | None) -> tuple[Any, ...] | None:
     return None if values is None else tuple(values)
 
@@ -236,6 +182,20 @@ def force_backends(by_op: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def forced_by(options: Sequence[str]) -> dict[str, str]:
+    """`OP=BACKEND` texts as a mapping; the op * is every op. `ValueError`: no such op or backend."""
+    REGISTRY.load()
+    forced: dict[str, str] = {}
+    for text in options:
+        op, _, backend = text.partition("=")
+        ops = REGISTRY.ops if op == EVERY_OP else {op: None}
+        names = sorted({b.name for each in ops for b in REGISTRY.of(each)})
+        if backend not in names:
+            raise ValueError(f"kernel_backend {text!r}: {op} has the backends {', '.join(names)}")
+        forced[op] = backend
+    return forced
 
 
 @contextmanager
