@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 DType = Literal["auto", "float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantizations = Literal["none", "int8", "int4", "fp8", "mxfp4", "nvfp4"]
 Launcher = Literal["local", "torchrun", "ray"]
 Communication = Literal["auto", "shm", "gloo", "nccl"]
 
@@ -36,6 +37,8 @@ class ModelOptions:
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     served_model_name: tuple[str, ...] = option((), "names that clients may ask for")
     dtype: DType = option("auto", "of weights and activations; auto: the checkpoint's")
+    quantization: Quantizations = option("none", "how weights are held, whatever the checkpoint's")
+    quantization_group_size: int = option(32, "inputs that share a scale in int8 and int4", low=32)
     device: Device = option("auto", "auto: the first device with kernels for every op")
     kernel_backend: tuple[str, ...] = option((), "OP=BACKEND: whose kernel to take for an op")
     max_model_len: int | None = option(None, "tokens of prompt and answer together", low=1)
@@ -64,6 +67,8 @@ class SchedulerOptions:
     max_num_batched_tokens: int = option(1024, "tokens in one step", low=1)
     max_num_partial_prefills: int = option(4, "prompts prefilled in turns at once", low=1)
     overlap_depth: int = option(0, "steps planned before the last result is known: 0 or 1", low=0)
+    enforce_eager: bool = option(False, "never capture decode steps to replay them")
+    cuda_graph_max_bs: int = option(64, "most rows of a captured step on a GPU", low=1)
     max_queue_len: int = option(1024, "requests that may wait; more are answered 503", low=1)
 
 

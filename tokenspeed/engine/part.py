@@ -14,9 +14,13 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.expert_balancer import ExpertBalancer, make_balancer
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
+from tokenspeed.execution.recorders import CpuRecorder, CudaRecorder, Outputs
 from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.step_graphs import StepGraphs
 from tokenspeed.execution.step_runner import StepRunner
+from tokenspeed.kernels.quant import Quantization
 from tokenspeed.kernels.registry import force_backends, forced_by
+from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.models.build import Ranks, load_model, plan_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.group import Communicator
@@ -69,6 +73,12 @@ def device_of(config: EngineConfig) -> torch.device:
     return torch.device("cpu")
 
 
+def quantization_of(config: EngineConfig) -> Quantization | None:
+    """How the weights shall be held; None: as the checkpoint has them."""
+    form = config.model.quantization
+    return None if form == "none" else Quantization(form, config.model.quantization_group_size)
+
+
 def build_part(
     config: EngineConfig,
     folder: Path,
@@ -86,10 +96,35 @@ def build_part(
     """
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
+    quantization = quantization_of(config)
     device = device_of(config)
     with force_backends(forced_by(config.model.kernel_backend)):
-        model = load_model(folder, dtype, device, limit, progress, ranks)
+        model = load_model(folder, dtype, device, limit, progress, ranks, quantization)
         return assemble_part(config, model, rank, agree, num_sharers)
+
+
+def graph_sizes(config: EngineConfig, device: torch.device) -> list[int]:
+    """Rows of the decode steps that are captured beforehand; none on a CPU, or without graphs."""
+    scheduler = config.scheduler
+    if device.type == "cpu" or scheduler.enforce_eager or mesh_of(config).num_ranks > 1:
+        return []
+    most = min(scheduler.cuda_graph_max_bs, scheduler.max_num_seqs)
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8)) if size < most} | {most})
+
+
+def make_graphs(
+    config: EngineConfig, model: CausalLM, cache: KVCache, sizes: list[int]
+) -> StepGraphs | None:
+    """What captures decode steps; None where that is switched off or ranks talk in between."""
+    if config.scheduler.enforce_eager or mesh_of(config).num_ranks > 1:
+        return None
+
+    def compute(batch: ForwardBatch) -> Outputs:
+        hidden = model.forward(batch, cache.layers)
+        return hidden, model.logits(hidden)
+
+    recorder = CudaRecorder() if sizes else CpuRecorder()
+    return StepGraphs(compute, recorder, max_rows=config.scheduler.max_num_seqs, sizes=sizes)
 
 
 def check_mesh(config: EngineConfig, folder: Path) -> None:
@@ -136,11 +171,18 @@ def assemble_part(
     spmd = model.spmd
     samples = spmd.samples and mesh.atoms_index(mesh.same_tokens, rank) == 0
     balancer = make_balancer(model, config.experts)
+    sizes = graph_sizes(config, device)
+    pages = num_pages + bool(sizes)  # the last one is for rows that only fill a step up
+    cache = KVCache(specs, num_pages=pages, page_size=page_size, device=device)
     runner = StepRunner(
         model,
-        KVCache(specs, num_pages=num_pages, page_size=page_size, device=device),
+        cache,
         Batcher(
-            max_num_seqs=seats, max_model_len=max_model_len, page_size=page_size, device=device
+            max_num_seqs=seats,
+            max_model_len=max_model_len,
+            page_size=page_size,
+            device=device,
+            scratch_page=num_pages if sizes else None,
         ),
         Sampler(max_num_seqs=seats, vocab_size=model.vocab_size, device=device)
         if samples
@@ -150,6 +192,7 @@ def assemble_part(
         ahead=config.scheduler.overlap_depth > 0,
         peers=spmd.peers,
         balancer=balancer,
+        graphs=make_graphs(config, model, cache, sizes),
     )
     dp = mesh.index("dp", rank)
     return Part(model, runner, balancer, dp, samples, num_pages, max_model_len)

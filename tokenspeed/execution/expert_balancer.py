@@ -69,10 +69,7 @@ def make_balancer(
     if group is None:
         raise ValueError("enable_eplb: the experts are on one rank")
     modules = dict(model.named_modules())
-    layers = [
-        BalancedLayer(slots, tuple(modules[path].parameters(recurse=False)))
-        for path, slots in spmd.slots.items()
-    ]
+    layers = [BalancedLayer(slots, modules[path].by_slot()) for path, slots in spmd.slots.items()]
     if not layers:
         return None
     first = layers[0].slots.placement

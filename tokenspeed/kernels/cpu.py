@@ -5,10 +5,15 @@ The callables are the compiled functions themselves, so that a call costs no Pyt
 with a fused norm are a group's call and a compiled one.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from tokenspeed import _cpu
 from tokenspeed.kernels.collective import all_reduce_add_rms_norm_by, reduce_scatter_add_rms_norm_by
+from tokenspeed.kernels.quant import QuantWeight, dequantize
 from tokenspeed.kernels.registry import Ask, Kernel, register
 
 
@@ -18,7 +23,22 @@ def _exchange(_: Ask) -> str | None:
     return f"torch {torch.__version__} has no DLPack exchange API"
 
 
+def _pack_quantised(weight: QuantWeight) -> Any:
+    """int8 and int4 as codes; what no CPU multiplies is held as bfloat16."""
+    if weight.format in ("int8", "int4"):
+        bits = 8 if weight.format == "int8" else 4
+        return _cpu.pack_codes(weight.codes, weight.scales, bits, weight.group)
+    return _cpu.pack(dequantize(weight).to(torch.bfloat16))
+
+
+# kernel and what brings its weights into its layout
+_WEIGHTS: dict[str, tuple[Kernel, Callable[[Any], Any]]] = {
+    "linear": (_cpu.linear, _cpu.pack),
+    "linear_quant": (partial(_cpu.linear), _pack_quantised),
+    "head_linear": (_cpu.head_linear, _cpu.pack),
+}
 _WIDE: dict[str, Kernel] = {
+    "quantize": _cpu.quantize,
     "rms_norm": _cpu.rms_norm,
     "add_rms_norm": _cpu.add_rms_norm,
     "rope_append_gqa": _cpu.rope_append_gqa,
@@ -29,8 +49,6 @@ _WIDE: dict[str, Kernel] = {
     "embedding": _cpu.embedding,
     "add": _cpu.add,
     "moe": _cpu.moe,
-    "linear": _cpu.linear,
-    "head_linear": _cpu.head_linear,
     "all_reduce_add_rms_norm": all_reduce_add_rms_norm_by(_cpu.add_rms_norm),
     "reduce_scatter_add_rms_norm": reduce_scatter_add_rms_norm_by(_cpu.add_rms_norm),
 }
@@ -39,6 +57,9 @@ _FLOAT32: dict[str, Kernel] = {
     "sample": _cpu.sample,
     "apply_penalties": _cpu.apply_penalties,
 }
-for _ops, _dtypes in ((_WIDE, (torch.float32, torch.bfloat16)), (_FLOAT32, (torch.float32,))):
+_BOTH = (torch.float32, torch.bfloat16)
+for _ops, _dtypes in ((_WIDE, _BOTH), (_FLOAT32, (torch.float32,))):
     for _op, _kernel in _ops.items():
         register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_dtypes, requires=_exchange)
+for _op, (_kernel, _pack) in _WEIGHTS.items():
+    register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_BOTH, requires=_exchange, pack=_pack)

@@ -54,12 +54,23 @@ class LMHead(Layer):
 
     def choose_kernels(self) -> None:
         outputs, inputs = (self.embedding[0] if self.tied else self).weight.shape
-        self.kernel = self.target.kernel("linear", num_inputs=inputs, num_outputs=outputs)
+        sizes = {"num_inputs": inputs, "num_outputs": outputs}
+        self.kernel = self.target.weight_kernel("linear", **sizes)
+
+    def pack_weights(self) -> None:
+        """A tied weight that is not quantised is held once, as the embedding reads it."""
+        if not self.tied:
+            self.packed = self.target.pack(self.kernel, self.weight)
+            if self.packed is not self.weight:
+                self.give_up("weight")
+        elif self.target.quantization is None:
+            self.packed = self.embedding[0].weight
+        else:
+            self.packed = self.target.pack(self.kernel, self.embedding[0].weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        weight = self.embedding[0].weight if self.tied else self.weight
-        logits: Tensor = self.kernel(hidden, weight, None)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits: Tensor = self.kernel(hidden, self.packed, None, True)
+        return logits
 
     def sources(self) -> Iterator[Source]:
         if not self.tied:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenspeed.kernels import select
-from tokenspeed.kernels.registry import Kernel
+from tokenspeed.kernels.quant import Quantization, quantize
+from tokenspeed.kernels.registry import Kernel, pack_of
 from tokenspeed.spmd.placement import Flow, ModuleSpec
 from tokenspeed.spmd.shards import Cut, Region
 
@@ -25,10 +26,23 @@ class Target:
 
     device: torch.device
     dtype: torch.dtype
+    quantization: Quantization | None = None  # of weights that are multiplied with
 
     def kernel(self, op: str, **shapes: int) -> Kernel:
         """The implementation of `op` that a layer keeps."""
         return select(op, device=self.device, dtype=self.dtype, backend=None, **shapes)
+
+    def weight_kernel(self, op: str, **shapes: int) -> Kernel:
+        """`kernel`, or that of `{op}_quant` if weights are quantised: for `pack`ed weights."""
+        if self.quantization is None:
+            return self.kernel(op, **shapes)
+        return self.kernel(f"{op}_quant", group=self.quantization.group, **shapes)
+
+    def pack(self, kernel: Kernel, weight: Tensor) -> Any:
+        """The weight as `kernel`, a `weight_kernel`, wants it. `ValueError`: not quantisable."""
+        form, pack = self.quantization, pack_of(kernel)
+        held = weight if form is None else quantize(weight, form.format, form.group)
+        return held if pack is None else pack(held)
 
 
 @dataclass(frozen=True)
@@ -69,6 +83,16 @@ class Layer(nn.Module):
 
     def choose_kernels(self) -> None:
         """Called once the parameters have their local shapes: sizes of kernels are local sizes."""
+
+    def pack_weights(self) -> None:
+        """Called once the parameters are filled: brings them into the form that kernels take."""
+
+    def give_up(self, parameter: str) -> None:
+        """Frees a parameter that is held in another form now; its shape stays."""
+        shape = self._parameters[parameter]
+        meta = nn.Parameter(torch.empty_like(shape, device="meta"), requires_grad=False)
+        self.register_parameter(parameter, meta)
+        self.__dict__[parameter] = meta
 
     def settle(self) -> None:
         """Makes parameters and children plain attributes: found at once, not by `__getattr__`.

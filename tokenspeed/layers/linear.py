@@ -85,10 +85,16 @@ class Linear(Layer):
 
     def choose_kernels(self) -> None:
         outputs, inputs = self.weight.shape
-        self.kernel = self.target.kernel("linear", num_inputs=inputs, num_outputs=outputs)
+        sizes = {"num_inputs": inputs, "num_outputs": outputs}
+        self.kernel = self.target.weight_kernel("linear", **sizes)
+
+    def pack_weights(self) -> None:
+        self.packed = self.target.pack(self.kernel, self.weight)
+        if self.packed is not self.weight:
+            self.give_up("weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.kernel(x, self.weight, self.bias)
+        y: Tensor = self.kernel(x, self.packed, self.bias)
         return y
 
     def sources(self) -> Iterator[Source]:

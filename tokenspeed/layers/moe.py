@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tokenspeed.kernels.quant import QuantWeight
 from tokenspeed.layers.layer import Layer, Source, Target, write_nothing
 from tokenspeed.layers.mlp import MLP
 from tokenspeed.spmd.placement import (
@@ -64,12 +65,17 @@ class Router(Layer):
 
     def choose_kernels(self) -> None:
         experts, hidden = self.weight.shape
-        self.linear = self.target.kernel("linear", num_inputs=hidden, num_outputs=experts)
+        self.linear = self.target.weight_kernel("linear", num_inputs=hidden, num_outputs=experts)
         self.route = self.target.kernel("route", num_experts=experts)
+
+    def pack_weights(self) -> None:
+        self.packed = self.target.pack(self.linear, self.weight)
+        if self.packed is not self.weight:
+            self.give_up("weight")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r = self.routing
-        logits = self.linear(x.to(self.weight.dtype), self.weight, None)
+        logits = self.linear(x, self.packed, None)
         weights, ids = self.route(
             logits,
             self.bias,
@@ -117,13 +123,32 @@ class Experts(Layer):
 
     def choose_kernels(self) -> None:
         experts, hidden, inner = self.w2.shape
-        self.kernel = self.target.kernel(
+        self.kernel = self.target.weight_kernel(
             "moe", num_experts=experts, hidden_size=hidden, intermediate_size=inner
         )
 
+    def pack_weights(self) -> None:
+        held = [self.w13, self.w2]
+        self.packed = [self.target.pack(self.kernel, weight) for weight in held]
+        for name, weight, packed in zip(("w13", "w2"), held, self.packed, strict=True):
+            if packed is not weight:
+                self.give_up(name)
+
+    def by_slot(self) -> tuple[Tensor, ...]:
+        """The weights in memory, slot after slot: row i of each holds all there is of slot i."""
+        tensors: list[Tensor] = []
+        for packed in self.packed:
+            if isinstance(packed, Tensor):
+                tensors.append(packed)
+            elif isinstance(packed, QuantWeight):
+                tensors += (packed.codes, packed.scales)
+            else:
+                tensors.append(packed.data)
+        return tuple(tensors)
+
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """ids [T, k] index `held`; those below 0 are computed elsewhere."""
-        y: Tensor = self.kernel(x, self.w13, self.w2, weights, ids)
+        y: Tensor = self.kernel(x, *self.packed, weights, ids)
         return y
 
     def sources(self) -> Iterator[Source]:

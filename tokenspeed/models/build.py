@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tokenspeed.errors import ModelLoadError
+from tokenspeed.kernels.quant import Quantization
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_config
@@ -49,6 +50,7 @@ def load_model(
     max_model_len: int | None = None,
     progress: Callable[[float], None] | None = None,
     ranks: Ranks | None = None,
+    quantization: Quantization | None = None,
 ) -> CausalLM:
     """Builds the model in `folder` and fills it. `dtype` None takes that of config.json.
 
@@ -56,7 +58,9 @@ def load_model(
     `ValueError` for a mesh that the model cannot be divided over.
     """
     start = time.perf_counter()
-    model, report = load_with_report(folder, dtype, device, max_model_len, progress, ranks)
+    model, report = load_with_report(
+        folder, dtype, device, max_model_len, progress, ranks, quantization
+    )
     _log.info("%s in %.1f s", report, time.perf_counter() - start)
     return model
 
@@ -68,10 +72,11 @@ def load_with_report(
     max_model_len: int | None = None,
     progress: Callable[[float], None] | None = None,
     ranks: Ranks | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[CausalLM, LoadReport]:
     """As `load_model`, and what was read."""
     ranks = ranks or Ranks()
-    model, names, plan = plan_model(folder, dtype, device, max_model_len, ranks)
+    model, names, plan = plan_model(folder, dtype, device, max_model_len, ranks, quantization)
     model.spmd = localise(model, plan, ranks.rank, ranks.communicator)
     place = Place(ranks.rank, ranks.mesh.num_ranks)
     return model, load_weights(model, Checkpoint(folder), names, progress, place)
@@ -83,9 +88,10 @@ def plan_model(
     device: torch.device,
     max_model_len: int | None,
     ranks: Ranks,
+    quantization: Quantization | None = None,
 ) -> tuple[CausalLM, TensorNames, SpmdPlan]:
     """The whole model on the meta device, and how it is divided; the same on every rank."""
-    model, names = build_model(folder, dtype, device, max_model_len)
+    model, names = build_model(folder, dtype, device, max_model_len, quantization)
     plan = compile_model(
         model,
         ranks.mesh,
@@ -102,6 +108,7 @@ def build_model(
     dtype: torch.dtype | None,
     device: torch.device,
     max_model_len: int | None = None,
+    quantization: Quantization | None = None,
 ) -> tuple[CausalLM, TensorNames]:
     """The whole model on the meta device, from config.json alone."""
     outer = HfConfig(read_json(folder / "config.json"))
@@ -110,7 +117,9 @@ def build_model(
     block = _fp8_block(config if config.has("quantization_config") else outer)
     dtype = dtype or stated_dtype(config, outer)
     try:
-        model = found.model.from_config(dict(config.values), dtype, device, max_model_len)
+        model = found.model.from_config(
+            dict(config.values), dtype, device, max_model_len, quantization
+        )
     except (RuntimeError, OverflowError) as error:  # torch cannot even describe such a tensor
         raise ModelLoadError(f"{folder}: config.json asks for impossible sizes: {error}") from error
     return model, TensorNames(found.prefix, found.other, block)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self, cast
 import torch
 from torch import Tensor, nn
 
+from tokenspeed.kernels.quant import Quantization
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.embedding import Embedding, LMHead
@@ -98,10 +99,12 @@ class CausalLM(Layer):
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int | None = None,
+        quantization: Quantization | None = None,
     ) -> Self:
         """Builds the model without reading weights. `ModelLoadError` names an unsupported key.
 
-        `hf_config` is the language model's part of config.json.
+        `hf_config` is the language model's part of config.json; `quantization` says how weights
+        shall be held, whatever the checkpoint holds.
         """
 
     def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:

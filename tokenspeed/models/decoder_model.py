@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.quant import Quantization
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.mlp import MLP
 from tokenspeed.layers.rope import rope_table
@@ -46,8 +47,9 @@ class DecoderModel(CausalLM):
         dtype: torch.dtype,
         device: torch.device,
         max_model_len: int | None = None,
+        quantization: Quantization | None = None,
     ) -> Self:
-        config, target = HfConfig(hf_config), Target(device, dtype)
+        config, target = HfConfig(hf_config), Target(device, dtype, quantization)
         rope_dim = cls.rope_dim(config)
         decoder = read_decoder(config, rope_dim=rope_dim, max_model_len=max_model_len)
         cos_sin = rope_table(decoder.rope, decoder.max_position, device)

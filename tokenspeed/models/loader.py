@@ -7,14 +7,15 @@ weights (arXiv:2412.19437, section 3.3) are dequantised on the way. Knows no mes
 `sources()` say what of a tensor its rank needs.
 """
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tokenspeed.errors import ModelLoadError
-from tokenspeed.layers.layer import Layer
+from tokenspeed.layers.layer import Layer, Source
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.load_report import ONE_RANK, LoadReport, Place, make_report
@@ -45,25 +46,60 @@ def load_weights(
     """
     try:
         modules = wanted_sources(model, names.prefix)
-        wanted = {name: source for sources in modules for name, source in sources.items()}
+        wanted = {name: s for sources in modules.values() for name, s in sources.items()}
         set_aside = check_names(model, wanted, checkpoint, names)
         for name, source in wanted.items():
             check_tensor(name, source, checkpoint, names.fp8_block)
         weights = {name: checkpoint.piece(name, source.pick) for name, source in wanted.items()}
         scales = pick_scales(weights, checkpoint, names.fp8_block)
         _allocate(model)
+        packing = Packing(modules)
         before = checkpoint.num_bytes_read
         for name, tensor in _stream(checkpoint, weights, progress, shown=place.rank == 0):
             if name in scales and names.fp8_block is not None:
                 scale = checkpoint.read(name + SCALE_SUFFIX, scales[name])
                 tensor = dequantize(tensor, scale, names.fp8_block, model.target.dtype)
             wanted[name].write(tensor)
+            packing.filled(name)
+        packing.finish()
     except ModelLoadError as error:
         if place.num_ranks == 1:
             raise
         raise ModelLoadError(f"{place}: {error}") from error
     num_read = checkpoint.num_bytes_read - before
-    return make_report(place, modules, weights, scales, num_read, set_aside)
+    return make_report(place, modules.values(), weights, scales, num_read, set_aside)
+
+
+class Packing:
+    """Packs each module's weights as soon as they are in, so that few are held twice."""
+
+    def __init__(self, modules: Mapping[Layer, Mapping[str, Source]]) -> None:
+        self._owner = {
+            name: module
+            for module, sources in modules.items()
+            for name, source in sources.items()
+            if source.pick is not None
+        }
+        self._left = Counter(self._owner.values())
+        self._rest = [module for module in modules if not self._left[module] and module.is_here]
+
+    def filled(self, name: str) -> None:
+        """`ModelLoadError`: the module's weights cannot be quantised as asked."""
+        module = self._owner[name]
+        self._left[module] -= 1
+        if self._left[module] == 0:
+            self._pack(module, name)
+
+    def finish(self) -> None:
+        """Packs what reads other modules' weights, and makes all of them ready to run."""
+        for module in self._rest:
+            self._pack(module, type(module).__name__)
+
+    def _pack(self, module: Layer, name: str) -> None:
+        try:
+            module.pack_weights()
+        except ValueError as error:
+            raise ModelLoadError(f"{name}: {error}") from error
 
 
 def _stream(

@@ -31,9 +31,9 @@ class TensorNames:
     fp8_block: Block | None = None
 
 
-def wanted_sources(model: CausalLM, prefix: str) -> list[dict[str, Source]]:
+def wanted_sources(model: CausalLM, prefix: str) -> dict[Layer, dict[str, Source]]:
     """For each module the checkpoint tensors that it asks for; its picks must cover it."""
-    modules: list[dict[str, Source]] = []
+    modules: dict[Layer, dict[str, Source]] = {}
     seen: set[str] = set()
     for path, module in model.named_modules():
         if not isinstance(module, Layer):
@@ -47,7 +47,7 @@ def wanted_sources(model: CausalLM, prefix: str) -> list[dict[str, Source]]:
         if seen & sources.keys():
             raise TypeError(f"{path}: its sources are another module's")
         seen |= sources.keys()
-        modules.append(sources)
+        modules[module] = sources
     return modules
 
 
