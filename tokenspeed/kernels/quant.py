@@ -15,6 +15,7 @@ two in a byte, the even input in the low half.
 Sources: arXiv:2412.19437, section 3.3 (fp8); OCP Microscaling Formats 1.0 (mxfp4).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -168,7 +169,7 @@ def _quantize_e2m1(weight: Tensor, form: QuantFormat, group: int) -> QuantWeight
         overall = max(top.max().item() / (E2M1[-1] * E4M3_MAX), 1e-30) if top.numel() else 1.0
         scales = (top / (E2M1[-1] * overall)).to(torch.float8_e4m3fn)
         step = scales.float() * overall
-    bounds = torch.tensor([(a + b) / 2 for a, b in zip(E2M1, E2M1[1:], strict=False)])
+    bounds = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(E2M1)])
     scaled = grouped * _inverse(step).unsqueeze(-1)
     codes = torch.bucketize(scaled.abs().contiguous(), bounds.to(weight.device)).to(torch.uint8)
     codes = (codes | (scaled < 0).to(torch.uint8) << 3).flatten(-2)

@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from tokenspeed.layers.layer import Layer, Source, Target
