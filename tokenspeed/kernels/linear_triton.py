@@ -236,7 +236,7 @@ _STRIDES = ("num_outputs", "size", "code_row", "x_token", "x_head", "out_token",
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
-    """Shapes of DeepSeek V2 and V3 on a device of 132 units; every format for few and many tokens."""
+    """Shapes of DeepSeek V2 and V3 on a device of 132 units; every format."""
     dense = Operand(torch.empty(0), None, ())
     for tokens, heads, size, outputs in _SHAPES:
         tile = tile_for(arch, 132, tokens, outputs, size, 2, heads)

@@ -42,24 +42,29 @@ def _float4(bits):
 def _values(codes, FORMAT: tl.constexpr):
     """Codes [M, K], or [M, K / 2] of 4 bits, the even input in the low half -> float32 [M, K]."""
     if FORMAT == "int8":
-        return codes.to(tl.float32)
-    if FORMAT == "fp8":
-        return _float8(codes)
-    both = tl.join(codes & 15, codes >> 4)
-    halves = tl.reshape(both, [codes.shape[0], 2 * codes.shape[1]])
-    if FORMAT == "int4":
-        return halves.to(tl.float32) - 8.0
-    return _float4(halves)
+        values = codes.to(tl.float32)
+    elif FORMAT == "fp8":
+        values = _float8(codes)
+    else:
+        both = tl.join(codes & 15, codes >> 4)
+        halves = tl.reshape(both, [codes.shape[0], 2 * codes.shape[1]])
+        if FORMAT == "int4":
+            values = halves.to(tl.float32) - 8.0
+        else:
+            values = _float4(halves)
+    return values
 
 
 @triton.jit
 def _steps(raw, FORMAT: tl.constexpr):
     """Scales as stored -> float32."""
     if FORMAT == "mxfp4":
-        return (raw.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    if FORMAT == "nvfp4":
-        return _float8(raw)
-    return raw.to(tl.float32)
+        steps = (raw.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    elif FORMAT == "nvfp4":
+        steps = _float8(raw)
+    else:
+        steps = raw.to(tl.float32)
+    return steps
 
 
 @triton.jit
