@@ -1,0 +1,548 @@
+# SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""Attention of few query rows over long paged contexts, in Triton. Knows neither op nor layer.
+
+The query rows of a sequence (its query tokens times the heads that share a key) are folded into
+blocks of ROWS; the context is cut into spans, so that a few sequences fill the device; a second
+kernel merges the spans' results. The products are transposed,
+
+    scores^T [KEYS, ROWS] = K Q^T        out^T [DV, ROWS] = V^T P^T
+
+so that the long sides lie where the matrix units want 64 rows or more, and the rows may be 16.
+Only pages that hold keys below kv_len are looked up and read.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tokenspeed.kernels.triton_launch import num_units, pdl_options, pdl_release, pdl_wait
+
+_LEAST = tl.constexpr(
+    -1.0e30
+)  # the running maximum before any key: finite, so that no difference is NaN
+
+
+@triton.jit
+def _row_of(place, q_start, num_rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """The last row whose blocks begin at or before `place`: row r's at q_start[r] GROUP / ROWS + r.
+
+    Each row has room for all its blocks there. With GROUP = 0, `place` is a token.
+    """
+    low, high = 0, num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        begin = tl.load(q_start + middle)
+        if GROUP > 0:
+            begin = begin * GROUP // ROWS + middle
+        low = tl.where(begin <= place, middle, low)
+        high = tl.where(begin <= place, high, middle)
+    return low
+
+
+@triton.jit
+def block_of(place, q_start, num_rows, blocks, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """(row, block within it) of a program: `blocks` for each row, or, if that is 0, as needed."""
+    row = place // tl.maximum(blocks, 1)
+    block = place - row * blocks
+    if blocks == 0:
+        row = _row_of(place, q_start, num_rows, GROUP, ROWS)
+        block = place - (tl.load(q_start + row) * GROUP // ROWS + row)
+    return row, block
+
+
+@triton.jit
+def page_rows(
+    cache,
+    table,
+    start,
+    inside,
+    page_stride,
+    ROW: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Pointers [KEYS] to the cache's rows of positions start + [0, KEYS)."""
+    place = tl.arange(0, KEYS)
+    if PAGE % KEYS == 0:  # one page, as spans begin at multiples of KEYS
+        page = tl.load(table + start // PAGE).to(tl.int64)
+        return cache + (page * page_stride + (start % PAGE) * ROW) + place * ROW
+    at = start + place
+    if MASKED:
+        page = tl.load(table + at // PAGE, mask=inside, other=0).to(tl.int64)
+    else:
+        page = tl.load(table + at // PAGE).to(tl.int64)
+    return cache + page * page_stride + (at % PAGE) * ROW
+
+
+@triton.jit
+def _load_rows(pointers, inside, exists, ROWS_MASKED: tl.constexpr, FEATURES_MASKED: tl.constexpr):
+    """[rows, features], zeros where one is not there. Without masks where none are needed."""
+    if ROWS_MASKED and FEATURES_MASKED:
+        return tl.load(pointers, mask=inside[:, None] & exists[None, :], other=0.0)
+    if ROWS_MASKED:
+        return tl.load(pointers, mask=inside[:, None], other=0.0)
+    if FEATURES_MASKED:
+        return tl.load(pointers, mask=exists[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def _attend_keys(
+    start,
+    end,
+    offset,
+    most,
+    total,
+    sums,
+    query,
+    query_tail,
+    keys,
+    values,
+    table,
+    scale,
+    window,
+    key_page,
+    value_page,
+    KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    VALUE: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    SHARED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Takes keys [start, start + KEYS) into the running (most, total, sums) of [ROWS] rows.
+
+    MASKED: keys from `end` on are not there, and a row sees keys up to its `offset` alone.
+    """
+    at = start + tl.arange(0, KEYS)
+    feature, value_feature = tl.arange(0, HEAD), tl.arange(0, VALUE)
+    inside = at < end
+    rows = page_rows(keys, table, start, inside, key_page, KEY_ROW, PAGE, KEYS, MASKED)
+    key = _load_rows(rows[:, None] + feature[None, :], inside, feature < D, MASKED, D < HEAD)
+    key = key.to(WIDE)
+    scores = tl.dot(key, tl.trans(query), input_precision="ieee")
+    if TAIL > 0:
+        beyond = D + tl.arange(0, TAIL)
+        tail = _load_rows(rows[:, None] + beyond[None, :], inside, beyond > 0, MASKED, False)
+        scores = tl.dot(tail.to(WIDE), tl.trans(query_tail), scores, input_precision="ieee")
+    scores = scores * scale
+    if MASKED:
+        seen = (at[:, None] <= offset[None, :]) & inside[:, None]
+        if WINDOW:
+            seen = seen & (at[:, None] > (offset - window)[None, :])
+        scores = tl.where(seen, scores, float("-inf"))
+    new_most = tl.maximum(most, tl.max(scores, 0))
+    fade = tl.exp2(most - new_most)
+    weights = tl.exp2(scores - new_most[None, :])
+    total = total * fade + tl.sum(weights, 0)
+    if SHARED:
+        value = key
+    else:
+        rows = page_rows(values, table, start, inside, value_page, VALUE_ROW, PAGE, KEYS, MASKED)
+        there = rows[:, None] + value_feature[None, :]
+        value = _load_rows(there, inside, value_feature < DV, MASKED, DV < VALUE).to(WIDE)
+    sums = sums * fade[None, :]
+    sums = tl.dot(tl.trans(value), weights.to(WIDE), sums, input_precision="ieee")
+    return new_most, total, sums
+
+
+@triton.jit
+def _target(token, head, span, num_tokens, heads, SPLIT: tl.constexpr):
+    """The place of a token's head in [spans, T, H] or [T, H]."""
+    place = token.to(tl.int64) * heads + head
+    if SPLIT:
+        place += span.to(tl.int64) * num_tokens * heads
+    return place
+
+
+@triton.jit
+def attend_rows(
+    q,
+    q_tail,
+    keys,
+    values,
+    page_table,
+    slots,
+    q_start,
+    kv_len,
+    out,
+    lse,
+    scale,
+    num_rows,
+    num_tokens,
+    table_stride,
+    blocks,
+    min_q_len,
+    max_q_len,
+    window,
+    q_token,
+    q_head,
+    tail_token,
+    tail_head,
+    key_page,
+    key_head,
+    value_page,
+    value_head,
+    KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
+    DV: tl.constexpr,
+    VALUE: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SHARED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One block of rows, one key head, one span. Grid (blocks of all rows, key heads, spans).
+
+    With `blocks` 0, blocks are found by their place among the rows (see `block_of`).
+
+    A key is D = HEAD features (padded to a power of two) and TAIL more; its value DV features, its
+    first ones if SHARED. `scale` includes log2(e). Serves rows of min_q_len to max_q_len queries.
+    SPLIT: out is float32 [spans, T, H, DV] and lse [spans, T, H], base 2; else out [T, H, DV].
+    """
+    kv_head, span, spans = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    heads = tl.num_programs(1) * GROUP
+    pdl_wait(PDL)
+    row, block = block_of(tl.program_id(0), q_start, num_rows, blocks, GROUP, ROWS)
+    first = tl.load(q_start + row)
+    q_len = tl.load(q_start + row + 1) - first
+    if (q_len < min_q_len) | (q_len > max_q_len) | (block * ROWS >= q_len * GROUP):
+        return
+    length = tl.load(kv_len + row)
+    folded = block * ROWS + tl.arange(0, ROWS)
+    token, head = folded // GROUP, kv_head * GROUP + folded % GROUP
+    there = token < q_len
+    last = tl.minimum((block * ROWS + ROWS - 1) // GROUP, q_len - 1)
+    end = length - q_len + last + 1
+    begin = 0
+    if WINDOW:
+        begin = tl.maximum(length - q_len + block * ROWS // GROUP - window + 1, 0) // KEYS * KEYS
+    each = tl.cdiv(tl.cdiv(end - begin, KEYS), spans) * KEYS
+    begin += span * each
+    end = tl.minimum(begin + each, end)
+    if SPLIT and begin >= end:
+        target = _target(first + token, head, span, num_tokens, heads, SPLIT)
+        tl.store(lse + target, float("-inf"), mask=there)
+        return
+    feature, value_feature = tl.arange(0, HEAD), tl.arange(0, VALUE)
+    source = (first + token).to(tl.int64)
+    query = tl.load(
+        q + (source * q_token + head * q_head)[:, None] + feature[None, :],
+        mask=there[:, None] & (feature < D)[None, :],
+        other=0.0,
+    ).to(WIDE)
+    query_tail = query
+    if TAIL > 0:
+        query_tail = tl.load(
+            q_tail
+            + (source * tail_token + head * tail_head)[:, None]
+            + tl.arange(0, TAIL)[None, :],
+            mask=there[:, None],
+            other=0.0,
+        ).to(WIDE)
+    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+    keys += kv_head * key_head
+    values += kv_head * value_head
+    most = tl.full([ROWS], _LEAST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([VALUE, ROWS], tl.float32)
+    position = length - q_len + (block * ROWS + tl.arange(0, ROWS)) // GROUP
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+        most, total, sums = _attend_keys(
+            start, end, position, most, total, sums, query, query_tail, keys, values, table, scale,
+            window, key_page, value_page, KEY_ROW, VALUE_ROW, D, HEAD, TAIL, DV, VALUE, PAGE, KEYS,
+            SHARED, True, WINDOW, WIDE,
+        )  # fmt: skip
+    pdl_release(PDL)
+    result = sums / tl.where(total == 0.0, 1.0, total)[None, :]
+    folded = block * ROWS + tl.arange(0, ROWS)
+    token = folded // GROUP
+    there = token < q_len
+    target = _target(
+        first + token, kv_head * GROUP + folded % GROUP, span, num_tokens, heads, SPLIT
+    )
+    tl.store(
+        out + target[None, :] * DV + value_feature[:, None],
+        result.to(out.dtype.element_ty),
+        mask=there[None, :] & (value_feature < DV)[:, None],
+    )
+    if SPLIT:
+        tl.store(lse + target, most + tl.log2(total), mask=there)
+
+
+@triton.jit
+def combine_spans(
+    parts,
+    lse,
+    out,
+    q_start,
+    num_rows,
+    num_tokens,
+    spans,
+    min_q_len,
+    max_q_len,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SPANS: tl.constexpr,
+    SOME: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """parts [spans, T, H, DV], lse [spans, T, H] -> out [T, H, DV]. Grid (T * H, blocks of DV).
+
+    All spans of a block are read at once. SOME: only tokens of rows of min_q_len to max_q_len.
+    """
+    place = tl.program_id(0).to(tl.int64)
+    span = tl.arange(0, SPANS)
+    feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pdl_wait(PDL)
+    if SOME:
+        row = _row_of(tl.program_id(0) // HEADS, q_start, num_rows, 0, 1)
+        q_len = tl.load(q_start + row + 1) - tl.load(q_start + row)
+        if (q_len < min_q_len) | (q_len > max_q_len):
+            return
+    each = num_tokens.to(tl.int64) * HEADS
+    sizes = tl.load(lse + span * each + place, mask=span < spans, other=float("-inf"))
+    most = tl.max(sizes, 0)
+    weights = tl.exp2(sizes - tl.where(most == float("-inf"), 0.0, most))
+    part = tl.load(
+        parts + (span * each + place)[:, None] * DV + feature[None, :],
+        mask=(sizes > float("-inf"))[:, None] & (feature < DV)[None, :],
+        other=0.0,
+    )
+    pdl_release(PDL)
+    total = tl.sum(weights, 0)
+    result = tl.sum(part * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + place * DV + feature, result.to(out.dtype.element_ty), mask=feature < DV)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a launch is cut: query rows of a block, keys of a step, warps, pipeline stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def of_type(self, wide: torch.dtype) -> "Tiles":
+        """float32 takes half the keys for the same shared memory."""
+        if wide != torch.float32:
+            return self
+        return replace(self, keys=max(16, self.keys // 2), stages=min(self.stages, 2))
+
+
+@dataclass(frozen=True)
+class Paged:
+    """A ragged batch over a paged cache, as `kernels/attention.py` says."""
+
+    page_table: Tensor
+    slots: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a batch that one launch serves: those of min_q_len to max_q_len query tokens."""
+
+    min_q_len: int
+    max_q_len: int
+    some: bool  # others are served by another launch
+
+
+FEW_QUERIES = 8  # a decoding row with its drafts
+
+
+def rows_of(num_tokens: int, num_rows: int, max_q_len: int) -> list[Rows]:
+    """Cuts a batch into rows of few queries and rows of many, by what the host knows.
+
+    max_q_len 0: unknown. Every row is in exactly one part, whatever q_start says.
+    """
+    longest = max_q_len or num_tokens
+    if num_rows == 1 or longest <= FEW_QUERIES:
+        return [Rows(1, longest, False)]
+    others = -(-(num_tokens - longest) // (num_rows - 1))  # on average
+    few = min(max(others, 1), FEW_QUERIES)
+    return [Rows(1, few, True), Rows(few + 1, longest, True)]
+
+
+def num_spans(programs: int, units: int, most: int = 128) -> int:
+    """Into how many spans to cut contexts, so that programs times spans fill the units evenly.
+
+    Depends on no context's length: spans of a short one are empty, and cost next to nothing.
+    """
+    best, chosen = 0.0, 1
+    for spans in range(1, min(most, max(1, 2 * units // programs)) + 1):
+        waves = programs * spans / units
+        filled = waves / math.ceil(waves)
+        if filled > best + 0.05:
+            best, chosen = filled, spans
+    return chosen
+
+
+def wide_type(*tensors: Tensor) -> torch.dtype:
+    """The type of the products: float32 if any operand is."""
+    kinds = {x.dtype for x in tensors}
+    return kinds.pop() if len(kinds) == 1 else torch.float32
+
+
+TRITON_TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+def attend_paged(
+    q: Tensor,
+    q_tail: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    batch: Paged,
+    scale: float,
+    window: int,
+    rows: Rows,
+    tiles: Tiles,
+    out: Tensor,
+) -> None:
+    """Fills out[T,H,DV] for these rows of the batch.
+
+    q[T,H,D1], q_tail[T,H,D2] (D2 may be 0) over keys [P,page,Hk,D1+D2] and values [P,page,Hk,DV];
+    the values are the keys' first features where both are the same memory.
+    """
+    num_tokens, num_heads, value_dim = out.shape
+    group = num_heads // keys.shape[2]
+    wide = wide_type(q, keys, values)
+    tiles = tiles.of_type(wide)
+    folded = rows.max_q_len * group
+    blocks = 0 if rows.max_q_len > FEW_QUERIES and batch.num_rows > 1 else -(-folded // tiles.rows)
+    total = batch.num_rows * blocks or num_tokens * group // tiles.rows + batch.num_rows
+    spans = num_spans(total * keys.shape[2], num_units(q))
+    parts, lse = out, out
+    if spans > 1:
+        parts = torch.empty(spans, *out.shape, dtype=torch.float32, device=out.device)
+        lse = torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
+    attend_rows[(total, keys.shape[2], spans)](
+        q,
+        q_tail,
+        keys,
+        values,
+        batch.page_table,
+        batch.slots,
+        batch.q_start,
+        batch.kv_len,
+        parts,
+        lse,
+        scale * math.log2(math.e),
+        batch.num_rows,
+        num_tokens,
+        batch.page_table.stride(0),
+        blocks,
+        rows.min_q_len,
+        rows.max_q_len,
+        window,
+        q.stride(0),
+        q.stride(1),
+        q_tail.stride(0),
+        q_tail.stride(1),
+        keys.stride(0),
+        keys.stride(2),
+        values.stride(0),
+        values.stride(2),
+        **attend_constants(
+            tiles,
+            keys.shape[1],
+            group,
+            (q.shape[2], q_tail.shape[2], value_dim),
+            (keys.stride(1), values.stride(1)),
+        ),
+        SHARED=values.data_ptr() == keys.data_ptr(),
+        WINDOW=window > 0,
+        SPLIT=spans > 1,
+        WIDE=TRITON_TYPES[wide],
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        **pdl_options(q),
+    )
+    if spans > 1:
+        _combine(parts, lse, out, batch, rows)
+
+
+def attend_constants(
+    tiles: Tiles,
+    page_size: int,
+    group: int,
+    features: tuple[int, int, int],
+    strides: tuple[int, int],
+) -> dict[str, Any]:
+    """Constants of `attend_rows` that follow from shapes; features: of head, tail and value."""
+    head, tail, value = features
+    if tail & (tail - 1) or 0 < tail < 16:
+        raise ValueError(f"attention: {tail} features of the tail are no power of two from 16")
+    return {
+        "KEY_ROW": strides[0],
+        "VALUE_ROW": strides[1],
+        "GROUP": group,
+        "D": head,
+        "HEAD": max(16, triton.next_power_of_2(head)),
+        "TAIL": tail,
+        "DV": value,
+        "VALUE": max(16, triton.next_power_of_2(value)),
+        "PAGE": page_size,
+        "ROWS": tiles.rows,
+        "KEYS": tiles.keys,
+        "STAGES": tiles.stages,
+    }
+
+
+_COMBINED = 64  # features that a program of `combine_spans` makes
+
+
+def _combine(parts: Tensor, lse: Tensor, out: Tensor, batch: Paged, rows: Rows) -> None:
+    spans, num_tokens, num_heads, value_dim = parts.shape
+    combine_spans[(num_tokens * num_heads, triton.cdiv(value_dim, _COMBINED))](
+        parts,
+        lse,
+        out,
+        batch.q_start,
+        batch.num_rows,
+        num_tokens,
+        spans,
+        rows.min_q_len,
+        rows.max_q_len,
+        HEADS=num_heads,
+        DV=value_dim,
+        BLOCK=_COMBINED,
+        SPANS=triton.next_power_of_2(spans),
+        SOME=rows.some,
+        num_warps=4,
+        **pdl_options(out),
+    )
