@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-untyped-call"
+"""Latent attention on Hopper: what is launched for the ops `attention_mla` and `attention_mla_up`.
+
+Two kernels a call: the pages (`mla_decode_gluon.py`, `mla_decode_fp8_gluon.py`) and the merge
+(`mla_combine_gluon.py`). Both derive the same schedule on the device; the host knows the numbers of
+tokens, rows and heads alone, so that a captured graph serves every length. `q_start`, `kv_len` and
+`w_uv` are read before the kernel ahead has ended: they must be older than that. Refuses to know
+layers and what it would cost elsewhere.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tokenspeed.kernels.kv_fp8 import ROW_BYTES
+from tokenspeed.kernels.mla_combine_gluon import mla_combine, mla_combine_up
+from tokenspeed.kernels.mla_decode_fp8_gluon import mla_decode_fp8
+from tokenspeed.kernels.mla_decode_gluon import mla_decode
+from tokenspeed.kernels.registry import Ask, register
+from tokenspeed.kernels.triton_launch import num_units
+from tokenspeed.kernels.triton_targets import Specimen
+
+LATENT, ROPE, TILE = 512, 64, 64
+LOG2E = 1.4426950408889634
+_ARCH = "sm_90"
+# Query rows of a block -> (warps, stages of the ring).
+_BFLOAT16 = {16: (4, 2), 32: (4, 2), 64: (8, 2)}
+_FLOAT8 = {16: (4, 3), 32: (8, 2)}
+_UP_PIECE, _UP_MAX_TOKENS, _UP_GROUPS = 32, 64, 16
+_MERGE_WARPS = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel with its grid and arguments, on the way to the device."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: Sequence[Any]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def launch(call: Call) -> None:
+    """Sends a call to the device of its tensors."""
+    warps = {"num_warps": call.constants["WARPS"], "launch_pdl": True}
+    call.kernel[call.grid](*call.arguments, **call.constants, **warps, **call.options)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The tables of a step, and how its query rows are cut."""
+
+    page_table: Tensor
+    slots: Tensor
+    q_start: Tensor
+    kv_len: Tensor
+    num_tokens: int
+    heads: int
+    block: int  # query rows (tokens x heads) of a block
+    num_ctas: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.slots)
+
+    def partials(self) -> int:
+        """Enough slots: one for every CTA and one for every block."""
+        return self.num_ctas + self.num_tokens * self.heads // self.block + self.rows
+
+    def constants(self) -> dict[str, int]:
+        return {"HEADS": self.heads, "BLOCK": self.block}
+
+
+def block_rows(num_tokens: int, rows: int, heads: int, sizes: Sequence[int]) -> int:
+    """The smallest block that holds an average row's queries, or the largest there is."""
+    wanted = -(-num_tokens // max(rows, 1)) * heads
+    return next((size for size in sizes if size >= wanted), sizes[-1])
+
+
+def _check(
+    q_latent: Tensor, q_pe: Tensor, cache: Tensor, page_table: Tensor, vectors: Sequence[Tensor]
+) -> None:
+    def refuse(name: str, value: Tensor, wanted: str) -> None:
+        shape = f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        raise ValueError(f"attention_mla: {name} is {shape}; gluon takes {wanted}")
+
+    for name, query, width in (("q_latent", q_latent, LATENT), ("q_pe", q_pe, ROPE)):
+        if query.dim() != 3 or query.shape[2] != width or query.dtype != torch.bfloat16:
+            refuse(name, query, f"[T,H,{width}] bfloat16")
+        if query.stride(2) != 1:
+            refuse(name, query, "features of unit stride")
+    if q_pe.shape[:2] != q_latent.shape[:2]:
+        refuse("q_pe", q_pe, f"[{q_latent.shape[0]},{q_latent.shape[1]},{ROPE}], as q_latent")
+    wide = {torch.bfloat16: LATENT + ROPE, torch.uint8: ROW_BYTES}.get(cache.dtype)
+    if cache.dim() != 3 or cache.shape[2] != wide or cache.shape[1] % TILE:
+        refuse("cache", cache, f"[P,n*{TILE},576] bfloat16 or [P,n*{TILE},{ROW_BYTES}] uint8")
+    if not cache.is_contiguous():
+        refuse("cache", cache, "a contiguous cache")
+    if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.stride(1) != 1:
+        refuse("page_table", page_table, "[S,P] int32")
+    rows = len(vectors[0])
+    for name, vector, length in zip(
+        ("slots", "q_start", "kv_len"), vectors, (rows, rows + 1, rows), strict=True
+    ):
+        if vector.shape != (length,) or vector.dtype != torch.int32 or vector.stride(0) != 1:
+            refuse(name, vector, f"[{length}] int32")
+
+
+def _descriptors(cache: Tensor) -> list[TensorDescriptor]:
+    """TMA descriptors of the parts of a cached row, a tile of 64 tokens each."""
+
+    def part(view: torch.dtype, dtype: Any, width: int, swizzle: int) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=swizzle, element_bitwidth=dtype.primitive_bitwidth, rank=2
+        )
+        flat = cache.view(-1, cache.shape[2]).view(view)
+        return TensorDescriptor.from_tensor(flat, [TILE, width], layout)
+
+    if cache.dtype == torch.bfloat16:
+        return [part(torch.bfloat16, gl.bfloat16, width, 128) for width in (LATENT, ROPE)]
+    return [
+        part(torch.int32, gl.int32, 32, 128),
+        part(torch.float32, gl.float32, 4, 0),
+        part(torch.bfloat16, gl.bfloat16, ROPE, 128),
+    ]
+
+
+def _decode(
+    q_latent: Tensor, q_pe: Tensor, cache: Tensor, batch: Batch, scale: float
+) -> tuple[Call, Tensor, Tensor]:
+    """The kernel over the pages, and its partial results and their sums."""
+    float8 = cache.dtype == torch.uint8
+    warps, stages = (_FLOAT8 if float8 else _BFLOAT16)[batch.block]
+    shape = (batch.partials(), batch.block)
+    partial = torch.empty(*shape, LATENT, dtype=torch.float32, device=cache.device)
+    sums = torch.empty(shape, dtype=torch.float32, device=cache.device)
+    tables = (batch.page_table, batch.slots, batch.q_start, batch.kv_len)
+    strides = (*q_latent.stride()[:2], *q_pe.stride()[:2])
+    arguments: list[Any] = [*_descriptors(cache), q_latent, q_pe, *tables, partial, sums]
+    arguments += [batch.rows, scale * LOG2E, batch.page_table.stride(0), *strides]
+    constants = {**batch.constants(), "STAGES": stages, "PAGE": cache.shape[1], "WARPS": warps}
+    kernel = mla_decode_fp8 if float8 else mla_decode
+    return Call(kernel, (batch.num_ctas,), arguments, constants), partial, sums
+
+
+def _merge_shape(programs: int, num_units: int) -> dict[str, int]:
+    """Few query rows are cut into four pieces, so that more of the device merges them."""
+    width = LATENT // 4 if programs <= num_units else LATENT
+    return {"WIDTH": width, "SPLITS": 16384 // width, "WARPS": _MERGE_WARPS}
+
+
+def _batch(q_latent: Tensor, cache: Tensor, tables: Sequence[Tensor]) -> Batch:
+    num_tokens, heads = q_latent.shape[:2]
+    sizes = tuple(_FLOAT8 if cache.dtype == torch.uint8 else _BFLOAT16)
+    block = block_rows(num_tokens, len(tables[1]), heads, sizes)
+    page_table, slots, q_start, kv_len = tables
+    units = num_units(q_latent)
+    return Batch(page_table, slots, q_start, kv_len, num_tokens, heads, block, units)
+
+
+def attention_mla(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+) -> Tensor:
+    """q_latent[T,H,512], q_pe[T,H,64] bf16, pages of 64n tokens -> [T,H,512]; see the reference."""
+    _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
+    out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
+    if q_latent.shape[0] == 0:
+        return out
+    batch = _batch(q_latent, cache, (page_table, slots, q_start, kv_len))
+    decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
+    launch(decode)
+    queries = batch.num_tokens * batch.heads
+    shape = _merge_shape(queries, batch.num_ctas)
+    arguments = [partial, sums, q_start, kv_len, out, batch.rows, batch.num_ctas]
+    grid = (queries * (LATENT // shape["WIDTH"]),)
+    launch(Call(mla_combine, grid, arguments, {**batch.constants(), **shape}))
+    return out
+
+
+def attention_mla_up(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    w_uv: Tensor,
+) -> Tensor:
+    """As `attention_mla`, then w_uv[H,Dv,512] on each head: [T,H,Dv]."""
+    num_tokens, heads = q_latent.shape[:2]
+    if w_uv.shape[0] != heads or w_uv.shape[2] != LATENT or w_uv.shape[1] % _UP_PIECE:
+        wanted = f"[{heads},n*{_UP_PIECE},{LATENT}]"
+        raise ValueError(f"attention_mla_up: w_uv is {tuple(w_uv.shape)}; gluon takes {wanted}")
+    if w_uv.dtype != torch.bfloat16 or not w_uv.is_contiguous():
+        raise ValueError("attention_mla_up: gluon takes a contiguous bfloat16 w_uv")
+    if num_tokens > _UP_MAX_TOKENS:  # a matrix product pays for the way to memory and back
+        tables = (page_table, slots, q_start, kv_len)
+        y = attention_mla(q_latent, q_pe, cache, *tables, scale)
+        return torch.bmm(y.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
+    _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
+    value = w_uv.shape[1]
+    out = torch.empty(num_tokens, heads, value, dtype=q_latent.dtype, device=q_latent.device)
+    if num_tokens == 0:
+        return out
+    batch = _batch(q_latent, cache, (page_table, slots, q_start, kv_len))
+    decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
+    launch(decode)
+    arguments: list[Any] = [partial, sums, q_start, kv_len, w_uv, out]
+    arguments += [batch.rows, batch.num_ctas, num_tokens]
+    constants = {"VALUE": value, "PIECE": _UP_PIECE, **_up_shape()}
+    grid = (heads * value // _UP_PIECE, min(num_tokens, _UP_GROUPS))
+    launch(Call(mla_combine_up, grid, arguments, {**batch.constants(), **constants}))
+    return out
+
+
+def _up_shape() -> dict[str, int]:
+    return {"SPLITS": 16384 // LATENT, "WARPS": _MERGE_WARPS}
+
+
+def _requires(ask: Ask) -> str | None:
+    sizes = ask.shapes
+    for name, wanted in (("latent_dim", LATENT), ("rope_dim", ROPE)):
+        if sizes.get(name, wanted) != wanted:
+            return f"{name} {wanted}, not {sizes[name]}"
+    if sizes.get("page_size", TILE) % TILE:
+        return f"page_size a multiple of {TILE}, not {sizes['page_size']}"
+    if sizes.get("value_dim", _UP_PIECE) % _UP_PIECE:
+        return f"value_dim a multiple of {_UP_PIECE}, not {sizes['value_dim']}"
+    return None
+
+
+def _descriptor_type(name: str, width: int, bits: int, swizzle: int) -> str:
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+    return f"tensordesc<{name}[{TILE}, {width}],{layout!r}>"
+
+
+def specimens(arch: str) -> Iterator[Specimen]:
+    """Blocks of 16 to 64 query rows over both kinds of pages, and the merges."""
+    if arch != _ARCH:
+        return
+    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len"), "*i32")
+    common = {"q_latent": "*bf16", "q_pe": "*bf16", **tables, "out": "*fp32", "lse": "*fp32"}
+    common |= {"rows": "i32", "scale": "fp32", "table_stride": "i32"}
+    common |= dict.fromkeys(("q_token", "q_head", "pe_token", "pe_head"), "i32:16")
+    rope = {"ropes": _descriptor_type("bf16", ROPE, 16, 128)}
+    bfloat16 = {"latents": _descriptor_type("bf16", LATENT, 16, 128), **rope}
+    codes = _descriptor_type("i32", 32, 32, 128)
+    float8 = {"codes": codes, "scales": _descriptor_type("fp32", 4, 32, 0), **rope}
+    must = ("UTMALDG", "USETMAXREG", "ACQBULK", "PREEXIT")
+    for kernel, parts, sizes in (
+        (mla_decode, bfloat16, _BFLOAT16),
+        (mla_decode_fp8, float8, _FLOAT8),
+    ):
+        for block, (warps, stages) in sizes.items():
+            yield Specimen(
+                f"{kernel.__name__} {block} rows",
+                kernel,
+                {**parts, **common},
+                {"HEADS": 16, "BLOCK": block, "STAGES": stages, "PAGE": TILE, "WARPS": warps},
+                num_warps=warps,
+                options={"launch_pdl": True},
+                matrix=True,
+                must=must,
+                never=(r"\bHMMA",),
+                quick=kernel is mla_decode and block == 16,
+            )
+    yield from _merge_specimens()
+
+
+def _merge_specimens() -> Iterator[Specimen]:
+    signature = {"partial": "*fp32", "sums": "*fp32", "q_start": "*i32", "kv_len": "*i32"}
+    tail = {"out": "*bf16", "rows": "i32", "num_ctas": "i32"}
+    options = {"launch_pdl": True}
+    for programs in (16, 1024):
+        shape = _merge_shape(programs, 132)
+        yield Specimen(
+            f"mla_combine {shape['WIDTH']} features",
+            mla_combine,
+            {**signature, **tail},
+            {"HEADS": 16, "BLOCK": 16, **shape},
+            num_warps=shape["WARPS"],
+            options=options,
+            must=(r"LDG\S*\.128",),
+        )
+    yield Specimen(
+        "mla_combine_up",
+        mla_combine_up,
+        {**signature, "w_uv": "*bf16", **tail, "num_tokens": "i32"},
+        {"HEADS": 16, "BLOCK": 16, "VALUE": 128, "PIECE": _UP_PIECE, **_up_shape()},
+        num_warps=_MERGE_WARPS,
+        options=options,
+        must=(r"LDG\S*\.128",),
+    )
+
+
+for _op, _kernel in (("attention_mla", attention_mla), ("attention_mla_up", attention_mla_up)):
+    register(
+        _op,
+        "gluon",
+        _kernel,
+        devices=("cuda",),
+        dtypes=(torch.bfloat16,),
+        archs=(_ARCH,),
+        requires=_requires,
+        priority=20,
+    )
