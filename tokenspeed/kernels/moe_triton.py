@@ -326,7 +326,7 @@ def _add_choices(
 
 
 def _tile(
-    arch: str, units: int, tokens: int, outputs: int, size: int, itemsize: int, k: int
+    arch: str, units: int, tokens: int, outputs: int, size: int, itemsize: int, choices: int
 ) -> Tile:
     """Of few tokens: for a single one. Of many: wide, its tokens filled in by `_order`."""
     if tokens <= MEDIUM:

@@ -22,8 +22,6 @@ from tokenspeed.kernels.triton_launch import (
 )
 from tokenspeed.kernels.triton_targets import Specimen
 
-_FAR = 1 << 30  # beyond every id
-
 
 @triton.jit
 def _best(keys, ids, free):
@@ -64,7 +62,7 @@ def _route(
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """logits[T, E] -> weights, ids [T, top_k]; GROUPS, SIZES, CHOICES: powers of 2 that hold all."""
+    """logits[T, E] -> weights, ids [T, top_k]; GROUPS, SIZES, CHOICES hold them, powers of 2."""
     SIZE: tl.constexpr = E // N_GROUP
     token = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, GROUPS), tl.arange(0, SIZES)
