@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Cases of rows of a table by id; ids outside of the slice of the vocabulary give zeros."""
+"""Cases of rows of a table by id, and of sums. Ids outside of the table's slice give zeros."""
 
 from collections.abc import Iterator, Mapping
 
 import torch
 
-from tokenspeed.kernels.cases.case import Arguments, Case, Inputs, OpCases, Tolerance, Work
+from tokenspeed.kernels.cases.case import Arguments, Case, Inputs, OpCases, Tolerance, Work, floats
 
 EXACT = "rows are copied"
 
@@ -24,6 +24,26 @@ def embedding_cases() -> Iterator[Case]:
     yield Case("ids beyond", _embedding, (70, 40, 64, 0, 50), {"size": 64})
 
 
+def _add(g: Inputs, tokens: int, size: int, scale: float) -> Arguments:
+    return g.inside(g.normal(tokens, size, scale=scale)), g.inside(g.normal(tokens, size))
+
+
+def add_cases() -> Iterator[Case]:
+    for tokens, size in ((0, 8), (1, 1), (5, 33), (70, 1024)):
+        yield Case(f"T={tokens} {size}", _add, (tokens, size, 1.0), {"size": size})
+    for scale in (1e-30, 1e30):
+        yield Case(f"summands of {scale:g}", _add, (3, 64, scale), {"size": 64})
+
+
+def _add_sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
+    return g.normal(tokens, shapes["size"]), g.normal(tokens, shapes["size"])
+
+
+def _add_work(arguments: Arguments) -> Work:
+    x, _ = arguments
+    return Work(3.0 * x.numel() * x.element_size(), float(x.numel()))
+
+
 def _sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
     return _embedding(g, tokens, 32768, shapes["size"], 0, 0)
 
@@ -40,6 +60,14 @@ CASES = (
         {dtype: Tolerance(1e-9, EXACT) for dtype in (torch.float32, torch.bfloat16)},
         sized=_sized,
         work=_work,
+        examples=({"size": 1024},),
+    ),
+    OpCases(
+        "add",
+        add_cases,
+        floats(1e-7, 4e-3, "one rounding"),
+        sized=_add_sized,
+        work=_add_work,
         examples=({"size": 1024},),
     ),
 )
