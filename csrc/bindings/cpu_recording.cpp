@@ -17,8 +17,7 @@ namespace {
 
 struct ArenaMemory : python::Memory {
     explicit ArenaMemory(std::shared_ptr<Arena> of) : arena(std::move(of)) {}
-    void* take(size_t bytes) override { return arena->take(bytes); }
-    void give_back(void* block, size_t bytes) override { arena->give_back(block, bytes); }
+    std::shared_ptr<void> take(size_t bytes) override { return arena->take(bytes); }
 
     const std::shared_ptr<Arena> arena;
 };
@@ -51,7 +50,13 @@ struct PyRecording : Recording {
 void bind_recording(nb::module_& m) {
     nb::class_<PyArena>(m, "Arena", "Memory of recordings, of which one runs at a time.")
         .def(nb::init<>())
-        .def_prop_ro("num_bytes", [](const PyArena& a) { return a.arena->num_bytes(); });
+        .def_prop_ro("num_bytes", [](const PyArena& a) { return a.arena->num_bytes(); })
+        .def(
+            "share",
+            [](const PyArena& a, const Tensor& tensor) {
+                expect(a.arena->share(tensor.data<void>()), "tensor", "not made in this arena");
+            },
+            "tensor"_a, "Other recordings may overwrite the tensor from now on.");
     nb::class_<PyRecording>(m, "Recording",
                             "The kernel calls made inside its `with` block, for `replay`.")
         .def(nb::init<const PyArena&>(), "arena"_a)

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "dlpack_tensor.h"
 
-#include <utility>
-
 namespace tokenspeed::python {
 namespace dlpack {
 
@@ -33,17 +31,16 @@ const ExchangeApi* api_of(PyTypeObject* type) {
 
 namespace {
 
-// What an importer gets of a tensor in a `Memory`. Deleting it gives the block back.
+// What an importer gets of a tensor in a `Memory`.
 struct Placed {
     static constexpr int kMaxAxes = 8;
 
     dlpack::Managed managed{};
     int64_t shape[kMaxAxes], strides[kMaxAxes];
-    std::shared_ptr<Memory> memory;
-    size_t bytes;
+    std::shared_ptr<void> block;
 
-    Placed(const dlpack::View& prototype, std::shared_ptr<Memory> where)
-        : memory(std::move(where)), bytes(prototype.dtype.bits / 8) {
+    Placed(const dlpack::View& prototype, Memory& memory) {
+        size_t bytes = prototype.dtype.bits / 8;
         for (int axis = prototype.ndim - 1; axis >= 0; --axis) {
             shape[axis] = prototype.shape[axis];
             strides[axis] = axis + 1 == prototype.ndim ? 1 : strides[axis + 1] * shape[axis + 1];
@@ -55,16 +52,14 @@ struct Placed {
         managed.view = prototype;
         managed.view.shape = shape;
         managed.view.strides = strides;
-        managed.view.data = memory->take(bytes);
+        block = memory.take(bytes);
+        managed.view.data = block.get();
     }
-    ~Placed() { memory->give_back(managed.view.data, bytes); }
-    Placed(const Placed&) = delete;
-    Placed& operator=(const Placed&) = delete;
 };
 
 dlpack::Managed* allocate(const dlpack::ExchangeApi& api, dlpack::View& prototype) {
     if (memory_of_new_tensors != nullptr && prototype.ndim <= Placed::kMaxAxes) {
-        return &(new Placed(prototype, memory_of_new_tensors))->managed;
+        return &(new Placed(prototype, *memory_of_new_tensors))->managed;
     }
     dlpack::Managed* managed = nullptr;
     const auto set_error = [](void*, const char*, const char* message) {

@@ -70,11 +70,10 @@ inline constexpr Type kInt32{0, 32, "int32"}, kInt64{0, 64, "int64"}, kFloat32{2
 class Memory {
   public:
     virtual ~Memory() = default;
-    virtual void* take(size_t bytes) = 0;
-    virtual void give_back(void* block, size_t bytes) = 0;
+    virtual std::shared_ptr<void> take(size_t bytes) = 0;
 };
 
-// Null unless the thread wants its new tensors in a memory of its own; tensors keep it alive.
+// Null unless the thread wants its new tensors in a memory of its own.
 inline thread_local std::shared_ptr<Memory> memory_of_new_tensors;
 
 // A borrowed tensor argument, valid during the call; or an owned new one.

@@ -16,29 +16,49 @@ size_t block_of(size_t bytes) { return std::bit_ceil(bytes < kLeastBlock ? kLeas
 
 }  // namespace
 
+struct Arena::Block {
+    std::shared_ptr<Arena> arena;
+    size_t size;
+    void* data;
+
+    ~Block() { arena->give_back(*this); }
+};
+
 Arena::~Arena() {
     for (const auto& [size, blocks] : free_) {
         for (void* const block : blocks) operator delete(block, kAlign);
     }
 }
 
-void* Arena::take(size_t bytes) {
-    const size_t size = block_of(bytes);
+std::shared_ptr<void> Arena::take(size_t bytes) {
+    const auto block = std::make_shared<Block>(shared_from_this(), block_of(bytes), nullptr);
     const std::lock_guard lock(mutex_);
-    std::vector<void*>& blocks = free_[size];
+    std::vector<void*>& blocks = free_[block->size];
     if (blocks.empty()) {
-        void* const made = operator new(size, kAlign);
-        num_bytes_ += size;
-        return made;
+        blocks.push_back(operator new(block->size, kAlign));
+        num_bytes_ += block->size;
     }
-    void* const block = blocks.back();
+    block->data = blocks.back();
+    taken_[block->data] = block.get();
     blocks.pop_back();
-    return block;
+    return {block, block->data};
 }
 
-void Arena::give_back(void* block, size_t bytes) {
+bool Arena::share(void* data) {
     const std::lock_guard lock(mutex_);
-    free_[block_of(bytes)].push_back(block);
+    const auto found = taken_.find(data);
+    if (found == taken_.end()) return false;
+    free_[found->second->size].push_back(data);
+    found->second->data = nullptr;
+    taken_.erase(found);
+    return true;
+}
+
+void Arena::give_back(Block& block) {
+    const std::lock_guard lock(mutex_);
+    if (block.data == nullptr) return;
+    taken_.erase(block.data);
+    free_[block.size].push_back(block.data);
 }
 
 size_t Arena::num_bytes() const {

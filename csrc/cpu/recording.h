@@ -9,8 +9,8 @@
 // 2. Results made while recording stand in the recording's arena. A block that is given back may be
 //    taken again by a later call of the same recording: replays make the calls in the same order,
 //    so they overwrite it at the same time.
-// 3. Recordings of one arena share its blocks, so only one of them may run at a time, and what one
-//    gave back does not outlive the next replay of another.
+// 3. Recordings of one arena share its blocks: one of them runs at a time, and what one computed
+//    lasts until another one runs.
 #pragma once
 
 #include <cstddef>
@@ -25,23 +25,29 @@
 namespace tokenspeed::cpu {
 
 // Memory in blocks of powers of two, 64-byte aligned. Blocks that are given back are kept.
-class Arena {
+class Arena : public std::enable_shared_from_this<Arena> {
   public:
     Arena() = default;
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
     ~Arena();
 
-    // Contents are undefined. Throws std::bad_alloc.
-    void* take(size_t bytes);
-    // REQUIRES: take(bytes) gave this block.
-    void give_back(void* block, size_t bytes);
+    // A block with undefined contents, given back with the last reference. Throws std::bad_alloc.
+    std::shared_ptr<void> take(size_t bytes);
+    // Gives the block back at once although it is still referred to: whoever reads it must do so
+    // before others write. False if it is not a block that is taken.
+    bool share(void* data);
     // Bytes of all blocks, taken or not.
     size_t num_bytes() const;
 
   private:
+    struct Block;
+
+    void give_back(Block& block);
+
     mutable std::mutex mutex_;
-    std::map<size_t, std::vector<void*>> free_;  // by size of block
+    std::map<size_t, std::vector<void*>> free_;  // by size
+    std::map<void*, Block*> taken_;
     size_t num_bytes_ = 0;
 };
 

@@ -49,7 +49,7 @@ def test_a_mixed_batch() -> None:
     )
     view = pv.PlanView(words)
     made.apply_deltas(view.deltas)
-    batch = made.build(view)
+    batch = made.build(view).forward
     assert batch.token_ids.tolist() == [77, 10, 11, 12, 13, 14, 15, 20, 21]
     assert batch.positions.tolist() == [5, 3, 4, 5, 6, 7, 8, 0, 1]
     assert batch.cache_index.tolist() == [121, 31, 32, 33, 34, 35, 36, 4, 5]
@@ -68,7 +68,7 @@ def test_a_mixed_batch() -> None:
 def test_the_page_table_keeps_what_no_delta_names() -> None:
     made = batcher()
     made.apply_deltas(pv.PlanView(plan([], [], [(0, 3, 0, 5), (0, 3, 1, 6)])).deltas)
-    table = made.build(pv.PlanView(plan([(3, 0, 0, 1)], [1]))).page_table
+    table = made.build(pv.PlanView(plan([(3, 0, 0, 1)], [1]))).forward.page_table
     made.apply_deltas(pv.PlanView(plan([], [], [(0, 3, 1, 2)])).deltas)
     assert table[3].tolist() == [5, 2, 0, 0, 0]
 

@@ -44,8 +44,8 @@ def falling(rows: int = 1) -> torch.Tensor:
 def draw(
     sampler: Sampler, logits: torch.Tensor, slots: list[int], position: int = len(PROMPT)
 ) -> tuple[list[int], dict[int, TokenLogprobs]]:
-    positions = np.full(len(slots), position, np.int32)
-    ids, logprobs = sampler.sample(logits, np.array(slots, np.int32), positions)
+    places = torch.full((len(slots),), position)
+    ids, logprobs = sampler.sample(logits, np.array(slots, np.int32), places)
     return ids.tolist(), logprobs
 
 

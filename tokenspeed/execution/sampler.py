@@ -118,12 +118,12 @@ class Sampler:
             self._penalised.add(slot)
 
     def sample(
-        self, logits: torch.Tensor, slots: NDArray[np.int32], positions: NDArray[np.int32]
+        self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor
     ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
         """logits [B, vocab_size] float32, changed in place -> ids [B] int64 (-1: not finite).
 
-        `positions` [B] are those of the sampled tokens. The dict gives the log-probabilities of
-        the rows whose request wants them.
+        `places` [B] int64 are the positions of the sampled tokens. The dict gives the
+        log-probabilities of the rows whose request wants them.
         """
         order = slots.tolist()
         wanted = [row for row, slot in enumerate(order) if slot in self._num_logprobs]
@@ -131,10 +131,9 @@ class Sampler:
         punished = [row for row, slot in enumerate(order) if slot in self._penalised]
         raw = logits[wanted] if wanted else None  # a copy: what follows works in place
         for row in edited:
-            self._edits[order[row]].apply(logits[row], int(positions[row]))
+            self._edits[order[row]].apply(logits[row], int(places[row]))
         if punished:
             self._penalise(logits, punished, slots)
-        places = torch.from_numpy(positions.astype(np.int64)).to(self._device)
         ids: torch.Tensor = self._kernel(logits, *self._gather(slots), places)
         for row in edited:
             self._edits[order[row]].record(int(ids[row]))

@@ -19,6 +19,8 @@ from tokenspeed.execution.logprobs import LogprobsReader
 from tokenspeed.execution.plan_view import ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView, Words
 from tokenspeed.execution.sampler import Sampler, Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
+from tokenspeed.execution.step_graphs import StepGraphs
+from tokenspeed.execution.step_tensors import StepBatch
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.spmd.group import Group
 
@@ -99,7 +101,8 @@ class StepRunner:
 
     `logits` says whether this rank is on the last stage, `sampler` is None where it does not
     sample. `ahead`: steps are planned before the ids of the one before are known, and find them on
-    the device; `peers` have the same tokens and get the sampled ids at once.
+    the device; `peers` have the same tokens and get the sampled ids at once. `graphs` serve decode
+    steps, over the same model and cache.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class StepRunner:
         ahead: bool = False,
         peers: Group | None = None,
         balancer: Balancer | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.device = batcher.device
         self._model, self._cache = model, cache
@@ -121,7 +125,7 @@ class StepRunner:
         self._logprobs = LogprobsReader(batcher.device)
         self._spmd, self._has_logits = spmd, logits
         self._ahead, self._peers = ahead, peers
-        self._balancer = balancer
+        self._balancer, self._graphs = balancer, graphs
 
     def run(self, step: Step) -> StepOutput | None:
         """The output, on the rank that samples. Torch's threads rest during a step on the CPU: the
@@ -142,7 +146,7 @@ class StepRunner:
         if self._spmd is not None:
             self._spmd.begin_step(step.counts)
         if step.plan is None:
-            self._model.forward(self._batcher.idle(), self._cache.layers)
+            self._model.forward(self._batcher.idle().forward, self._cache.layers)
             output = None
         else:
             output = self._run_plan(step, step.plan)
@@ -157,39 +161,62 @@ class StepRunner:
         if len(plan.copies):
             self._copy_pages(plan.copies)
         self._batcher.apply_deltas(plan.deltas)
-        batch = self._batcher.build(plan)
-        hidden = self._model.forward(batch, self._cache.layers)
-        if not self._has_logits:
-            return None
-        rows = np.flatnonzero(plan.flags & ROW_SAMPLE)
-        ids, chosen = self._sample(plan, rows, hidden, batch.logits_index)
+        sampling = (plan.flags & ROW_SAMPLE) != 0
+        logits: torch.Tensor | None
+        decodes = len(plan.tokens) == plan.num_rows and bool(sampling.all())
+        if decodes and (size := self._size_for(plan.num_rows)) is not None:
+            batch, hidden, logits = self._replay(plan, size)
+        else:
+            batch = self._batcher.build(plan)
+            hidden = self._model.forward(batch.forward, self._cache.layers)
+            if not self._has_logits:
+                return None
+            logits = self._logits(hidden, batch.forward.logits_index)
+        rows = np.flatnonzero(sampling)
+        ids, chosen = self._sample(plan, rows, logits, batch)
         prompts = self._prompt_logprobs(step, plan, hidden)
         if self._sampler is None:
             return None
-        failed = _not_finite(hidden, plan)
+        # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
+        failed = np.zeros(plan.num_rows, np.bool_) if decodes else _not_finite(hidden, plan)
         failed[rows] |= ids[rows] < 0
         logprobs = {step.owners[rows[at]]: entry for at, entry in chosen.items()}
         return StepOutput(plan.result(ids, failed), logprobs, prompts)
+
+    def _size_for(self, num_rows: int) -> int | None:
+        """Rows of the captured step that serves `num_rows`; None without graphs."""
+        return None if self._graphs is None else self._graphs.size_for(num_rows)
+
+    def _replay(self, plan: PlanView, size: int) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
+        """The step as one of `size` rows; hidden states and logits of its own rows."""
+        if self._graphs is None:
+            raise RuntimeError("there are no graphs")
+        batch, count = self._batcher.build_decode(plan, size), plan.num_rows
+        hidden, logits = self._graphs.run(batch.forward)
+        return batch, hidden[:count], logits[:count]
+
+    def _logits(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
+        """Of the tokens at `index`, which rises; None without any."""
+        if not len(index):
+            return None
+        return self._model.logits(hidden if len(index) == len(hidden) else hidden[index])
 
     def _sample(
         self,
         plan: PlanView,
         rows: NDArray[np.int64],
-        hidden: torch.Tensor,
-        logits_index: torch.Tensor,
+        logits: torch.Tensor | None,
+        batch: StepBatch,
     ) -> tuple[NDArray[np.int64], dict[int, TokenLogprobs]]:
         """Ids by row of the plan (-1: none) and log-probabilities by place in `rows`."""
         ids = np.full(plan.num_rows, -1, np.int64)
-        if not len(rows):
+        if logits is None:
             return ids, {}
-        whole = len(rows) == len(hidden)  # every token is a row's last
-        logits = self._model.logits(hidden if whole else hidden[logits_index])
         slots = plan.slots[rows]
         chosen: dict[int, TokenLogprobs] = {}
         sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
         if self._sampler is not None:
-            places = (plan.starts + plan.num_tokens)[rows]
-            sampled, chosen = self._sampler.sample(logits, slots, places)
+            sampled, chosen = self._sampler.sample(logits, slots, batch.places[: len(rows)])
             ids[rows] = sampled.cpu().numpy()
         if not self._ahead:
             return ids, chosen

@@ -25,5 +25,5 @@ class ForwardBatch:
     slots: torch.Tensor  # [R] int32
     page_table: torch.Tensor  # [max_num_seqs, max_pages_per_seq] int32, persistent
     logits_index: torch.Tensor  # [L] int64: tokens whose logits are wanted
-    max_q_len: int
-    max_kv_len: int
+    max_q_len: int  # no row has more tokens in this step
+    max_kv_len: int  # no kv_len is larger

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: MIT
+"""Captured decode steps give the bits of uncaptured ones, in every family; what a replay would miss
+is found, and steps filled up write nowhere else."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import FAMILIES, VOCAB_SIZE, make_checkpoint
+from tests.unit.test_execution_batch import plan
+from tokenspeed import _cpu
+from tokenspeed.execution import plan_view as pv
+from tokenspeed.execution.batch import Batcher
+from tokenspeed.execution.recorders import CpuRecorder, Graph, NotCapturableError, Outputs
+from tokenspeed.execution.step_graphs import StepGraphs
+from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.models.build import load_model
+from tokenspeed.models.causal_lm import CausalLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+NUM_SLOTS, PAGE, PAGES_PER_SLOT = 5, 4, 6
+NUM_PAGES = NUM_SLOTS * PAGES_PER_SLOT
+
+
+class Steps:
+    """One model over pages that hold NaN, with or without graphs."""
+
+    def __init__(self, model: CausalLM, sizes: list[int] | None) -> None:
+        self.model = model
+        self.caches = [
+            tuple(
+                torch.full((NUM_PAGES + 1, PAGE, *s), torch.nan, dtype=spec.dtype)
+                for s in spec.shapes
+            )
+            for spec in model.cache_specs()
+        ]
+        self.batcher = Batcher(
+            max_num_seqs=NUM_SLOTS,
+            max_model_len=PAGE * PAGES_PER_SLOT,
+            page_size=PAGE,
+            device=CPU,
+            scratch_page=NUM_PAGES,
+        )
+        pages = torch.randperm(NUM_PAGES, generator=torch.Generator().manual_seed(3)).tolist()
+        deltas = [
+            (0, slot, index, pages[slot * PAGES_PER_SLOT + index])
+            for slot in range(NUM_SLOTS)
+            for index in range(PAGES_PER_SLOT)
+        ]
+        self.batcher.apply_deltas(np.array(deltas, np.int32))
+        self.graphs = None
+        if sizes is not None:
+            recorder = CpuRecorder()
+            self.graphs = StepGraphs(self.compute, recorder, max_rows=NUM_SLOTS, sizes=sizes)
+
+    def compute(self, batch: ForwardBatch) -> Outputs:
+        hidden = self.model.forward(batch, self.caches)
+        return hidden, self.model.logits(hidden)
+
+    @torch.inference_mode()
+    def run(self, rows: dict[int, tuple[int, list[int]]]) -> list[Tensor]:
+        """Rows by slot: where they start, and their ids."""
+        words = plan(
+            [(slot, pv.ROW_SAMPLE, start, len(ids)) for slot, (start, ids) in rows.items()],
+            [token for _, ids in rows.values() for token in ids],
+        )
+        view = pv.PlanView(words)
+        if self.graphs is None or len(view.tokens) > len(rows):
+            outputs = self.compute(self.batcher.build(view).forward)
+        else:
+            size = self.graphs.size_for(len(rows))
+            assert size is not None
+            outputs = self.graphs.run(self.batcher.build_decode(view, size).forward)
+        return [output[: len(view.tokens)].clone() for output in outputs]
+
+
+def steps_of_a_day() -> list[dict[int, tuple[int, list[int]]]]:
+    """Prefills, then decode steps of three numbers of rows in turn, past the ends of pages."""
+    ids = torch.randint(VOCAB_SIZE, (200,), generator=torch.Generator().manual_seed(5)).tolist()
+    lengths = {4: 7, 0: 3, 2: 1}
+    steps: list[dict[int, tuple[int, list[int]]]] = [
+        {slot: (0, ids[slot : slot + length]) for slot, length in lengths.items()}
+    ]
+    for at, slots in enumerate([(4, 0, 2), (0,), (2, 4), (4, 2, 0)] * 4):
+        steps.append({slot: (lengths[slot], [ids[20 + 3 * at + slot]]) for slot in slots})
+        for slot in slots:
+            lengths[slot] += 1
+    return steps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_give_the_same_bits(tmp_path: Path, family: str, dtype: torch.dtype) -> None:
+    make_checkpoint(tmp_path, family)
+    model = load_model(tmp_path, dtype, CPU, 64)
+    plain, exact, filled = Steps(model, None), Steps(model, []), Steps(model, [2, 4])
+    for rows in steps_of_a_day():
+        want = plain.run(rows)
+        assert not any(output.isnan().any() for output in want)
+        for steps in (exact, filled):
+            for got, expected in zip(steps.run(rows), want, strict=True):
+                assert torch.equal(got, expected)
+    for steps in (exact, filled):
+        assert steps.graphs is not None
+        assert steps.graphs.num_replays >= 13
+        for tensors, others in zip(steps.caches, plain.caches, strict=True):
+            for kept, other in zip(tensors, others, strict=True):  # NaN where nobody wrote
+                assert torch.equal(kept[:NUM_PAGES].nan_to_num(7), other[:NUM_PAGES].nan_to_num(7))
+    assert exact.caches[0][0][NUM_PAGES].isnan().all()
+
+
+class Toy:
+    """Three numbers a row; `flaw` is what is wrong with how they come about."""
+
+    def __init__(self, flaw: str = "") -> None:
+        self.flaw, self.x = flaw, torch.ones(4, 8)
+        self.weight = torch.ones(8)
+
+    def compute(self, batch: Any) -> Outputs:
+        x = self.x[: len(batch.slots)]
+        if self.flaw == "torch":
+            x = x * 2
+        if self.flaw == "copy":
+            x = x[:, ::2].flatten()[None, :4].contiguous()
+        if self.flaw == "numpy":  # no op of torch: only the numbers tell
+            x = torch.from_numpy(x.numpy() * 2)
+        y = _cpu.add(x, x)
+        return y, (
+            x if self.flaw == "input" else _cpu.rms_norm(y.view(-1, 4), self.weight[:4], 1.0)
+        )
+
+
+class Rows:
+    def __init__(self, count: int) -> None:
+        self.slots = range(count)
+
+
+def run_toy(flaw: str, caplog: pytest.LogCaptureFixture) -> StepGraphs:
+    toy = Toy(flaw)
+    graphs = StepGraphs(toy.compute, CpuRecorder(), max_rows=4)
+    for step in range(5):
+        toy.x.fill_(step + 1)
+        size = graphs.size_for(3)
+        if size is None:
+            break
+        got = graphs.run(Rows(size))  # type: ignore[arg-type]
+        for output, expected in zip(got, toy.compute(Rows(3)), strict=True):
+            assert torch.equal(output, expected)
+    return graphs
+
+
+def test_graphs_are_kept_where_they_are_right(caplog: pytest.LogCaptureFixture) -> None:
+    assert run_toy("", caplog).size_for(3) == 3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("flaw", "why"),
+    [
+        ("torch", "aten.mul"),
+        ("copy", "aten.clone"),
+        ("numpy", "other numbers"),
+        ("input", "not a kernel's"),
+    ],
+)
+def test_what_a_replay_misses_ends_graphs(
+    flaw: str, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert run_toy(flaw, caplog).size_for(3) is None
+    assert [why in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_memory_does_not_grow_with_the_number_of_graphs() -> None:
+    recorder, x = CpuRecorder(), torch.ones(64, 1024)
+
+    def body(rows: int) -> Outputs:
+        y = _cpu.add(x[:rows], x[:rows])
+        for _ in range(5):
+            y = _cpu.add(y, y)
+        return (y,)
+
+    graphs = [recorder.capture(lambda: body(64))]
+    whole = recorder.num_bytes
+    graphs += [recorder.capture(lambda rows=rows: body(rows)) for rows in range(1, 64)]
+    assert recorder.num_bytes <= 2 * whole
+    for rows, graph in zip([64, *range(1, 64)], graphs, strict=True):
+        graph.replay()
+        assert torch.equal(graph.outputs[0], torch.full((rows, 1024), 64.0))
+
+
+def test_a_failed_capture_leaves_no_recording_open() -> None:
+    recorder, one = CpuRecorder(), torch.ones(1, 1)
+    with pytest.raises(NotCapturableError, match=r"aten\.mul"):
+        recorder.capture(lambda: (one * 2,))
+    graph: Graph = recorder.capture(lambda: (_cpu.add(one, one),))
+    assert graph.outputs[0].item() == 2
+
+
+def test_values_are_checked_at_each_replay() -> None:
+    ids, table = torch.tensor([1], dtype=torch.int32), torch.ones(3, 2)
+    q, cache = torch.ones(1, 1, 2), torch.zeros(1, 4, 1, 2)
+    places = torch.zeros(1, dtype=torch.int64)
+
+    def body() -> Outputs:
+        return (_cpu.rope_append_gqa(q, q, q, table, ids, places, cache, cache, False),)
+
+    graph = CpuRecorder().capture(body)
+    ids[0] = 3
+    with pytest.raises(ValueError, match=r"positions: an index is not in \[0, 3\)"):
+        graph.replay()
+    ids[0], places[0] = 2, 4
+    with pytest.raises(ValueError, match=r"cache_index: an index is not in \[0, 4\)"):
+        graph.replay()
