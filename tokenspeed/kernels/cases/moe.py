@@ -87,6 +87,13 @@ def _one_expert(g: Inputs) -> Arguments:
     return x, g.normal(*w13.shape, scale=0.1), g.normal(*w2.shape, scale=0.1), weights, ids * 0 + 2
 
 
+def _plus(g: Inputs, tokens: int) -> Arguments:
+    """An addend, strided, and tokens whose experts all are elsewhere."""
+    x, w13, w2, weights, ids = _moe(g, tokens, 64, 32, 8, 3, True)
+    ids[::3] = -1
+    return x, w13, w2, weights, ids, g.inside(g.normal(tokens, 64))
+
+
 def _moe_shapes(size: int, inner: int, experts: int) -> dict[str, int]:
     return {"num_experts": experts, "hidden_size": size, "intermediate_size": inner}
 
@@ -107,6 +114,7 @@ def moe_cases() -> Iterator[Case]:
     shapes = _moe_shapes(64, 32, 8)
     for tokens in (1, 40):
         yield Case(f"T={tokens}, half elsewhere", _moe, (tokens, 64, 32, 8, 3, True), shapes)
+        yield Case(f"T={tokens}, plus an addend", _plus, (tokens,), shapes)
     yield Case("all to one expert", _one_expert, (), _moe_shapes(64, 32, 4))
 
 
