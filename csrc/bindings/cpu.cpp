@@ -84,77 +84,6 @@ nb::object silu_mul(const Tensor& x) {
     return out.object();
 }
 
-// ---- Experts and weights -----------------------------------------------------------------------
-
-nb::tuple route(const Tensor& logits, const std::optional<Tensor>& bias, int top_k,
-                const std::string& scoring, int n_group, int topk_group,
-                const std::string& group_score, bool norm, double scale) {
-    RouteParams p{};
-    expect_type(logits, "logits", python::kFloat32);
-    expect_shape(logits, "logits", {kAny, kAny});
-    p.num_tokens = logits.size(0);
-    p.num_experts = logits.size(1);
-    expect(p.num_experts <= 4096, "logits", "at most 4096 experts");
-    p.logits = logits.data<float>();
-    if (bias) p.bias = vector_of<float>(*bias, "bias", python::kFloat32, p.num_experts);
-    expect(top_k >= 1 && top_k <= p.num_experts, "top_k", "must be in [1, number of experts]");
-    p.sigmoid = scoring == "sigmoid";
-    expect(p.sigmoid || scoring == "softmax", "scoring", "expected softmax or sigmoid");
-    p.group_top2 = group_score == "top2";
-    expect(p.group_top2 || group_score == "max", "group_score", "expected max or top2");
-    expect(n_group >= 1 && p.num_experts % n_group == 0, "n_group", "must divide the experts");
-    expect(topk_group >= 1 && topk_group <= n_group, "topk_group", "must be in [1, n_group]");
-    expect(p.num_experts / n_group * topk_group >= top_k, "topk_group",
-           "leaves fewer experts than top_k");
-    p.top_k = top_k;
-    p.n_group = n_group;
-    p.topk_group = topk_group;
-    p.norm = norm;
-    p.scale = static_cast<float>(scale);
-    Tensor weights = logits.empty({p.num_tokens, top_k});
-    Tensor ids = logits.empty({p.num_tokens, top_k}, python::kInt32);
-    p.weights = weights.data<float>();
-    p.ids = ids.data<int32_t>();
-    run(kernels().route, p);
-    return nb::make_tuple(weights.object(), ids.object());
-}
-
-nb::object moe(const Tensor& x, const Tensor& w13, const Tensor& w2, const Tensor& weights,
-               const Tensor& ids) {
-    MoeParams p{};
-    p.dtype = float_type(x, "x");
-    expect_shape(x, "x", {kAny, kAny}, 1);
-    p.num_tokens = x.size(0);
-    p.size = x.size(1);
-    expect_same(w13, "w13", p.dtype);
-    expect_shape(w13, "w13", {kAny, kAny, p.size});
-    expect(w13.size(1) % 2 == 0, "w13", "expected [E, 2I, D], got an odd size");
-    p.num_experts = w13.size(0);
-    p.inner = w13.size(1) / 2;
-    expect_same(w2, "w2", p.dtype);
-    expect_shape(w2, "w2", {p.num_experts, p.size, p.inner});
-    expect_type(weights, "weights", python::kFloat32);
-    expect_shape(weights, "weights", {p.num_tokens, kAny});
-    p.top_k = weights.size(1);
-    expect_type(ids, "ids", python::kInt32);
-    expect_shape(ids, "ids", {p.num_tokens, p.top_k});
-    p.ids = ids.data<int32_t>();
-    check_values([p] {
-        bool inside = true;
-        for (int64_t i = 0; i < p.num_tokens * p.top_k; ++i) inside &= p.ids[i] < p.num_experts;
-        expect(inside, "ids", "an id is not below the number of experts");
-    });
-    p.x = x.data<void>();
-    p.x_stride = x.stride(0);
-    p.w13 = w13.data<void>();
-    p.w2 = w2.data<void>();
-    p.weights = weights.data<float>();
-    Tensor out = x.empty_like();
-    p.out = out.data<void>();
-    run(kernels().moe, p);
-    return out.object();
-}
-
 // ---- Sampling ----------------------------------------------------------------------------------
 
 nb::object sample(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
@@ -218,10 +147,8 @@ NB_MODULE(_cpu, m) {
     bind_elementwise(m);
     bind_attention(m);
     bind_recording(m);
-    m.def("route", &route, "logits"_a, "bias"_a.none(), "top_k"_a, "scoring"_a, "n_group"_a,
-          "topk_group"_a, "group_score"_a, "norm"_a, "scale"_a);
-    m.def("moe", &moe, "x"_a, "w13"_a, "w2"_a, "weights"_a, "ids"_a);
     bind_linear(m);
+    bind_moe(m);
     m.def("sample", &sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
           "position"_a);
     m.def("apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,

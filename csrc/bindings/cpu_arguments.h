@@ -19,6 +19,7 @@ namespace tokenspeed::cpu {
 void bind_attention(nanobind::module_& m);
 void bind_elementwise(nanobind::module_& m);
 void bind_linear(nanobind::module_& m);
+void bind_moe(nanobind::module_& m);
 void bind_recording(nanobind::module_& m);
 
 using python::Tensor;

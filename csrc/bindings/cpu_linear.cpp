@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "cpu_arguments.h"
+#include "cpu_packed.h"
 #include "huge_pages.h"
 
 namespace nb = nanobind;
@@ -16,18 +16,6 @@ using namespace nb::literals;
 
 namespace tokenspeed::cpu {
 namespace {
-
-// A weight in panels and the tensor [count, bytes_each] that holds it.
-struct Packed {
-    PackedWeight weight;
-    int ndim;
-    nb::object data;
-
-    nb::tuple shape() const {
-        if (ndim == 2) return nb::make_tuple(weight.out, weight.in);
-        return nb::make_tuple(weight.count, weight.out, weight.in);
-    }
-};
 
 // Memory for a weight [out, in] or [count, out, in].
 Packed make_packed(const Tensor& like, PackedWeight weight, int ndim) {
@@ -128,13 +116,6 @@ const python::Type& type_of(DType dtype) {
     return dtype == DType::kFloat32 ? python::kFloat32 : python::kBFloat16;
 }
 
-// That x fits a packed weight: the same dtype, or bfloat16 times float32.
-void expect_fits(DType x, const PackedWeight& weight) {
-    if (weight.format != Format::kPlain || weight.dtype == x) return;
-    expect(weight.dtype == DType::kFloat32, "weight",
-           "its dtype differs from the first argument's");
-}
-
 nb::object linear_packed(const Tensor& x, const Packed& packed, const std::optional<Tensor>& bias,
                          bool wide) {
     PackedLinearParams p{};
@@ -142,7 +123,7 @@ nb::object linear_packed(const Tensor& x, const Packed& packed, const std::optio
     p.dtype = float_type(x, "x");
     expect(packed.ndim == 2, "weight", "expected one weight, got a stack");
     expect_shape(x, "x", {kAny, p.weight.in}, 1);
-    expect_fits(p.dtype, p.weight);
+    expect_fits(p.dtype, p.weight, "weight");
     p.num_tokens = x.size(0);
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
@@ -165,7 +146,7 @@ nb::object head_linear_packed(const Tensor& x, const Packed& packed) {
     p.dtype = float_type(x, "x");
     expect(packed.ndim == 3, "weight", "expected a weight for each head");
     expect_shape(x, "x", {kAny, p.weight.count, p.weight.in}, 2);
-    expect_fits(p.dtype, p.weight);
+    expect_fits(p.dtype, p.weight, "weight");
     p.num_tokens = x.size(0);
     p.x = x.data<void>();
     p.x_stride = x.stride(0);

@@ -110,18 +110,6 @@ struct RouteParams {
     int32_t* ids;    // [num_tokens, top_k]
 };
 
-struct MoeParams {
-    DType dtype;
-    int64_t num_tokens, size, inner, num_experts, top_k;
-    const void* x;  // [num_tokens, size], rows x_stride apart
-    int64_t x_stride;
-    const void* w13;       // [num_experts, 2 * inner, size]
-    const void* w2;        // [num_experts, size, inner]
-    const float* weights;  // [num_tokens, top_k]
-    const int32_t* ids;  // [num_tokens, top_k], each below num_experts; below 0: computed elsewhere
-    void* out;           // [num_tokens, size]
-};
-
 // A linear layer, or one for each head: head h takes its own columns of x and its own weight.
 struct LinearParams {
     DType dtype, out_dtype;
@@ -182,6 +170,21 @@ struct PackedLinearParams {
     PackedWeight weight;
     const void* bias;  // [count, out] of dtype, or null
     void* out;         // [num_tokens, count, out]
+};
+
+// Routed experts: addend + the sum over a token's choices of weight * w2 silu_mul(w13 x).
+struct MoeParams {
+    DType dtype;
+    int64_t num_tokens, top_k;
+    const void* x;  // [num_tokens, w13.in], rows x_stride apart
+    int64_t x_stride;
+    PackedWeight w13;      // experts of [2 * w2.in, size]: gate, then up
+    PackedWeight w2;       // experts of [size, inner]
+    const float* weights;  // [num_tokens, top_k]
+    const int32_t* ids;    // [num_tokens, top_k], each below w13.count; below 0: computed elsewhere
+    const void* addend;    // [num_tokens, w13.in], rows addend_stride apart, or null
+    int64_t addend_stride;
+    void* out;  // [num_tokens, w13.in]
 };
 
 struct SampleParams {

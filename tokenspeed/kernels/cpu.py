@@ -36,6 +36,8 @@ _WEIGHTS: dict[str, tuple[Kernel, Callable[[Any], Any]]] = {
     "linear": (_cpu.linear, _cpu.pack),
     "linear_quant": (partial(_cpu.linear), _pack_quantised),
     "head_linear": (_cpu.head_linear, _cpu.pack),
+    "moe": (_cpu.moe, _cpu.pack),
+    "moe_quant": (partial(_cpu.moe), _pack_quantised),
 }
 _WIDE: dict[str, Kernel] = {
     "quantize": _cpu.quantize,
@@ -48,7 +50,6 @@ _WIDE: dict[str, Kernel] = {
     "silu_mul": _cpu.silu_mul,
     "embedding": _cpu.embedding,
     "add": _cpu.add,
-    "moe": _cpu.moe,
     "all_reduce_add_rms_norm": all_reduce_add_rms_norm_by(_cpu.add_rms_norm),
     "reduce_scatter_add_rms_norm": reduce_scatter_add_rms_norm_by(_cpu.add_rms_norm),
 }

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenspeed.kernels.quant import QuantWeight, dequantize
 from tokenspeed.kernels.registry import define
 
 
@@ -50,11 +51,18 @@ def route(
     return weights * scale, ids.to(torch.int32)
 
 
-def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+def moe(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    addend: Tensor | None = None,
+) -> Tensor:
     """x[T,D], w13[E,2I,D] (gate, then up), w2[E,D,I], weights[T,k], ids[T,k] -> [T,D].
 
-    The sum over a token's experts e of weight * w2[e] silu_mul(w13[e] x). Only experts named by
-    `ids` are read; an id below 0 is nobody's and adds nothing.
+    The sum over a token's experts e of weight * w2[e] silu_mul(w13[e] x), plus addend[T,D], rounded
+    once. Only experts named by `ids` are read; an id below 0 is nobody's and adds nothing.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     out = torch.zeros(x.shape, dtype=wide, device=x.device)
@@ -63,7 +71,23 @@ def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Ten
         hidden = silu_mul(F.linear(x[token], w13[expert]))
         share = F.linear(hidden, w2[expert]).to(wide) * weights[token, choice, None].to(wide)
         out.index_add_(0, token, share)
+    if addend is not None:
+        out += addend
     return out.to(x.dtype)
+
+
+def moe_quant(
+    x: Tensor,
+    w13: QuantWeight,
+    w2: QuantWeight,
+    weights: Tensor,
+    ids: Tensor,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """As `moe`, with quantised weights. Backends may quantise x and the inner rows as well."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    w13_wide, w2_wide = dequantize(w13).to(wide), dequantize(w2).to(wide)
+    return moe(x.to(wide), w13_wide, w2_wide, weights, ids, addend).to(x.dtype)
 
 
 define("silu_mul", "(x[T,2I]) -> [T,I]", silu_mul)
@@ -73,4 +97,6 @@ define(
     "norm, scale) -> (weights[T,k] f32, ids[T,k] int32)",
     route,
 )
-define("moe", "(x[T,D], w13[E,2I,D], w2[E,D,I], weights[T,k] f32, ids[T,k] int32) -> [T,D]", moe)
+_EXPERTS = "weights[T,k] f32, ids[T,k] int32, addend[T,D] or None) -> [T,D]"
+define("moe", f"(x[T,D], w13[E,2I,D], w2[E,D,I], {_EXPERTS}", moe)
+define("moe_quant", f"(x[T,D], w13, w2 QuantWeight as of moe, {_EXPERTS}", moe_quant)

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: MIT
+// A packed weight as a Python object, and what the bindings that take one check of it.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "cpu_arguments.h"
+
+namespace tokenspeed::cpu {
+
+// A weight in panels and the tensor [count, bytes_each] that holds it.
+struct Packed {
+    PackedWeight weight;
+    int ndim;
+    nanobind::object data;
+
+    nanobind::tuple shape() const {
+        if (ndim == 2) return nanobind::make_tuple(weight.out, weight.in);
+        return nanobind::make_tuple(weight.count, weight.out, weight.in);
+    }
+};
+
+// That x fits a packed weight: the same dtype, or bfloat16 times float32.
+inline void expect_fits(DType x, const PackedWeight& weight, const char* name) {
+    if (weight.format != Format::kPlain || weight.dtype == x) return;
+    expect(weight.dtype == DType::kFloat32, name, "its dtype differs from the first argument's");
+}
+
+}  // namespace tokenspeed::cpu
