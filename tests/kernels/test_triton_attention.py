@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Triton's attention over paged caches against the references, over NaN-poisoned memory."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -69,3 +67,135 @@ def test_mla_cache_of_another_type(dtype: torch.dtype, cache_dtype: torch.dtype)
 def test_mla_of_deepseek_at_length(dtype: torch.dtype) -> None:
     batch = ragged([(1, 2000), (4, 777)], 64)
     close(*mla(batch, 16, dtype, latent_dim=512, rope_dim=64, max_q_len=4), dtype)
+
+
+def gqa(
+    batch: Ragged,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    window: int = 0,
+    max_q_len: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """What Triton says, and the reference."""
+    q = rand(batch.num_tokens, heads[0], dims[0], dtype=dtype)
+    kind = cache_dtype or dtype
+    keys, values = (
+        batch.cache(heads[1], dim, dtype=kind, seed=seed).to(DEVICE)
+        for seed, dim in enumerate(dims)
+    )
+    arguments = (q, keys, values, *on_device(batch), dims[0] ** -0.5, window)
+    run = select("attention_gqa", device=DEVICE, dtype=dtype, backend="triton", head_dim=dims[0])
+    reference = select("attention_gqa", device=DEVICE, dtype=dtype, backend="reference")
+    return run(*arguments, max_q_len=max_q_len), reference(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    ("page_size", "heads", "dims"),
+    [(16, (4, 2), (64, 64)), (64, (16, 8), (128, 128)), (16, (3, 3), (192, 128)),
+     (16, (5, 1), (24, 20)), (1, (9, 3), (7, 5)), (64, (2, 2), (40, 192))],
+)  # fmt: skip
+def test_gqa_decode(
+    dtype: torch.dtype, page_size: int, heads: tuple[int, int], dims: tuple[int, int]
+) -> None:
+    close(*gqa(ragged(HARD_ROWS, page_size), heads, dims, dtype, max_q_len=8), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(
+    ("page_size", "heads", "dims"),
+    [(16, (4, 2), (64, 64)), (64, (3, 1), (192, 128)), (16, (2, 2), (24, 20))],
+)
+def test_gqa_chunks_among_decodes(
+    dtype: torch.dtype, page_size: int, heads: tuple[int, int], dims: tuple[int, int]
+) -> None:
+    for max_q_len in (0, 40):
+        batch = ragged(MIXED_ROWS, page_size)
+        close(*gqa(batch, heads, dims, dtype, max_q_len=max_q_len), dtype)
+    close(*gqa(ragged([(150, 150)], page_size), heads, dims, dtype), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("window", [1, 5, 64, 100, 1000])
+def test_sliding_windows(dtype: torch.dtype, window: int) -> None:
+    close(*gqa(ragged(HARD_ROWS, 16), (4, 2), (32, 32), dtype, window=window, max_q_len=8), dtype)
+    close(*gqa(ragged(MIXED_ROWS, 64), (4, 2), (32, 32), dtype, window=window), dtype)
+
+
+def test_gqa_caches_of_another_type() -> None:
+    batch = ragged(HARD_ROWS[:4], 16)
+    close(*gqa(batch, (4, 2), (64, 64), F32, BF16), F32)
+    close(*gqa(batch, (4, 2), (64, 64), BF16, F32), BF16)
+
+
+def starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int().to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    ("heads", "dims", "tail"),
+    [
+        ((4, 2), (64, 64), 0),
+        ((3, 3), (192, 128), 0),
+        ((2, 2), (128, 128), 64),
+        ((5, 1), (20, 24), 16),
+    ],
+)  # fmt: skip
+def test_keys_in_line(
+    dtype: torch.dtype, causal: bool, heads: tuple[int, int], dims: tuple[int, int], tail: int
+) -> None:
+    """With rows that see nothing, and queries before the first key."""
+    q_lens, k_lens = [1, 40, 3, 0, 7, 5], [65, 40, 0, 9, 100, 2]
+    num_q, num_k = sum(q_lens), sum(k_lens)
+    q = rand(num_q, heads[0], dims[0], dtype=dtype)
+    fused = rand(num_k, heads[1], sum(dims), dtype=dtype, seed=2)
+    k, v = fused.split(list(dims), dim=-1)
+    tails = (None, None)
+    if tail:
+        tails = (
+            rand(num_q, heads[0], tail, dtype=dtype, seed=3),
+            rand(num_k, tail, dtype=dtype, seed=4),
+        )
+    arguments = (q, k, v, starts(q_lens), starts(k_lens), dims[0] ** -0.5, causal, *tails)
+    (actual, lse), (expected, expected_lse) = (
+        select("attention_ragged", device=DEVICE, dtype=dtype, backend=b)(*arguments)
+        for b in ("triton", "reference")
+    )
+    close(actual, expected, dtype)
+    close(lse, expected_lse, dtype)
+    assert lse[41:44].isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_merged_states(dtype: torch.dtype) -> None:
+    a, b = (rand(9, 3, 40, dtype=dtype, seed=s) for s in (1, 2))
+    lse_a, lse_b = (rand(9, 3, dtype=F32, seed=s) * 20 for s in (3, 4))
+    lse_a[0], lse_b[1], lse_a[2], lse_b[2] = (float("-inf"),) * 4
+    a[2], b[2] = 0, 0
+    lse_a[3], lse_b[3] = 40.0, 37.0
+    merged, expected = (
+        select("merge_state", device=DEVICE, dtype=dtype, backend=x)(a, lse_a, b, lse_b)
+        for x in ("triton", "reference")
+    )
+    close(merged[0], expected[0], dtype)
+    close(merged[1], expected[1], F32)
+
+
+@pytest.mark.parametrize(("cache_dtype", "dtype"), [(F32, F32), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_latents_in_line(cache_dtype: torch.dtype, dtype: torch.dtype, page_size: int) -> None:
+    batch = ragged([(1, 65), (1, 100), (1, 3), (1, 20), (1, 1)], page_size)
+    cache = batch.cache(64 + 16, dtype=cache_dtype, seed=5).to(DEVICE)
+    table, slots, _, kv_len = on_device(batch)
+    first = torch.tensor([0, 37, 1, 20, 0], dtype=torch.int32, device=DEVICE)
+    lengths = (kv_len - first).tolist()
+    arguments = (cache, table, slots, first, starts(lengths), sum(lengths), dtype)
+    actual, expected = (
+        select("gather_latent", device=DEVICE, dtype=dtype, backend=b)(*arguments)
+        for b in ("triton", "reference")
+    )
+    assert torch.equal(actual, expected)

@@ -9,6 +9,8 @@ latents once; rows of many queries come as many such blocks.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,15 +21,24 @@ from tokenspeed.kernels.triton_attend import (
     attend_constants,
     attend_paged,
     attend_rows,
+    attend_signature,
+    load_folded,
     rows_of,
 )
-from tokenspeed.kernels.triton_launch import arch_at, register_triton, specimen_pdl
+from tokenspeed.kernels.triton_launch import (
+    arch_at,
+    pdl_options,
+    pdl_release,
+    pdl_wait,
+    register_triton,
+    specimen_pdl,
+)
 from tokenspeed.kernels.triton_targets import Specimen
 
 # What compiles to matrix instructions without spilling registers (tests/kernels/test_aot.py).
 _TILES = {
     "sm_80": (Tiles(16, 32, 8, 3), Tiles(32, 32, 8, 3)),
-    "sm_90": (Tiles(16, 64, 4, 3), Tiles(32, 64, 8, 3), Tiles(64, 32, 8, 3)),
+    "sm_90": (Tiles(16, 64, 4, 3), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 3)),
     "sm_100": (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 3), Tiles(64, 32, 8, 3)),
     "sm_120": (Tiles(16, 32, 4, 2), Tiles(32, 16, 8, 2)),
     "gfx942": (Tiles(16, 32, 4, 1),),
@@ -80,26 +91,94 @@ def _check(q_latent: Tensor, q_pe: Tensor, cache: Tensor) -> None:
         raise ValueError(f"attention_mla: cache {tuple(cache.shape)} is not rows of {width}")
 
 
+@triton.jit
+def _gather(
+    cache,
+    page_table,
+    slots,
+    first,
+    starts,
+    out,
+    num_rows,
+    table_stride,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PAGE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    STEPS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """cache [P, PAGE, C] -> TOKENS rows of out [starts[num_rows], C]; each finds its sequence."""
+    place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    feature = tl.arange(0, BLOCK)
+    pdl_wait(PDL)
+    there = place < tl.load(starts + num_rows)
+    row = tl.zeros([TOKENS], tl.int32)
+    step = 1 << STEPS
+    for _ in tl.static_range(STEPS):
+        step = step // 2
+        further = tl.minimum(row + step, num_rows - 1)
+        row = tl.where(tl.load(starts + further) <= place, further, row)
+    position = tl.load(first + row) + place - tl.load(starts + row)
+    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+    page = tl.load(table + position // PAGE, mask=there, other=0).to(tl.int64)
+    source = (page * PAGE + position % PAGE) * C
+    value = load_folded(cache, source, there, C, BLOCK)
+    target = out + place.to(tl.int64)[:, None] * C + feature[None, :]
+    mask = there[:, None] & (feature < C)[None, :]
+    tl.store(target, value.to(tl.float32).to(out.dtype.element_ty), mask=mask)
+    pdl_release(PDL)
+
+
+_GATHERED = 8  # tokens that a program of `_gather` takes
+
+
+def _gather_constants(width: int, page_size: int, num_rows: int) -> dict[str, int]:
+    return {
+        "C": width,
+        "BLOCK": triton.next_power_of_2(width),
+        "PAGE": page_size,
+        "TOKENS": _GATHERED,
+        "STEPS": (num_rows - 1).bit_length(),
+    }
+
+
+def gather_latent(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    first: Tensor,
+    starts: Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `kernels/latent.py` says. `ValueError`: a strided cache, or one of bytes."""
+    if cache.dim() != 3 or not cache.is_contiguous() or cache.dtype == torch.uint8:
+        raise ValueError(f"gather_latent: cache {tuple(cache.shape)} {cache.dtype} is not taken")
+    out = torch.empty(num_rows, cache.shape[2], dtype=dtype, device=cache.device)
+    if num_rows == 0:
+        return out
+    _gather[(triton.cdiv(num_rows, _GATHERED),)](
+        cache,
+        page_table,
+        slots,
+        first,
+        starts,
+        out,
+        len(slots),
+        page_table.stride(0),
+        **_gather_constants(cache.shape[2], cache.shape[1], len(slots)),
+        num_warps=4,
+        **pdl_options(cache),
+    )
+    return out
+
+
 def _requires(ask: Ask) -> str | None:
     rope = ask.shapes.get("rope_dim", 64)
     if rope < 16 or rope & (rope - 1):
         return f"rope_dim a power of two from 16, not {rope}"
     return None
-
-
-def mla_signature(kv: str, out: str) -> dict[str, str]:
-    """Run-time arguments of `attend_rows` for latents."""
-    return {
-        **dict.fromkeys(("q", "q_tail", "keys", "values"), kv),
-        **dict.fromkeys(("page_table", "slots", "q_start", "kv_len"), "*i32"),
-        "out": out,
-        "lse": "*fp32",
-        "scale": "fp32",
-        **dict.fromkeys(("num_rows", "num_tokens", "table_stride", "blocks"), "i32"),
-        **dict.fromkeys(("min_q_len", "max_q_len", "window"), "i32"),
-        **dict.fromkeys(("q_token", "q_head", "tail_token", "tail_head"), "i32:16"),
-        **dict.fromkeys(("key_page", "key_head", "value_page", "value_head"), "i32:16"),
-    }
 
 
 def specimens(arch: str) -> Iterator[Specimen]:
@@ -113,7 +192,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         yield Specimen(
             f"attention_mla {tiles.rows} rows, pages of {page}",
             attend_rows,
-            mla_signature("*bf16", "*fp32"),
+            attend_signature("*bf16", "*fp32"),
             {**shapes, **flags, **more},
             num_warps=tiles.warps,
             num_stages=tiles.stages,
@@ -121,6 +200,15 @@ def specimens(arch: str) -> Iterator[Specimen]:
             matrix=True,
             quick=tiles.rows == 16 and page == 64,
         )
+    yield Specimen(
+        "gather_latent",
+        _gather,
+        {**dict.fromkeys(("page_table", "slots", "first", "starts"), "*i32"), "cache": "*bf16"}
+        | {"out": "*bf16", "num_rows": "i32", "table_stride": "i32"},
+        {**_gather_constants(576, 64, 32), **constants},
+        options=options,
+    )
 
 
 register_triton("attention_mla", attention_mla, requires=_requires)
+register_triton("gather_latent", gather_latent)

@@ -13,6 +13,7 @@ Only pages that hold keys below kv_len are looked up and read.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,11 +22,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenspeed.kernels.triton_launch import num_units, pdl_options, pdl_release, pdl_wait
+from tokenspeed.kernels.triton_launch import (
+    num_units,
+    pdl_options,
+    pdl_release,
+    pdl_wait,
+    specimen_pdl,
+)
+from tokenspeed.kernels.triton_targets import Specimen
 
 _LEAST = tl.constexpr(
     -1.0e30
 )  # the running maximum before any key: finite, so that no difference is NaN
+
+
+@triton.jit
+def load_folded(pointer, places, there, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """SIZE features at each of `places`, zeros up to PADDED and where no row is there."""
+    feature = tl.arange(0, PADDED)
+    pointers = pointer + places[:, None] + feature[None, :]
+    return tl.load(pointers, mask=there[:, None] & (feature < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
@@ -56,18 +72,13 @@ def block_of(place, q_start, num_rows, blocks, GROUP: tl.constexpr, ROWS: tl.con
     return row, block
 
 
+# fmt: off
 @triton.jit
 def page_rows(
-    cache,
-    table,
-    start,
-    inside,
-    page_stride,
-    ROW: tl.constexpr,
-    PAGE: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
+    cache, table, start, inside, page_stride, ROW: tl.constexpr, PAGE: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):
+    # fmt: on
     """Pointers [KEYS] to the cache's rows of positions start + [0, KEYS)."""
     place = tl.arange(0, KEYS)
     if PAGE % KEYS == 0:  # one page, as spans begin at multiples of KEYS
@@ -82,7 +93,7 @@ def page_rows(
 
 
 @triton.jit
-def _load_rows(pointers, inside, exists, ROWS_MASKED: tl.constexpr, FEATURES_MASKED: tl.constexpr):
+def load_rows(pointers, inside, exists, ROWS_MASKED: tl.constexpr, FEATURES_MASKED: tl.constexpr):
     """[rows, features], zeros where one is not there. Without masks where none are needed."""
     if ROWS_MASKED and FEATURES_MASKED:
         return tl.load(pointers, mask=inside[:, None] & exists[None, :], other=0.0)
@@ -93,37 +104,16 @@ def _load_rows(pointers, inside, exists, ROWS_MASKED: tl.constexpr, FEATURES_MAS
     return tl.load(pointers)
 
 
+# fmt: off
 @triton.jit
 def _attend_keys(
-    start,
-    end,
-    offset,
-    most,
-    total,
-    sums,
-    query,
-    query_tail,
-    keys,
-    values,
-    table,
-    scale,
-    window,
-    key_page,
-    value_page,
-    KEY_ROW: tl.constexpr,
-    VALUE_ROW: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    VALUE: tl.constexpr,
-    PAGE: tl.constexpr,
-    KEYS: tl.constexpr,
-    SHARED: tl.constexpr,
-    MASKED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WIDE: tl.constexpr,
+    start, end, offset, most, total, sums, query, query_tail, keys, values, table, scale, window,
+    key_page, value_page, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, D: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, WIDE: tl.constexpr,
 ):
+    # fmt: on
     """Takes keys [start, start + KEYS) into the running (most, total, sums) of [ROWS] rows.
 
     MASKED: keys from `end` on are not there, and a row sees keys up to its `offset` alone.
@@ -132,12 +122,12 @@ def _attend_keys(
     feature, value_feature = tl.arange(0, HEAD), tl.arange(0, VALUE)
     inside = at < end
     rows = page_rows(keys, table, start, inside, key_page, KEY_ROW, PAGE, KEYS, MASKED)
-    key = _load_rows(rows[:, None] + feature[None, :], inside, feature < D, MASKED, D < HEAD)
+    key = load_rows(rows[:, None] + feature[None, :], inside, feature < D, MASKED, D < HEAD)
     key = key.to(WIDE)
     scores = tl.dot(key, tl.trans(query), input_precision="ieee")
     if TAIL > 0:
         beyond = D + tl.arange(0, TAIL)
-        tail = _load_rows(rows[:, None] + beyond[None, :], inside, beyond > 0, MASKED, False)
+        tail = load_rows(rows[:, None] + beyond[None, :], inside, beyond > 0, MASKED, False)
         scores = tl.dot(tail.to(WIDE), tl.trans(query_tail), scores, input_precision="ieee")
     scores = scores * scale
     if MASKED:
@@ -154,10 +144,31 @@ def _attend_keys(
     else:
         rows = page_rows(values, table, start, inside, value_page, VALUE_ROW, PAGE, KEYS, MASKED)
         there = rows[:, None] + value_feature[None, :]
-        value = _load_rows(there, inside, value_feature < DV, MASKED, DV < VALUE).to(WIDE)
+        value = load_rows(there, inside, value_feature < DV, MASKED, DV < VALUE).to(WIDE)
     sums = sums * fade[None, :]
     sums = tl.dot(tl.trans(value), weights.to(WIDE), sums, input_precision="ieee")
     return new_most, total, sums
+
+
+@triton.jit
+def _span(low, high, span, spans, window, KEYS: tl.constexpr, WINDOW: tl.constexpr):
+    """The keys [begin, end) of one span of those that positions low to high see."""
+    begin, end = 0, high + 1
+    if WINDOW:
+        begin = tl.maximum(low - window + 1, 0) // KEYS * KEYS
+    each = tl.cdiv(tl.cdiv(end - begin, KEYS), spans) * KEYS
+    begin += span * each
+    return begin, tl.minimum(begin + each, end)
+
+
+@triton.jit
+def _store(sums, total, out, target, there, DV: tl.constexpr, VALUE: tl.constexpr):
+    """sums^T [VALUE, ROWS] / total [ROWS] to places `target` of out [.., DV]; of nothing, zeros."""
+    feature = tl.arange(0, VALUE)
+    result = sums / tl.where(total == 0.0, 1.0, total)[None, :]
+    pointers = out + target[None, :] * DV + feature[:, None]
+    mask = there[None, :] & (feature < DV)[:, None]
+    tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -169,52 +180,18 @@ def _target(token, head, span, num_tokens, heads, SPLIT: tl.constexpr):
     return place
 
 
+# fmt: off
 @triton.jit
 def attend_rows(
-    q,
-    q_tail,
-    keys,
-    values,
-    page_table,
-    slots,
-    q_start,
-    kv_len,
-    out,
-    lse,
-    scale,
-    num_rows,
-    num_tokens,
-    table_stride,
-    blocks,
-    min_q_len,
-    max_q_len,
-    window,
-    q_token,
-    q_head,
-    tail_token,
-    tail_head,
-    key_page,
-    key_head,
-    value_page,
-    value_head,
-    KEY_ROW: tl.constexpr,
-    VALUE_ROW: tl.constexpr,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    DV: tl.constexpr,
-    VALUE: tl.constexpr,
-    PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SHARED: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    q, q_tail, keys, values, page_table, slots, q_start, kv_len, out, lse, scale, num_rows,
+    num_tokens, table_stride, blocks, min_q_len, max_q_len, window, q_token, q_head, tail_token,
+    tail_head, key_page, key_head, value_page, value_head, KEY_ROW: tl.constexpr,
+    VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
+    TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr, PAGE: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
+    WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
 ):
+    # fmt: on
     """One block of rows, one key head, one span. Grid (blocks of all rows, key heads, spans).
 
     With `blocks` 0, blocks are found by their place among the rows (see `block_of`).
@@ -235,34 +212,21 @@ def attend_rows(
     folded = block * ROWS + tl.arange(0, ROWS)
     token, head = folded // GROUP, kv_head * GROUP + folded % GROUP
     there = token < q_len
-    last = tl.minimum((block * ROWS + ROWS - 1) // GROUP, q_len - 1)
-    end = length - q_len + last + 1
-    begin = 0
-    if WINDOW:
-        begin = tl.maximum(length - q_len + block * ROWS // GROUP - window + 1, 0) // KEYS * KEYS
-    each = tl.cdiv(tl.cdiv(end - begin, KEYS), spans) * KEYS
-    begin += span * each
-    end = tl.minimum(begin + each, end)
+    begin, end = _span(
+        length - q_len + block * ROWS // GROUP,
+        length - q_len + tl.minimum((block * ROWS + ROWS - 1) // GROUP, q_len - 1),
+        span, spans, window, KEYS, WINDOW,
+    )  # fmt: skip
     if SPLIT and begin >= end:
         target = _target(first + token, head, span, num_tokens, heads, SPLIT)
         tl.store(lse + target, float("-inf"), mask=there)
         return
-    feature, value_feature = tl.arange(0, HEAD), tl.arange(0, VALUE)
     source = (first + token).to(tl.int64)
-    query = tl.load(
-        q + (source * q_token + head * q_head)[:, None] + feature[None, :],
-        mask=there[:, None] & (feature < D)[None, :],
-        other=0.0,
-    ).to(WIDE)
+    query = load_folded(q, source * q_token + head * q_head, there, D, HEAD).to(WIDE)
     query_tail = query
     if TAIL > 0:
-        query_tail = tl.load(
-            q_tail
-            + (source * tail_token + head * tail_head)[:, None]
-            + tl.arange(0, TAIL)[None, :],
-            mask=there[:, None],
-            other=0.0,
-        ).to(WIDE)
+        tails = source * tail_token + head * tail_head
+        query_tail = load_folded(q_tail, tails, there, TAIL, TAIL).to(WIDE)
     table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
     keys += kv_head * key_head
     values += kv_head * value_head
@@ -277,40 +241,24 @@ def attend_rows(
             SHARED, True, WINDOW, WIDE,
         )  # fmt: skip
     pdl_release(PDL)
-    result = sums / tl.where(total == 0.0, 1.0, total)[None, :]
     folded = block * ROWS + tl.arange(0, ROWS)
     token = folded // GROUP
     there = token < q_len
-    target = _target(
-        first + token, kv_head * GROUP + folded % GROUP, span, num_tokens, heads, SPLIT
-    )
-    tl.store(
-        out + target[None, :] * DV + value_feature[:, None],
-        result.to(out.dtype.element_ty),
-        mask=there[None, :] & (value_feature < DV)[:, None],
-    )
+    head = kv_head * GROUP + folded % GROUP
+    target = _target(first + token, head, span, num_tokens, heads, SPLIT)
+    _store(sums, total, out, target, there, DV, VALUE)
     if SPLIT:
         tl.store(lse + target, most + tl.log2(total), mask=there)
 
 
+# fmt: off
 @triton.jit
 def combine_spans(
-    parts,
-    lse,
-    out,
-    q_start,
-    num_rows,
-    num_tokens,
-    spans,
-    min_q_len,
-    max_q_len,
-    HEADS: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPANS: tl.constexpr,
-    SOME: tl.constexpr,
-    PDL: tl.constexpr,
+    parts, lse, out, q_start, num_rows, num_tokens, spans, min_q_len, max_q_len,
+    HEADS: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr,
+    SOME: tl.constexpr, PDL: tl.constexpr,
 ):
+    # fmt: on
     """parts [spans, T, H, DV], lse [spans, T, H] -> out [T, H, DV]. Grid (T * H, blocks of DV).
 
     All spans of a block are read at once. SOME: only tokens of rows of min_q_len to max_q_len.
@@ -450,48 +398,18 @@ def attend_paged(
     if spans > 1:
         parts = torch.empty(spans, *out.shape, dtype=torch.float32, device=out.device)
         lse = torch.empty(parts.shape[:3], dtype=torch.float32, device=out.device)
+    features = (q.shape[2], q_tail.shape[2], value_dim)
+    strides = (keys.stride(1), values.stride(1))
     attend_rows[(total, keys.shape[2], spans)](
-        q,
-        q_tail,
-        keys,
-        values,
-        batch.page_table,
-        batch.slots,
-        batch.q_start,
-        batch.kv_len,
-        parts,
-        lse,
-        scale * math.log2(math.e),
-        batch.num_rows,
-        num_tokens,
-        batch.page_table.stride(0),
-        blocks,
-        rows.min_q_len,
-        rows.max_q_len,
-        window,
-        q.stride(0),
-        q.stride(1),
-        q_tail.stride(0),
-        q_tail.stride(1),
-        keys.stride(0),
-        keys.stride(2),
-        values.stride(0),
-        values.stride(2),
-        **attend_constants(
-            tiles,
-            keys.shape[1],
-            group,
-            (q.shape[2], q_tail.shape[2], value_dim),
-            (keys.stride(1), values.stride(1)),
-        ),
-        SHARED=values.data_ptr() == keys.data_ptr(),
-        WINDOW=window > 0,
-        SPLIT=spans > 1,
-        WIDE=TRITON_TYPES[wide],
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-        **pdl_options(q),
-    )
+        q, q_tail, keys, values, batch.page_table, batch.slots, batch.q_start, batch.kv_len,
+        parts, lse, scale * math.log2(math.e), batch.num_rows, num_tokens,
+        batch.page_table.stride(0), blocks, rows.min_q_len, rows.max_q_len, window,
+        q.stride(0), q.stride(1), q_tail.stride(0), q_tail.stride(1),
+        keys.stride(0), keys.stride(2), values.stride(0), values.stride(2),
+        **attend_constants(tiles, keys.shape[1], group, features, strides),
+        SHARED=values.data_ptr() == keys.data_ptr(), WINDOW=window > 0, SPLIT=spans > 1,
+        WIDE=TRITON_TYPES[wide], num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(q),
+    )  # fmt: skip
     if spans > 1:
         _combine(parts, lse, out, batch, rows)
 
@@ -503,24 +421,30 @@ def attend_constants(
     features: tuple[int, int, int],
     strides: tuple[int, int],
 ) -> dict[str, Any]:
-    """Constants of `attend_rows` that follow from shapes; features: of head, tail and value."""
-    head, tail, value = features
-    if tail & (tail - 1) or 0 < tail < 16:
-        raise ValueError(f"attention: {tail} features of the tail are no power of two from 16")
+    """Constants of `attend_rows` that follow from shapes; strides of a key's row and a value's."""
     return {
         "KEY_ROW": strides[0],
         "VALUE_ROW": strides[1],
-        "GROUP": group,
-        "D": head,
-        "HEAD": max(16, triton.next_power_of_2(head)),
-        "TAIL": tail,
-        "DV": value,
-        "VALUE": max(16, triton.next_power_of_2(value)),
         "PAGE": page_size,
-        "ROWS": tiles.rows,
-        "KEYS": tiles.keys,
-        "STAGES": tiles.stages,
+        "GROUP": group,
+        **feature_constants(features),
+        **tile_constants(tiles),
     }
+
+
+def feature_constants(features: tuple[int, int, int]) -> dict[str, int]:
+    """Sizes of a key's head and tail and of a value, padded to what matrix units take."""
+    head, tail, value = features
+    if tail & (tail - 1) or 0 < tail < 16:
+        raise ValueError(f"attention: {tail} features of the tail are no power of two from 16")
+    sizes = {"D": head, "TAIL": tail, "DV": value}
+    for name, size in (("HEAD", head), ("VALUE", value)):
+        sizes[name] = max(16, triton.next_power_of_2(size))
+    return sizes
+
+
+def tile_constants(tiles: Tiles) -> dict[str, int]:
+    return {"ROWS": tiles.rows, "KEYS": tiles.keys, "STAGES": tiles.stages}
 
 
 _COMBINED = 64  # features that a program of `combine_spans` makes
@@ -545,4 +469,33 @@ def _combine(parts: Tensor, lse: Tensor, out: Tensor, batch: Paged, rows: Rows) 
         SOME=rows.some,
         num_warps=4,
         **pdl_options(out),
+    )
+
+
+def attend_signature(kind: str, out: str) -> dict[str, str]:
+    """Run-time arguments of `attend_rows`, for specimens; `kind` of queries, keys and values."""
+    return {
+        **dict.fromkeys(("q", "q_tail", "keys", "values"), kind),
+        **dict.fromkeys(("page_table", "slots", "q_start", "kv_len"), "*i32"),
+        "out": out,
+        "lse": "*fp32",
+        "scale": "fp32",
+        **dict.fromkeys(("num_rows", "num_tokens", "table_stride", "blocks"), "i32"),
+        **dict.fromkeys(("min_q_len", "max_q_len", "window"), "i32"),
+        **dict.fromkeys(("q_token", "q_head", "tail_token", "tail_head"), "i32:16"),
+        **dict.fromkeys(("key_page", "key_head", "value_page", "value_head"), "i32:16"),
+    }
+
+
+def combine_specimen(arch: str) -> Iterator[Specimen]:
+    """As many spans as one sequence gets on a large device."""
+    constants, options = specimen_pdl(arch)
+    integers = ("num_rows", "num_tokens", "spans", "min_q_len", "max_q_len")
+    yield Specimen(
+        "combine 128 spans",
+        combine_spans,
+        {"parts": "*fp32", "lse": "*fp32", "out": "*bf16", "q_start": "*i32"}
+        | dict.fromkeys(integers, "i32"),
+        {"HEADS": 16, "DV": 512, "BLOCK": _COMBINED, "SPANS": 128, "SOME": False, **constants},
+        options=options,
     )
