@@ -32,7 +32,8 @@ _ARCH = "sm_90"
 # Query rows of a block -> (warps, stages of the ring).
 _BFLOAT16 = {16: (4, 2), 32: (4, 2), 64: (8, 2)}
 _FLOAT8 = {16: (4, 3), 32: (8, 2)}
-_UP_PIECE, _UP_MAX_TOKENS, _UP_GROUPS = 32, 64, 16
+_UP_PIECE = 32  # values of a program
+UP_MAX_TOKENS, UP_GROUPS = 64, 16  # of the merge with the value projection
 _MERGE_WARPS = 8
 
 
@@ -156,13 +157,24 @@ def _merge_shape(programs: int, num_units: int) -> dict[str, int]:
     return {"WIDTH": width, "SPLITS": 16384 // width, "WARPS": _MERGE_WARPS}
 
 
-def _batch(q_latent: Tensor, cache: Tensor, tables: Sequence[Tensor]) -> Batch:
+def partial_results(
+    q_latent: Tensor, q_pe: Tensor, cache: Tensor, tables: Sequence[Tensor], scale: float
+) -> tuple[Batch, Tensor, Tensor]:
+    """Launches the kernel over the pages: (batch, partial [slots, block, 512], sums).
+
+    `tables` are page_table, slots, q_start, kv_len. Raises `ValueError` for wrong arguments.
+    """
+    page_table, slots, q_start, kv_len = tables
+    _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
     num_tokens, heads = q_latent.shape[:2]
     sizes = tuple(_FLOAT8 if cache.dtype == torch.uint8 else _BFLOAT16)
-    block = block_rows(num_tokens, len(tables[1]), heads, sizes)
-    page_table, slots, q_start, kv_len = tables
+    block = block_rows(num_tokens, len(slots), heads, sizes)
     units = num_units(q_latent)
-    return Batch(page_table, slots, q_start, kv_len, num_tokens, heads, block, units)
+    batch = Batch(page_table, slots, q_start, kv_len, num_tokens, heads, block, units)
+    decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
+    if num_tokens > 0:
+        launch(decode)
+    return batch, partial, sums
 
 
 def attention_mla(
@@ -174,21 +186,34 @@ def attention_mla(
     q_start: Tensor,
     kv_len: Tensor,
     scale: float,
+    max_q_len: int = 0,
 ) -> Tensor:
-    """q_latent[T,H,512], q_pe[T,H,64] bf16, pages of 64n tokens -> [T,H,512]; see the reference."""
-    _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
+    """q_latent[T,H,512], q_pe[T,H,64] bf16, pages of 64n tokens -> [T,H,512]; see the reference.
+
+    `max_q_len` is not needed: blocks of query rows are found on the device.
+    """
+    tables = (page_table, slots, q_start, kv_len)
+    batch, partial, sums = partial_results(q_latent, q_pe, cache, tables, scale)
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
-    if q_latent.shape[0] == 0:
-        return out
-    batch = _batch(q_latent, cache, (page_table, slots, q_start, kv_len))
-    decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
-    launch(decode)
     queries = batch.num_tokens * batch.heads
+    if queries == 0:
+        return out
     shape = _merge_shape(queries, batch.num_ctas)
     arguments = [partial, sums, q_start, kv_len, out, batch.rows, batch.num_ctas]
     grid = (queries * (LATENT // shape["WIDTH"]),)
     launch(Call(mla_combine, grid, arguments, {**batch.constants(), **shape}))
     return out
+
+
+def check_up(w_uv: Tensor, heads: int) -> None:
+    """`ValueError`: not a bfloat16 [H,Dv,512] of these heads."""
+    if w_uv.dim() != 3 or w_uv.shape[0] != heads or w_uv.shape[2] != LATENT:
+        raise ValueError(f"attention_mla_up: w_uv {tuple(w_uv.shape)} is not [{heads},Dv,{LATENT}]")
+    if w_uv.shape[1] % _UP_PIECE or w_uv.dtype != torch.bfloat16 or not w_uv.is_contiguous():
+        raise ValueError(
+            f"attention_mla_up: w_uv [{heads},{w_uv.shape[1]},{LATENT}] {w_uv.dtype}; gluon takes "
+            f"contiguous bfloat16 with Dv a multiple of {_UP_PIECE}"
+        )
 
 
 def attention_mla_up(
@@ -201,30 +226,24 @@ def attention_mla_up(
     kv_len: Tensor,
     scale: float,
     w_uv: Tensor,
+    max_q_len: int = 0,
 ) -> Tensor:
     """As `attention_mla`, then w_uv[H,Dv,512] on each head: [T,H,Dv]."""
     num_tokens, heads = q_latent.shape[:2]
-    if w_uv.shape[0] != heads or w_uv.shape[2] != LATENT or w_uv.shape[1] % _UP_PIECE:
-        wanted = f"[{heads},n*{_UP_PIECE},{LATENT}]"
-        raise ValueError(f"attention_mla_up: w_uv is {tuple(w_uv.shape)}; gluon takes {wanted}")
-    if w_uv.dtype != torch.bfloat16 or not w_uv.is_contiguous():
-        raise ValueError("attention_mla_up: gluon takes a contiguous bfloat16 w_uv")
-    if num_tokens > _UP_MAX_TOKENS:  # a matrix product pays for the way to memory and back
-        tables = (page_table, slots, q_start, kv_len)
-        y = attention_mla(q_latent, q_pe, cache, *tables, scale)
+    check_up(w_uv, heads)
+    tables = (page_table, slots, q_start, kv_len)
+    if num_tokens > UP_MAX_TOKENS:  # a matrix product pays for the way to memory and back
+        y = attention_mla(q_latent, q_pe, cache, *tables, scale, max_q_len)
         return torch.bmm(y.transpose(0, 1), w_uv.transpose(1, 2)).transpose(0, 1)
-    _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
+    batch, partial, sums = partial_results(q_latent, q_pe, cache, tables, scale)
     value = w_uv.shape[1]
     out = torch.empty(num_tokens, heads, value, dtype=q_latent.dtype, device=q_latent.device)
     if num_tokens == 0:
         return out
-    batch = _batch(q_latent, cache, (page_table, slots, q_start, kv_len))
-    decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
-    launch(decode)
     arguments: list[Any] = [partial, sums, q_start, kv_len, w_uv, out]
     arguments += [batch.rows, batch.num_ctas, num_tokens]
     constants = {"VALUE": value, "PIECE": _UP_PIECE, **_up_shape()}
-    grid = (heads * value // _UP_PIECE, min(num_tokens, _UP_GROUPS))
+    grid = (heads * value // _UP_PIECE, min(num_tokens, UP_GROUPS))
     launch(Call(mla_combine_up, grid, arguments, {**batch.constants(), **constants}))
     return out
 
@@ -233,7 +252,8 @@ def _up_shape() -> dict[str, int]:
     return {"SPLITS": 16384 // LATENT, "WARPS": _MERGE_WARPS}
 
 
-def _requires(ask: Ask) -> str | None:
+def requires(ask: Ask) -> str | None:
+    """Why these kernels do not take an ask."""
     sizes = ask.shapes
     for name, wanted in (("latent_dim", LATENT), ("rope_dim", ROPE)):
         if sizes.get(name, wanted) != wanted:
@@ -317,6 +337,6 @@ for _op, _kernel in (("attention_mla", attention_mla), ("attention_mla_up", atte
         devices=("cuda",),
         dtypes=(torch.bfloat16,),
         archs=(_ARCH,),
-        requires=_requires,
+        requires=requires,
         priority=20,
     )
