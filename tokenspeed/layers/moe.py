@@ -146,9 +146,11 @@ class Experts(Layer):
                 tensors.append(packed.data)
         return tuple(tensors)
 
-    def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, weights: Tensor, ids: Tensor, addend: Tensor | None = None
+    ) -> Tensor:
         """ids [T, k] index `held`; those below 0 are computed elsewhere."""
-        y: Tensor = self.kernel(x, *self.packed, weights, ids)
+        y: Tensor = self.kernel(x, *self.packed, weights, ids, addend)
         return y
 
     def sources(self) -> Iterator[Source]:
@@ -203,10 +205,16 @@ class MoE(Layer):
 
     def choose_kernels(self) -> None:
         self.add = self.target.kernel("add")
+        # Over ranks, what experts and shared experts say is exchanged before it can be added.
+        self.add_inside = "forward" not in self.experts.__dict__
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.gate(x)
-        y: Tensor = self.experts(x, weights, ids)
-        if self.shared_experts is not None:
-            y = self.add(y, self.shared_experts(x))
+        y: Tensor
+        if self.shared_experts is None:
+            y = self.experts(x, weights, ids)
+        elif self.add_inside:
+            y = self.experts(x, weights, ids, self.shared_experts(x))
+        else:
+            y = self.add(self.experts(x, weights, ids), self.shared_experts(x))
         return y
