@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""One script an engine, run by that engine's own Python: requests in, the time of each token out."""
+"""One script an engine, run by its own Python: requests in, the time of each token out."""

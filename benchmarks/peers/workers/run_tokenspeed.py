@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="import-not-found"
 """TokenSpeed in this process, ids in and ids out."""
 
 import sys
@@ -33,7 +34,7 @@ class TokenSpeed:
             page_size=PAGE,
             skip_tokenizer_init=True,
             max_logprobs=options["vocab"],
-            **options.get("extra", {}),
+            quantization=options["weights"],
         )
         self.versions = versions_of("tokenspeed", "torch")
         self._engine = build_engine(config)

@@ -11,8 +11,10 @@ the worker. Needs the standard library only, since it runs in every peer's envir
 """
 
 import base64
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
+PR_SET_PDEATHSIG = 1
 Times = list[list[float]]  # by stream: perf_counter at each token
 
 
@@ -38,6 +41,7 @@ class Engine(Protocol):
 
 def serve(build: Callable[[dict[str, Any]], Engine]) -> None:
     """Builds the engine from the JSON object in the first argument, then answers until EOF."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a stopped worker sees no EOF
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # engines print to stdout as they like
 
