@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tokenspeed.kernels import force_backend
+
 # Before anything imports Triton: without a GPU its kernels run on CPU tensors, in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -36,3 +38,10 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def plain_weights() -> Iterator[None]:
+    """Kernels that take weights as the checkpoint holds them: parameters stay after a load."""
+    with force_backend("reference"):
+        yield

@@ -68,9 +68,10 @@ void expect_group(int64_t group, int64_t in) {
 
 Packed pack_codes(const Tensor& codes, const Tensor& scales, int bits, int64_t group) {
     PackParams p{};
+    const Format format = format_of(bits);
     expect_type(codes, "codes", bits == 8 ? python::kInt8 : python::kUInt8);
     p.weight = sizes_of(codes, "codes", bits == 8 ? 1 : 2);
-    p.weight.format = format_of(bits);
+    p.weight.format = format;
     p.weight.group = group;
     expect_group(group, p.weight.in);
     expect_type(scales, "scales", python::kBFloat16);

@@ -41,9 +41,28 @@ Rows<A> rows_of(const PackedLinearParams& p, int64_t head, const CodesRoom& room
     return rows;
 }
 
+// Pairs of an odd number of inputs reach past a row's end: rows of their own end with a zero.
+template <typename A>
+PackedLinearParams with_even_rows(PackedLinearParams p) {
+    const int64_t in = p.weight.in, all = p.num_tokens * p.weight.count;
+    A* const rows = scratch_of<A>(2, all * (in + 1));
+    for (int64_t i = 0; i < all; ++i) {
+        const int64_t token = i / p.weight.count, head = i % p.weight.count;
+        copy_row(rows + i * (in + 1),
+                 static_cast<const A*>(p.x) + token * p.x_stride + head * p.x_head_stride, in,
+                 in + 1);
+    }
+    p.x = rows;
+    p.x_head_stride = in + 1;
+    p.x_stride = p.weight.count * (in + 1);
+    return p;
+}
+
 template <typename A, typename Out>
-void products(const PackedLinearParams& p) {
-    const PackedWeight& w = p.weight;
+void products(const PackedLinearParams& given) {
+    const PackedWeight& w = given.weight;
+    const bool odd = sizeof(A) == 2 && w.format == Format::kPlain && w.in % 2 != 0;
+    const PackedLinearParams p = odd ? with_even_rows<A>(given) : given;
     const int64_t heads = w.count, all = p.num_tokens * heads;
     char* const memory = scratch_of<char>(1, codes_bytes(all, w) + 64);
     const CodesRoom room(memory, all, w);

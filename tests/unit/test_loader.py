@@ -17,6 +17,8 @@ from tokenspeed.errors import ModelLoadError
 from tokenspeed.models.build import load_model, load_with_report
 from tokenspeed.models.causal_lm import CausalLM
 
+pytestmark = pytest.mark.usefixtures("plain_weights")
+
 CPU = torch.device("cpu")
 
 

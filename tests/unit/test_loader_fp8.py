@@ -25,6 +25,8 @@ from tokenspeed.models.checkpoint import SINGLE, Checkpoint
 from tokenspeed.models.loader import dequantize
 from tokenspeed.models.tensor_check import SCALE_SUFFIX, pick_scales
 
+pytestmark = pytest.mark.usefixtures("plain_weights")
+
 __all__ = ["checkpoint", "folder"]  # fixtures
 BLOCK = (32, 16)
 

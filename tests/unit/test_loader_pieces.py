@@ -14,6 +14,8 @@ from tests.checkpoints import FAMILIES, make_checkpoint
 from tokenspeed.models.checkpoint import MERGE_GAP, SINGLE, Checkpoint
 from tokenspeed.models.piece import PAGE_BYTES, Piece
 
+pytestmark = pytest.mark.usefixtures("plain_weights")
+
 Pick = tuple[slice, ...]
 
 

@@ -19,6 +19,8 @@ from tokenspeed.models.tensor_check import wanted_sources
 from tokenspeed.spmd.group import Group
 from tokenspeed.spmd.mesh import Mesh
 
+pytestmark = pytest.mark.usefixtures("plain_weights")
+
 CPU = torch.device("cpu")
 MESHES = ("tp=4", "tp=2,pp=2", "dp=2,tp=2", "dp=2,ep=4", "tp=2,ep=2")
 
@@ -67,7 +69,7 @@ def test_ranks_together_read_every_element(family: str, tmp_path: Path) -> None:
             model, report = load(tmp_path, mesh, rank)
             held = torch.cat([p.double().flatten() for p in model.parameters()]).sort().values
             picked = []
-            for sources in wanted_sources(model, ""):
+            for sources in wanted_sources(model, "").values():
                 for name, source in sources.items():
                     if source.pick is not None:
                         seen[name][source.pick] = True

@@ -15,6 +15,8 @@ from tokenspeed.spmd.compile import compile_model
 from tokenspeed.spmd.mesh import Mesh
 from tokenspeed.spmd.placement import REPLICATED, ModuleSpec, Partial, Shard, tokens
 
+pytestmark = pytest.mark.usefixtures("plain_weights")
+
 CPU = torch.device("cpu")
 ROWS = {"tp": Shard(0)}
 
