@@ -9,6 +9,7 @@ into the largest.
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from math import log
 from typing import Any
 
@@ -72,7 +73,7 @@ class Pick:
             return ""
         ratio, bucket = max(ratios.values())
         if ratio < 1:
-            return f"{self.ranges[0][1]} comes first, the reference serves where nothing else does"
+            return ""  # it does not compete
         return f"{ratio:.2f} times the time of {self.ranges[0][1]} at {bucket} tokens"
 
 
@@ -80,9 +81,10 @@ def pick(layouts: Mapping[str, object], times: Times, *, by_tokens: bool = True)
     """The choice among backends that can serve, the preferred first, each with its weight layout.
 
     Times decide where every one of them was measured, among backends of the same layout also by the
-    number of tokens. The reference is the law, no competitor: it serves where nothing else can.
+    number of tokens. The reference is the law, no competitor: it serves where nothing that comes
+    before it can.
     """
-    rivals = [name for name in layouts if name != REFERENCE] or list(layouts)
+    rivals = list(takewhile(lambda name: name != REFERENCE, layouts)) or list(layouts)[:1]
     if not rivals:
         return Pick(())
     measured = [{n: of[n] for n in rivals if n in of} for _, of in sorted(times.items())]
