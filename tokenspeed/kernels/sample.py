@@ -121,6 +121,25 @@ def logprobs(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
     return (chosen_logit - total)[:, 0], rank, top_ids, top - total
 
 
+def verify(ids: Tensor, drafts: Tensor, q_start: Tensor) -> Tensor:
+    """ids[T], drafts[T] int64, q_start[R+1] int32 -> accepted[R] int32. Waits for no device.
+
+    ids[i] was sampled after token i, and drafts[i] is the token that was fed at place i. A row
+    keeps ids[i] as long as the next token fed was the one sampled: 1 + the number of its leading
+    places i with ids[i] == drafts[i + 1]; 0 for an empty row. Exact, as noise depends on the
+    position alone.
+    """
+    rows, count = len(q_start) - 1, len(ids)
+    place = torch.arange(count, device=ids.device)
+    row = torch.searchsorted(q_start[1:].long(), place, right=True)  # `rows` behind the last
+    last = q_start[1:].long() - 1
+    stops = torch.ones(count, dtype=torch.bool, device=ids.device)
+    stops[:-1] = ids[:-1] != drafts[1:]
+    stop = torch.cat([last, last.new_full((1,), count)])
+    stop.scatter_reduce_(0, row, torch.where(stops, place, count), "amin")
+    return (stop[:rows] - q_start[:-1] + 1).to(torch.int32)
+
+
 define(
     "sample",
     "(logits[B,V] f32, temperature[B], top_k[B] int32, top_p[B], min_p[B], seed[B] int64, "
@@ -138,3 +157,4 @@ define(
     "(logits[B,V] f32, ids[B] int64, k) -> (chosen[B], rank[B], top_ids[B,k], top[B,k])",
     logprobs,
 )
+define("verify", "(ids[T] int64, drafts[T] int64, q_start[R+1] int32) -> accepted[R] int32", verify)
