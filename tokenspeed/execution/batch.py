@@ -106,6 +106,14 @@ class Batcher:
             self._decode_batches[num_rows] = batch
         return self._with_ids(batch, plan)
 
+    def keep_last_ids(self, slots: NDArray[np.int32], ids: torch.Tensor) -> None:
+        """Ids [n] that these slots sampled, for steps planned before the host knows them."""
+        # A failed row's -1 must never be looked up as a token by a step planned already.
+        at = torch.from_numpy(slots.astype(np.int64))
+        if self.device.type != "cpu":
+            at = at.pin_memory().to(self.device, non_blocking=True)
+        self.last_ids[at] = ids.clamp(min=0)
+
     def idle(self) -> StepBatch:
         """A step without tokens."""
         none = StepTensors(0, 0, self.device)

@@ -5,6 +5,7 @@ The layouts are described in csrc/scheduler/plan.h; the constants below repeat i
 nothing else here knows a word's position. Knows int32 words, no tensors and no requests.
 """
 
+from operator import mul
 from typing import Final
 
 import numpy as np
@@ -39,10 +40,8 @@ class PlanView:
     def __init__(self, words: Words) -> None:
         if words.size < HEADER_WORDS or words[0] != PLAN_MAGIC or words[1] != LAYOUT_VERSION:
             raise ValueError("not a plan of this layout's version")
-        counts = words[5:10].tolist()
-        if int(words[2]) != words.size or words.size != HEADER_WORDS + sum(
-            count * width for count, width in zip(counts, SECTIONS, strict=True)
-        ):
+        size, _, _, *counts = words[2:10].tolist()
+        if size != words.size or size != HEADER_WORDS + sum(map(mul, counts, SECTIONS)):
             raise ValueError(f"a plan of {words.size} words does not hold what its header counts")
         self.step_words = words[3:5]
         sections, at = [], HEADER_WORDS
@@ -50,12 +49,9 @@ class PlanView:
             sections.append(words[at : at + count * width].reshape(count, width))
             at += count * width
         rows, tokens, self.deltas, self.copies, self.binds = sections
+        self.num_rows = len(rows)
         self.slots, self.flags, self.starts, self.num_tokens = rows.T[:4]
         self.tokens = tokens[:, 0]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.slots)
 
     def bound_request_ids(self) -> list[int]:
         """[num_binds] the 64-bit request ids, put together from their halves."""
@@ -65,16 +61,17 @@ class PlanView:
 
     def result(self, ids: NDArray[np.int64], failed: NDArray[np.bool_]) -> Words:
         """The StepResult of this plan: `ids` [num_rows], -1 where a row accepts no id."""
-        accepted = (ids >= 0) & ~failed
+        accepted = ids >= 0
+        accepted &= ~failed
         taken = ids[accepted]
         end = RESULT_HEADER_WORDS + 3 * self.num_rows
-        words = np.zeros(end + len(taken), np.int32)
-        words[:3] = RESULT_MAGIC, LAYOUT_VERSION, len(words)
-        words[3:5] = self.step_words
-        words[5:7] = self.num_rows, len(taken)
+        size, count = end + len(taken), len(taken)
+        words = np.empty(size, np.int32)
+        step = self.step_words
+        words[:8] = RESULT_MAGIC, LAYOUT_VERSION, size, *step, self.num_rows, count, 0
         rows = words[RESULT_HEADER_WORDS:end].reshape(-1, 3)
         rows[:, 0] = self.slots
-        rows[failed, 1] = ROW_FAILED
+        rows[:, 1] = failed  # ROW_FAILED is 1
         rows[:, 2] = accepted
         words[end:] = taken
         return words

@@ -12,7 +12,8 @@ reads belongs to the thread that runs it. Steps overlap where the runner has thr
 
 import time
 from collections.abc import Sequence as SequenceOf
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Protocol
 
 from tokenspeed.errors import RankDiedError
@@ -23,7 +24,23 @@ from tokenspeed.execution.step_runner import Bind, Seats, Step, StepOutput, Step
 
 Plans = SequenceOf[Words | None]  # by dp index
 Outputs = list[StepOutput | None]
-InFlight = Future[Outputs]
+
+
+class InFlight(Protocol):
+    """A step that was launched."""
+
+    def result(self) -> Outputs:
+        """Waits for it; raises what it raised."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is over."""
+
+    outputs: Outputs
+
+    def result(self) -> Outputs:
+        return self.outputs
 
 
 class Crew(Protocol):
@@ -78,9 +95,7 @@ class Runner:
             binds = {dp: step.binds for dp, step in enumerate(steps) if dp in self._remote}
             self._crew.send_step(encode_step(plans, binds))
         if self._steps is None:
-            done: InFlight = Future()
-            done.set_result(self._collect(self._run(steps[0]), steps))
-            return done
+            return Done(self._collect(self._run(steps[0]), steps))
         own = self._steps.submit(self._run, steps[0])
         if self._results is None:
             return self._steps.submit(lambda: self._collect(own.result(), steps))

@@ -125,6 +125,8 @@ class Sampler:
         `places` [B] int64 are the positions of the sampled tokens. The dict gives the
         log-probabilities of the rows whose request wants them.
         """
+        if not (self._num_logprobs or self._edits or self._penalised):
+            return self._kernel(logits, *self._gather(slots), places), {}
         order = slots.tolist()
         wanted = [row for row, slot in enumerate(order) if slot in self._num_logprobs]
         edited = [row for row, slot in enumerate(order) if slot in self._edits]

@@ -5,7 +5,6 @@ All ranks run every step, with an empty batch where their dp index has no plan. 
 stage have logits; one of each dp index samples and says what came out.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -16,11 +15,16 @@ from numpy.typing import NDArray
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.logprobs import LogprobsReader
-from tokenspeed.execution.plan_view import ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView, Words
+from tokenspeed.execution.plan_view import (
+    ROW_PREFILL,
+    ROW_PROMPT_LOGPROBS,
+    ROW_SAMPLE,
+    PlanView,
+    Words,
+)
 from tokenspeed.execution.sampler import Sampler, Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.execution.step_graphs import StepGraphs
-from tokenspeed.execution.step_tensors import StepBatch
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.spmd.group import Group
 
@@ -82,6 +86,40 @@ class Step:
     sequences: list[Sequence] = field(default_factory=list)  # [num_rows]
 
 
+class Results:
+    """What the host must see of a step: sampled ids, and the sums of hidden states to look for NaN.
+
+    From a GPU both travel while the host goes on.
+    """
+
+    def __init__(self, sampled: torch.Tensor, sums: torch.Tensor | None = None) -> None:
+        self._arrived: torch.cuda.Event | None = None
+        self._tensors = [sampled] if sums is None else [sampled, sums.float()]
+        if sampled.is_cuda:
+            self._tensors = [_to_host(tensor) for tensor in self._tensors]
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+        """Both once they are here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        arrays = [tensor.numpy() for tensor in self._tensors]
+        return arrays[0], arrays[1] if len(arrays) == 2 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A step on its way. `rows` are those that sample; None: all."""
+
+    step: Step
+    plan: PlanView
+    rows: NDArray[np.int64] | None
+    results: Results
+    logprobs: dict[int, TokenLogprobs]  # by place in `rows`
+    prompt_logprobs: dict[int, PromptLogprobs]  # by request id
+
+
 class Seats:
     """Whose slot is whose, where steps are prepared."""
 
@@ -128,72 +166,98 @@ class StepRunner:
         self._balancer, self._graphs = balancer, graphs
 
     def run(self, step: Step) -> StepOutput | None:
-        """The output, on the rank that samples. Torch's threads rest during a step on the CPU: the
-        kernels have threads of their own."""
-        if self.device.type != "cpu":
-            return self._run(step)
+        """The output, on the rank that samples."""
+        begun = self.begin(step)
+        return None if begun is None else self.finish(begun)
+
+    def begin(self, step: Step) -> Begun | None:
+        """Starts a step; on a GPU nothing waits for it unless a request's parameters want to.
+
+        Torch's threads rest during a step on the CPU: the kernels have threads of their own.
+        """
+        if self.device.type != "cpu" or torch.get_num_threads() == 1:
+            return self._begin(step)
         num_threads = torch.get_num_threads()
-        if num_threads == 1:
-            return self._run(step)
         torch.set_num_threads(1)
         try:
-            return self._run(step)
+            return self._begin(step)
         finally:
             torch.set_num_threads(num_threads)
 
+    def finish(self, begun: Begun) -> StepOutput:
+        """Waits for a step that was begun. Any thread may; others may begin meanwhile."""
+        plan, rows, step = begun.plan, begun.rows, begun.step
+        sampled, sums = begun.results.wait()
+        failed = np.zeros(plan.num_rows, np.bool_) if sums is None else _not_finite(sums, plan)
+        if rows is None:
+            ids, failed = sampled, sampled < 0
+        else:
+            ids = np.full(plan.num_rows, -1, np.int64)
+            ids[rows] = sampled
+            failed[rows] |= sampled < 0
+        logprobs = {
+            step.owners[at if rows is None else rows[at]]: entry
+            for at, entry in begun.logprobs.items()
+        }
+        return StepOutput(plan.result(ids, failed), logprobs, begun.prompt_logprobs)
+
     @torch.inference_mode()
-    def _run(self, step: Step) -> StepOutput | None:
+    def _begin(self, step: Step) -> Begun | None:
         if self._spmd is not None:
             self._spmd.begin_step(step.counts)
-        if step.plan is None:
-            self._model.forward(self._batcher.idle().forward, self._cache.layers)
-            output = None
+        begun = None
+        if step.plan is not None:
+            begun = self._begin_plan(step, step.plan)
         else:
-            output = self._run_plan(step, step.plan)
+            self._model.forward(self._batcher.idle().forward, self._cache.layers)
         if self._balancer is not None:
             self._balancer.end_step()
-        return output
+        return begun
 
-    def _run_plan(self, step: Step, plan: PlanView) -> StepOutput | None:
+    def _begin_plan(self, step: Step, plan: PlanView) -> Begun | None:
         if self._sampler is not None:
             for bind in step.binds:
                 self._sampler.bind(bind.slot, bind.sequence, bind.output_ids)
         if len(plan.copies):
             self._copy_pages(plan.copies)
         self._batcher.apply_deltas(plan.deltas)
-        sampling = (plan.flags & ROW_SAMPLE) != 0
-        logits: torch.Tensor | None
-        decodes = len(plan.tokens) == plan.num_rows and bool(sampling.all())
-        if decodes and (size := self._size_for(plan.num_rows)) is not None:
-            batch, hidden, logits = self._replay(plan, size)
-        else:
-            batch = self._batcher.build(plan)
-            hidden = self._model.forward(batch.forward, self._cache.layers)
-            if not self._has_logits:
-                return None
-            logits = self._logits(hidden, batch.forward.logits_index)
-        rows = np.flatnonzero(sampling)
-        ids, chosen = self._sample(plan, rows, logits, batch)
+        size = self._captured_size(plan)
+        if size is not None:
+            return self._begin_captured(step, plan, size)
+        batch = self._batcher.build(plan)
+        hidden = self._model.forward(batch.forward, self._cache.layers)
+        if not self._has_logits:
+            return None
+        rows = np.flatnonzero(plan.flags & ROW_SAMPLE)
+        logits = self._logits(hidden, batch.forward.logits_index)
+        sampled, chosen = self._sample(logits, plan.slots[rows], batch.places)
         prompts = self._prompt_logprobs(step, plan, hidden)
         if self._sampler is None:
             return None
-        # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
-        failed = np.zeros(plan.num_rows, np.bool_) if decodes else _not_finite(hidden, plan)
-        failed[rows] |= ids[rows] < 0
-        logprobs = {step.owners[rows[at]]: entry for at, entry in chosen.items()}
-        return StepOutput(plan.result(ids, failed), logprobs, prompts)
+        results = Results(sampled, hidden.sum(dim=-1))
+        return Begun(step, plan, rows, results, chosen, prompts)
 
-    def _size_for(self, num_rows: int) -> int | None:
-        """Rows of the captured step that serves `num_rows`; None without graphs."""
-        return None if self._graphs is None else self._graphs.size_for(num_rows)
+    def _captured_size(self, plan: PlanView) -> int | None:
+        """Rows of the captured step that serves this plan; None: it is run as it is."""
+        if self._graphs is None or len(plan.tokens) != plan.num_rows:
+            return None
+        size = self._graphs.size_for(plan.num_rows)
+        if size is None or any(flags & ~ROW_PREFILL != ROW_SAMPLE for flags in plan.flags.tolist()):
+            return None
+        return size
 
-    def _replay(self, plan: PlanView, size: int) -> tuple[StepBatch, torch.Tensor, torch.Tensor]:
-        """The step as one of `size` rows; hidden states and logits of its own rows."""
+    def _begin_captured(self, step: Step, plan: PlanView, size: int) -> Begun | None:
+        """Every row samples after its one token; rows that fill up come last."""
         if self._graphs is None:
             raise RuntimeError("there are no graphs")
-        batch, count = self._batcher.build_decode(plan, size), plan.num_rows
-        hidden, logits = self._graphs.run(batch.forward)
-        return batch, hidden[:count], logits[:count]
+        count, batch = plan.num_rows, self._batcher.build_decode(plan, size)
+        _, logits = self._graphs.run(batch.forward)
+        places = batch.places
+        if size > count:
+            logits, places = logits[:count], places[:count]
+        sampled, chosen = self._sample(logits, plan.slots, places)
+        # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
+        return Begun(step, plan, None, Results(sampled), chosen, {})
 
     def _logits(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
         """Of the tokens at `index`, which rises; None without any."""
@@ -202,30 +266,22 @@ class StepRunner:
         return self._model.logits(hidden if len(index) == len(hidden) else hidden[index])
 
     def _sample(
-        self,
-        plan: PlanView,
-        rows: NDArray[np.int64],
-        logits: torch.Tensor | None,
-        batch: StepBatch,
-    ) -> tuple[NDArray[np.int64], dict[int, TokenLogprobs]]:
-        """Ids by row of the plan (-1: none) and log-probabilities by place in `rows`."""
-        ids = np.full(plan.num_rows, -1, np.int64)
-        if logits is None:
-            return ids, {}
-        slots = plan.slots[rows]
+        self, logits: torch.Tensor | None, slots: NDArray[np.int32], places: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
+        """Ids of the rows with logits (-1: none came of them) and log-probabilities of some."""
         chosen: dict[int, TokenLogprobs] = {}
-        sampled = torch.empty(len(rows), dtype=torch.int64, device=self.device)
+        if logits is None:
+            return places[:0], chosen
         if self._sampler is not None:
-            sampled, chosen = self._sampler.sample(logits, slots, batch.places[: len(rows)])
-            ids[rows] = sampled.cpu().numpy()
+            sampled, chosen = self._sampler.sample(logits, slots, places)
+        else:
+            sampled = torch.empty_like(places)  # as the rank that samples will say
         if not self._ahead:
-            return ids, chosen
+            return sampled, chosen
         if self._peers is not None:
             sampled = self._peers.broadcast(sampled, 0)
-        # A failed row's -1 must never be looked up as a token by a step planned already.
-        at = torch.from_numpy(slots.astype(np.int64)).to(self.device)
-        self._batcher.last_ids[at] = sampled.clamp(min=0)
-        return ids, chosen
+        self._batcher.keep_last_ids(slots, sampled)
+        return sampled, chosen
 
     def _copy_pages(self, copies: NDArray[np.int32]) -> None:
         if copies[:, 0].any() or copies[:, 2].any():
@@ -260,10 +316,14 @@ class StepRunner:
         return found
 
 
-def _not_finite(hidden: torch.Tensor, plan: PlanView) -> NDArray[np.bool_]:
-    """[num_rows] whether any of the row's hidden states holds NaN or infinity."""
-    if math.isfinite(hidden.sum().item()):  # so is every summand
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def _not_finite(sums: NDArray[np.float32], plan: PlanView) -> NDArray[np.bool_]:
+    """[num_rows] whether any of the row's hidden states, of which these are sums, is not finite."""
+    bad = ~np.isfinite(sums)
+    if not bad.any():
         return np.zeros(plan.num_rows, np.bool_)
-    bad = ~torch.isfinite(hidden.sum(dim=-1)).cpu().numpy()
-    firsts = np.cumsum(plan.num_tokens) - plan.num_tokens
-    return np.logical_or.reduceat(bad, firsts) if len(bad) else bad
+    return np.logical_or.reduceat(bad, np.cumsum(plan.num_tokens) - plan.num_tokens)
