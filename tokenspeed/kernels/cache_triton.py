@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Copies of pages in Triton: one launch for all pages of a step. Knows no page's contents.
 
 A page is words of the widest size that divides it. One of the caches may be pinned memory of the

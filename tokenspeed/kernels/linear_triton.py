@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Matrix products with a weight in Triton: dense, quantised, and one a head. Knows no layers.
 
 A program makes a tile of outputs of some tokens, over all inputs or, where the tiles are too few

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Log-probabilities and penalties in Triton. Knows no sampling rule and no request.
 
 `logprobs` is two launches: chunks of all rows at once, then one program a row that merges them.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Routed experts in Triton: two products over the experts that tokens chose, then a sum in order.
 
     hidden[pair] = silu_mul(w13[expert] x[token]);  part[pair] = weight * w2[expert] hidden[pair]
@@ -457,8 +457,8 @@ def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Ten
 
 def moe_quant(x: Tensor, w13: QuantWeight, w2: QuantWeight, weights: Tensor, ids: Tensor) -> Tensor:
     """As `moe`, with quantised experts."""
-    held = (operand("moe_quant", name, w) for name, w in (("w13", w13), ("w2", w2)))
-    return _moe("moe_quant", x, *held, weights, ids)
+    first, second = operand("moe_quant", "w13", w13), operand("moe_quant", "w2", w2)
+    return _moe("moe_quant", x, first, second, weights, ids)
 
 
 _SHAPES = (
@@ -485,8 +485,8 @@ def _specimen(
     weight = Operand(torch.empty(0), None, (), form[0], form[1])
     outputs, size = (2 * inner, hidden) if gated else (hidden, inner)
     tile = quantised(_tile(arch, 132, tokens, outputs, size, 2, choices), weight)
-    constants, options = specimen_pdl(arch)
-    constants |= _constants(tile, weight, size, torch.bfloat16, choices if gated else 1, gated)
+    pdl, options = specimen_pdl(arch)
+    constants = _constants(tile, weight, size, torch.bfloat16, choices if gated else 1, gated) | pdl
     few = tokens <= MEDIUM
     types = {"x": "*bf16", "weight": form[2], "shares": "*fp32", "overall": "fp32"}
     types["out"] = "*fp32" if few and not gated else "*bf16"

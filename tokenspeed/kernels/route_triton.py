@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """The choice of experts in Triton, one launch: a program scores and chooses for one token.
 
 Experts stand as a tile [groups, experts of a group]; the best are taken one after the other, the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-# mypy: allow-untyped-defs, allow-untyped-decorators
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Sampling in Triton: two launches, whatever the rows ask for. Knows no slots and no requests.
 
 `_scan` reads chunks of all rows at once: the largest logit, and the largest with noise where

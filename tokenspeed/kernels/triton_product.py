@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """The matrix product all Triton layers share: weights as the rows (M), tokens as the columns (N).
 
     acc[rows, tokens] += weight[rows, begin:end] @ x[tokens, begin:end].T
