@@ -94,6 +94,11 @@ def _plus(g: Inputs, tokens: int) -> Arguments:
     return x, w13, w2, weights, ids, g.inside(g.normal(tokens, 64))
 
 
+def _with_addend(g: Inputs, tokens: int) -> Arguments:
+    arguments = _moe(g, tokens, 64, 32, 8, 3)
+    return *arguments, g.inside(g.normal(tokens, 64))
+
+
 def _moe_shapes(size: int, inner: int, experts: int) -> dict[str, int]:
     return {"num_experts": experts, "hidden_size": size, "intermediate_size": inner}
 
@@ -115,6 +120,8 @@ def moe_cases() -> Iterator[Case]:
     for tokens in (1, 40):
         yield Case(f"T={tokens}, half elsewhere", _moe, (tokens, 64, 32, 8, 3, True), shapes)
         yield Case(f"T={tokens}, plus an addend", _plus, (tokens,), shapes)
+    for tokens in (0, 1, 40):
+        yield Case(f"T={tokens}, with an addend", _with_addend, (tokens,), shapes)
     yield Case("all to one expert", _one_expert, (), _moe_shapes(64, 32, 4))
 
 
@@ -150,7 +157,7 @@ def _route_work(arguments: Arguments) -> Work:
 
 
 def _moe_work(arguments: Arguments) -> Work:
-    _, w13, w2, _, ids = arguments
+    _, w13, w2, _, ids = arguments[:5]
     each = w13[0].numel() + w2[0].numel()
     used = len(torch.unique(ids[ids >= 0]))
     return Work(float(used * each * w13.element_size()), 2.0 * int((ids >= 0).sum()) * each)

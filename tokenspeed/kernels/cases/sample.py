@@ -15,8 +15,8 @@ from tokenspeed.kernels.cases.case import (
     Work,
     as_asked,
 )
+from tokenspeed.kernels.cases.ragged import INF, starts
 
-INF = float("inf")
 INT64 = torch.iinfo(torch.int64)
 
 
@@ -133,6 +133,22 @@ def logprob_cases() -> Iterator[Case]:
     yield Case("the chosen one has no chance", _chosen_is_hopeless)
 
 
+def _verify(g: Inputs, lengths: tuple[int, ...]) -> Arguments:
+    """Drafts that agree with what was sampled in three places of four."""
+    bounds = starts(lengths)
+    ids = g.integers(0, 50, int(bounds[-1]))
+    agree = g.uniform(len(ids)) < 0.75
+    drafts = torch.where(agree, ids.roll(1), g.integers(0, 50, len(ids)))
+    return ids, drafts, bounds
+
+
+def verify_cases() -> Iterator[Case]:
+    for lengths in ((), (1,), (0,), (4, 4, 4), (1, 8, 0, 3, 1, 0), (1,) * 64, (300, 2)):
+        yield Case(
+            "rows of " + ", ".join(map(str, lengths[:6])) + f", {len(lengths)}", _verify, (lengths,)
+        )
+
+
 def _sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
     vocab = shapes.get("vocab_size", 32768)
     return _sample(g, tokens, vocab, {"t": 0.7, "k": 50, "p": 0.9})
@@ -165,6 +181,7 @@ CASES = (
         work=_work,
         examples=({},),
     ),
+    OpCases("verify", verify_cases, {FLOAT: Tolerance(1e-9, "exact")}, truth=as_asked),
     OpCases(
         "apply_penalties",
         penalty_cases,
