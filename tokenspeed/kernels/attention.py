@@ -11,6 +11,7 @@ may be uint8 (`kv_int8.py`).
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.kv_fp8 import unpack_fp8
 from tokenspeed.kernels.kv_int8 import unpack_int8
 from tokenspeed.kernels.registry import define
 
@@ -88,10 +89,11 @@ def attention_mla(
     """q_latent[T,H,L], q_pe[T,H,R], cache [num_pages, page_size, L + R] -> [T,H,L].
 
     The absorbed form of multi-head latent attention (arXiv:2405.04434): every head reads the same
-    cached row as its key, and the row's first L elements as its value.
+    cached row as its key, and the row's first L elements as its value. A cache of bytes is float8
+    (`kv_fp8.py`).
     """
     q = torch.cat([q_latent, q_pe], dim=-1)
-    keys = cache.unsqueeze(2)
+    keys = (unpack_fp8(cache) if cache.dtype == torch.uint8 else cache).unsqueeze(2)
     values = keys[..., : q_latent.shape[2]]
     return attention_gqa(q, keys, values, page_table, slots, q_start, kv_len, scale)
 
@@ -143,20 +145,21 @@ def merge_state(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Ten
 
 define(
     "attention_gqa",
-    "(q[T,Hq,D], key_cache, value_cache, page_table, slots[R], q_start[R+1], kv_len[R], scale, "
-    "window=0) -> [T,Hq,Dv]",
+    "(q[T,Hq,D], key_cache[P,page_size,Hk,...], value_cache[P,page_size,Hk,...], "
+    "page_table[S,M] int32, slots[R] int32 >= 0, q_start[R+1] int32 >= 0, kv_len[R] int32 >= 0, "
+    "scale, window=0) -> [T,Hq,Dv]",
     attention_gqa,
 )
 define(
     "attention_mla",
-    "(q_latent[T,H,L], q_pe[T,H,R], cache, page_table, slots[R], q_start[R+1], kv_len[R], scale) "
-    "-> [T,H,L]",
+    "(q_latent[T,H,L], q_pe[T,H,Dr], cache[P,page_size,...], page_table[S,M] int32, "
+    "slots[R] int32 >= 0, q_start[R+1] int32 >= 0, kv_len[R] int32 >= 0, scale) -> [T,H,L]",
     attention_mla,
 )
 define(
     "attention_ragged",
-    "(q[T,Hq,D], k[S,Hk,D], v[S,Hk,Dv], q_start[R+1], k_start[R+1], scale, causal=True, "
-    "q_tail[T,Hq,R]=None, k_tail[S,R]=None) -> (out[T,Hq,Dv], lse[T,Hq] f32)",
+    "(q[T,Hq,D], k[S,Hk,D], v[S,Hk,Dv], q_start[R+1] int32 >= 0, k_start[R+1] int32 >= 0, scale, "
+    "causal=True, q_tail[T,Hq,Dr]=None, k_tail[S,Dr]=None) -> (out[T,Hq,Dv], lse[T,Hq] f32)",
     attention_ragged,
 )
 define(

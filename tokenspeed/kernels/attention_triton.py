@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tokenspeed.kernels.registry import Ask
 from tokenspeed.kernels.triton_attend import (
-    FEW_QUERIES,
     Paged,
     Tiles,
     attend_constants,
@@ -24,7 +23,7 @@ from tokenspeed.kernels.triton_attend import (
     attend_rows,
     attend_signature,
     combine_specimen,
-    rows_of,
+    parts_of,
 )
 from tokenspeed.kernels.triton_flash import (
     Keys,
@@ -52,12 +51,12 @@ _FEW = {
     "gfx950": Tiles(16, 64, 4, 2),
 }
 _MANY = {
-    "sm_80": Tiles(128, 64, 8, 2),
+    "sm_80": Tiles(128, 32, 8, 3),
     "sm_90": Tiles(128, 64, 8, 2),
     "sm_100": Tiles(128, 64, 8, 2),
     "sm_120": Tiles(64, 32, 4, 2),
     "gfx942": Tiles(64, 32, 4, 1),
-    "gfx950": Tiles(128, 64, 8, 2),
+    "gfx950": Tiles(128, 32, 8, 2),
 }
 _FEW_ELSEWHERE, _MANY_ELSEWHERE = Tiles(16, 32, 4, 2), Tiles(64, 32, 4, 2)
 _MOST_FEATURES = 256  # of a key or a value, tail apart
@@ -112,17 +111,16 @@ def attention_gqa(
     if num_tokens == 0:
         return out
     batch = Paged(page_table, slots, q_start, kv_len)
-    arch, parts = arch_at(q), _cut(q)
-    for rows in rows_of(num_tokens, batch.num_rows, max_q_len):
-        if rows.max_q_len <= FEW_QUERIES:
-            few = few_tiles(arch, rows.max_q_len * group)
-            attend_paged(*parts, key_cache, value_cache, batch, scale, window, rows, few, out)
-        else:
-            features = max(dim, out.shape[2])
-            many = many_tiles(arch, features, rows.max_q_len * group)
+    arch, cut = arch_at(q), _cut(q)
+    for part in parts_of(num_tokens, batch.num_rows, max_q_len):
+        folded = part.queries * group
+        if part.long:
+            many = many_tiles(arch, max(dim, out.shape[2]), folded)
             keys = Keys(*_cut(key_cache), value_cache, kv_len, page_table, slots)
-            least = rows.min_q_len
-            flash(*parts, keys, q_start, scale, many, out, window=window, min_q_len=least)
+            flash(*cut, keys, q_start, scale, many, out, window=window, min_q_len=part.many)
+        else:
+            few = few_tiles(arch, folded)
+            attend_paged(*cut, key_cache, value_cache, batch, scale, window, part, few, out)
     return out
 
 

@@ -23,7 +23,7 @@ from tokenspeed.kernels.triton_attend import (
     attend_rows,
     attend_signature,
     load_folded,
-    rows_of,
+    parts_of,
 )
 from tokenspeed.kernels.triton_launch import (
     arch_at,
@@ -38,8 +38,8 @@ from tokenspeed.kernels.triton_targets import Specimen
 # What compiles to matrix instructions without spilling registers (tests/kernels/test_aot.py).
 _TILES = {
     "sm_80": (Tiles(16, 32, 8, 3), Tiles(32, 32, 8, 3)),
-    "sm_90": (Tiles(16, 64, 4, 3), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 3)),
-    "sm_100": (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 3), Tiles(64, 32, 8, 3)),
+    "sm_90": (Tiles(16, 64, 4, 3), Tiles(32, 64, 8, 2), Tiles(64, 32, 8, 2)),
+    "sm_100": (Tiles(16, 32, 4, 3), Tiles(32, 32, 8, 3), Tiles(64, 32, 8, 2)),
     "sm_120": (Tiles(16, 32, 4, 2), Tiles(32, 16, 8, 2)),
     "gfx942": (Tiles(16, 32, 4, 1),),
     "gfx950": (Tiles(16, 64, 4, 2),),
@@ -75,9 +75,9 @@ def attention_mla(
         return out
     batch = Paged(page_table, slots, q_start, kv_len)
     shared = cache.unsqueeze(2)
-    for rows in rows_of(num_tokens, batch.num_rows, max_q_len):
-        tiles = mla_tiles(arch_at(q_latent), rows.max_q_len * heads)
-        attend_paged(q_latent, q_pe, shared, shared, batch, scale, 0, rows, tiles, out)
+    for part in parts_of(num_tokens, batch.num_rows, max_q_len):
+        tiles = mla_tiles(arch_at(q_latent), part.queries * heads)
+        attend_paged(q_latent, q_pe, shared, shared, batch, scale, 0, part, tiles, out)
     return out
 
 

@@ -9,6 +9,7 @@ first `rot` elements of a head are rotated: pair i is (i, i + rot/2), or (2i, 2i
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.kv_fp8 import pack_fp8
 from tokenspeed.kernels.registry import define
 
 
@@ -61,23 +62,28 @@ def rope_append_mla(
 ) -> Tensor:
     """Rotates q_pe[T,H,R] and k_pe[T,R]; writes (latent[T,L], k_pe') into the cache; returns q_pe'.
 
-    cache [num_pages, page_size, L + R]. Inputs may be strided over tokens, q_pe over heads too.
+    cache [num_pages, page_size, L + R], or bytes as `kv_fp8.py` says. Inputs may be strided over
+    tokens, q_pe over heads too.
     """
     turned = rotate(k_pe[:, None, :], cos_sin, positions, interleaved)[:, 0]
-    row = torch.cat([latent, turned], dim=-1)
-    cache.view(-1, cache.shape[2])[cache_index] = row.to(cache.dtype)
+    if cache.dtype == torch.uint8:
+        row = pack_fp8(latent, turned)
+    else:
+        row = torch.cat([latent, turned], dim=-1).to(cache.dtype)
+    cache.view(-1, cache.shape[2])[cache_index] = row
     return rotate(q_pe, cos_sin, positions, interleaved)
 
 
 define(
     "rope_append_gqa",
-    "(q[T,Hq,D], k[T,Hk,D], v[T,Hk,Dv], cos_sin[P,rot], positions[T], cache_index[T], "
-    "key_cache, value_cache, interleaved) -> q'[T,Hq,D]",
+    "(q[T,Hq,D], k[T,Hk,D], v[T,Hk,Dv], cos_sin[P,rot] f32, positions[T] int32 >= 0, "
+    "cache_index[T] int64 >= 0, key_cache[N,page_size,Hk,...], value_cache[N,page_size,Hk,...], "
+    "interleaved) -> q'[T,Hq,D]",
     rope_append_gqa,
 )
 define(
     "rope_append_mla",
-    "(q_pe[T,H,R], k_pe[T,R], latent[T,L], cos_sin[P,R], positions[T], cache_index[T], "
-    "cache, interleaved) -> q_pe'[T,H,R]",
+    "(q_pe[T,H,R], k_pe[T,R], latent[T,L], cos_sin[P,R] f32, positions[T] int32 >= 0, "
+    "cache_index[T] int64 >= 0, cache[N,page_size,...], interleaved) -> q_pe'[T,H,R]",
     rope_append_mla,
 )

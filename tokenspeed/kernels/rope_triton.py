@@ -4,7 +4,7 @@
 
 A program takes one token and HEADS of its heads; the last programs of a token take its keys and
 values to the cache. A negative `cache_index` (a padding token) writes nothing. A latent cache of
-bytes takes float8 rows, laid out as `kernels/latent_fp8.py` says.
+bytes takes float8 rows, laid out as `kernels/kv_fp8.py` says.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tokenspeed.kernels.latent_fp8 import GROUP, row_bytes
+from tokenspeed.kernels.kv_fp8 import GROUP, LATENT, ROPE, ROW_BYTES
 from tokenspeed.kernels.triton_launch import (
     pdl_options,
     pdl_release,
@@ -225,7 +225,7 @@ def _rope_append_mla(
 
 
 def _block(size: int) -> int:
-    return triton.next_power_of_2(max(size, 1))
+    return int(triton.next_power_of_2(max(size, 1)))
 
 
 def _check_heads(name: str, x: Tensor) -> None:
@@ -304,7 +304,9 @@ def _latent_views(cache: Tensor, latent_dim: int, rot: int) -> tuple[Tensor, Ten
     if cache.dtype != torch.uint8:
         _check_cache("rope_append_mla", "cache", cache, (latent_dim + rot,))
         return cache, cache, 0
-    _check_cache("rope_append_mla", "cache", cache, (row_bytes(latent_dim, rot),))
+    if (latent_dim, rot) != (LATENT, ROPE):
+        raise ValueError(f"rope_append_mla: a float8 cache takes {LATENT} + {ROPE} features")
+    _check_cache("rope_append_mla", "cache", cache, (ROW_BYTES,))
     flat = cache.view(-1)
     return flat.view(torch.float32), flat.view(torch.bfloat16), GROUP
 

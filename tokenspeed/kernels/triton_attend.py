@@ -182,54 +182,30 @@ def _target(token, head, span, num_tokens, heads, SPLIT: tl.constexpr):
 
 # fmt: off
 @triton.jit
-def attend_rows(
-    q, q_tail, keys, values, page_table, slots, q_start, kv_len, out, lse, scale, num_rows,
-    num_tokens, table_stride, blocks, min_q_len, max_q_len, window, q_token, q_head, tail_token,
-    tail_head, key_page, key_head, value_page, value_head, KEY_ROW: tl.constexpr,
-    VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr,
-    TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr, PAGE: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, SHARED: tl.constexpr,
-    WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr, PDL: tl.constexpr,
+def _attend_block(
+    block, first, q_len, length, q, q_tail, keys, values, table, out, lse, scale, num_tokens,
+    window, q_token, q_head, tail_token, tail_head, key_page, value_page,
+    KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
 ):
     # fmt: on
-    """One block of rows, one key head, one span. Grid (blocks of all rows, key heads, spans).
-
-    With `blocks` 0, blocks are found by their place among the rows (see `block_of`).
-
-    A key is D = HEAD features (padded to a power of two) and TAIL more; its value DV features, its
-    first ones if SHARED. `scale` includes log2(e). Serves rows of min_q_len to max_q_len queries.
-    SPLIT: out is float32 [spans, T, H, DV] and lse [spans, T, H], base 2; else out [T, H, DV].
-    """
-    kv_head, span, spans = tl.program_id(1), tl.program_id(2), tl.num_programs(2)
-    heads = tl.num_programs(1) * GROUP
-    pdl_wait(PDL)
-    row, block = block_of(tl.program_id(0), q_start, num_rows, blocks, GROUP, ROWS)
-    first = tl.load(q_start + row)
-    q_len = tl.load(q_start + row + 1) - first
-    if (q_len < min_q_len) | (q_len > max_q_len) | (block * ROWS >= q_len * GROUP):
-        return
-    length = tl.load(kv_len + row)
+    """The block's results over one span of the keys of one head: its place is the program's."""
     folded = block * ROWS + tl.arange(0, ROWS)
-    token, head = folded // GROUP, kv_head * GROUP + folded % GROUP
-    there = token < q_len
+    token, head = first + folded // GROUP, tl.program_id(1) * GROUP + folded % GROUP
+    there = folded < q_len * GROUP
     begin, end = _span(
         length - q_len + block * ROWS // GROUP,
         length - q_len + tl.minimum((block * ROWS + ROWS - 1) // GROUP, q_len - 1),
-        span, spans, window, KEYS, WINDOW,
+        tl.program_id(2), tl.num_programs(2), window, KEYS, WINDOW,
     )  # fmt: skip
-    if SPLIT and begin >= end:
-        target = _target(first + token, head, span, num_tokens, heads, SPLIT)
-        tl.store(lse + target, float("-inf"), mask=there)
-        return
-    source = (first + token).to(tl.int64)
+    source = token.to(tl.int64)
     query = load_folded(q, source * q_token + head * q_head, there, D, HEAD).to(WIDE)
     query_tail = query
     if TAIL > 0:
         tails = source * tail_token + head * tail_head
         query_tail = load_folded(q_tail, tails, there, TAIL, TAIL).to(WIDE)
-    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
-    keys += kv_head * key_head
-    values += kv_head * value_head
     most = tl.full([ROWS], _LEAST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([VALUE, ROWS], tl.float32)
@@ -240,28 +216,71 @@ def attend_rows(
             window, key_page, value_page, KEY_ROW, VALUE_ROW, D, HEAD, TAIL, DV, VALUE, PAGE, KEYS,
             SHARED, True, WINDOW, WIDE,
         )  # fmt: skip
-    pdl_release(PDL)
     folded = block * ROWS + tl.arange(0, ROWS)
-    token = folded // GROUP
-    there = token < q_len
-    head = kv_head * GROUP + folded % GROUP
-    target = _target(first + token, head, span, num_tokens, heads, SPLIT)
-    _store(sums, total, out, target, there, DV, VALUE)
+    token, head = first + folded // GROUP, tl.program_id(1) * GROUP + folded % GROUP
+    there = folded < q_len * GROUP
+    target = token.to(tl.int64) * (tl.num_programs(1) * GROUP) + head
     if SPLIT:
+        target += tl.program_id(2).to(tl.int64) * num_tokens * (tl.num_programs(1) * GROUP)
         tl.store(lse + target, most + tl.log2(total), mask=there)
+        there = there & (begin < end)
+    _store(sums, total, out, target, there, DV, VALUE)
+
+
+# fmt: off
+@triton.jit
+def attend_rows(
+    q, q_tail, keys, values, page_table, slots, q_start, kv_len, out, lse, scale, num_rows,
+    num_tokens, table_stride, blocks, many, window, q_token, q_head, tail_token, tail_head,
+    key_page, key_head, value_page, value_head,
+    KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
+    PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    # fmt: on
+    """Blocks of rows, one key head, one span. Grid (programs of all rows, key heads, spans).
+
+    With `blocks` 0, serves rows of `many` queries and more, a program for each block (`block_of`);
+    else rows of fewer, each with so many programs, which take its blocks in turn.
+    A key is D features (HEAD when padded) and TAIL more; its value DV features, the key's first
+    ones if SHARED. `scale` includes log2(e).
+    SPLIT: out is float32 [spans, T, H, DV] and lse [spans, T, H], base 2; else out [T, H, DV].
+    """
+    pdl_wait(PDL)
+    row, block = block_of(tl.program_id(0), q_start, num_rows, blocks, GROUP, ROWS)
+    first = tl.load(q_start + row)
+    q_len = tl.load(q_start + row + 1) - first
+    count = tl.cdiv(q_len * GROUP, ROWS)
+    if (q_len < many) == (blocks == 0):
+        return
+    length = tl.load(kv_len + row)
+    table = page_table + tl.load(slots + row).to(tl.int64) * table_stride
+    keys += tl.program_id(1) * key_head
+    values += tl.program_id(1) * value_head
+    step = tl.where(blocks == 0, count, blocks)
+    for at in tl.range(block, count, step, num_stages=1):
+        _attend_block(
+            at, first, q_len, length, q, q_tail, keys, values, table, out, lse, scale, num_tokens,
+            window, q_token, q_head, tail_token, tail_head, key_page, value_page, KEY_ROW,
+            VALUE_ROW, GROUP, D, HEAD, TAIL, DV, VALUE, PAGE, ROWS, KEYS, STAGES, SHARED, WINDOW,
+            SPLIT, WIDE,
+        )  # fmt: skip
+    pdl_release(PDL)
 
 
 # fmt: off
 @triton.jit
 def combine_spans(
-    parts, lse, out, q_start, num_rows, num_tokens, spans, min_q_len, max_q_len,
+    parts, lse, out, q_start, num_rows, num_tokens, spans, blocks, many,
     HEADS: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr,
     SOME: tl.constexpr, PDL: tl.constexpr,
 ):
     # fmt: on
     """parts [spans, T, H, DV], lse [spans, T, H] -> out [T, H, DV]. Grid (T * H, blocks of DV).
 
-    All spans of a block are read at once. SOME: only tokens of rows of min_q_len to max_q_len.
+    All spans of a block are read at once. SOME: only tokens of the rows that `attend_rows` served.
     """
     place = tl.program_id(0).to(tl.int64)
     span = tl.arange(0, SPANS)
@@ -270,7 +289,7 @@ def combine_spans(
     if SOME:
         row = _row_of(tl.program_id(0) // HEADS, q_start, num_rows, 0, 1)
         q_len = tl.load(q_start + row + 1) - tl.load(q_start + row)
-        if (q_len < min_q_len) | (q_len > max_q_len):
+        if (q_len < many) == (blocks == 0):
             return
     each = num_tokens.to(tl.int64) * HEADS
     sizes = tl.load(lse + span * each + place, mask=span < spans, other=float("-inf"))
@@ -318,28 +337,37 @@ class Paged:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of a batch that one launch serves: those of min_q_len to max_q_len query tokens."""
+class Part:
+    """Rows of a batch that one launch serves: those of `many` query tokens and more, or of fewer.
 
-    min_q_len: int
-    max_q_len: int
-    some: bool  # others are served by another launch
+    `queries`: of how many query tokens most of these rows are thought to be; `alone`: all rows of
+    the batch are in this part.
+    """
+
+    many: int
+    long: bool
+    queries: int
+    alone: bool
 
 
 FEW_QUERIES = 8  # a decoding row with its drafts
+_ALL = 2**31 - 1
 
 
-def rows_of(num_tokens: int, num_rows: int, max_q_len: int) -> list[Rows]:
+def parts_of(num_tokens: int, num_rows: int, max_q_len: int) -> list[Part]:
     """Cuts a batch into rows of few queries and rows of many, by what the host knows.
 
-    max_q_len 0: unknown. Every row is in exactly one part, whatever q_start says.
+    max_q_len 0: unknown. Every row is in one part, whatever q_start says: a wrong guess costs time.
     """
-    longest = max_q_len or num_tokens
-    if num_rows == 1 or longest <= FEW_QUERIES:
-        return [Rows(1, longest, False)]
+    even = num_tokens // num_rows if num_tokens % num_rows == 0 else num_tokens
+    longest = max_q_len or even
+    if longest <= FEW_QUERIES:
+        return [Part(_ALL, False, longest, True)]
+    if num_rows == 1 or longest * num_rows == num_tokens:
+        return [Part(0, True, longest, True)]
     others = -(-(num_tokens - longest) // (num_rows - 1))  # on average
     few = min(max(others, 1), FEW_QUERIES)
-    return [Rows(1, few, True), Rows(few + 1, longest, True)]
+    return [Part(few + 1, False, few, False), Part(few + 1, True, longest, False)]
 
 
 def num_spans(programs: int, units: int, most: int = 128) -> int:
@@ -377,11 +405,11 @@ def attend_paged(
     batch: Paged,
     scale: float,
     window: int,
-    rows: Rows,
+    part: Part,
     tiles: Tiles,
     out: Tensor,
 ) -> None:
-    """Fills out[T,H,DV] for these rows of the batch.
+    """Fills out[T,H,DV] for the rows of this part.
 
     q[T,H,D1], q_tail[T,H,D2] (D2 may be 0) over keys [P,page,Hk,D1+D2] and values [P,page,Hk,DV];
     the values are the keys' first features where both are the same memory.
@@ -390,8 +418,7 @@ def attend_paged(
     group = num_heads // keys.shape[2]
     wide = wide_type(q, keys, values)
     tiles = tiles.of_type(wide)
-    folded = rows.max_q_len * group
-    blocks = 0 if rows.max_q_len > FEW_QUERIES and batch.num_rows > 1 else -(-folded // tiles.rows)
+    blocks = 0 if part.long else -(-part.queries * group // tiles.rows)
     total = batch.num_rows * blocks or num_tokens * group // tiles.rows + batch.num_rows
     spans = num_spans(total * keys.shape[2], num_units(q))
     parts, lse = out, out
@@ -403,7 +430,7 @@ def attend_paged(
     attend_rows[(total, keys.shape[2], spans)](
         q, q_tail, keys, values, batch.page_table, batch.slots, batch.q_start, batch.kv_len,
         parts, lse, scale * math.log2(math.e), batch.num_rows, num_tokens,
-        batch.page_table.stride(0), blocks, rows.min_q_len, rows.max_q_len, window,
+        batch.page_table.stride(0), blocks, part.many, window,
         q.stride(0), q.stride(1), q_tail.stride(0), q_tail.stride(1),
         keys.stride(0), keys.stride(2), values.stride(0), values.stride(2),
         **attend_constants(tiles, keys.shape[1], group, features, strides),
@@ -411,7 +438,7 @@ def attend_paged(
         WIDE=TRITON_TYPES[wide], num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(q),
     )  # fmt: skip
     if spans > 1:
-        _combine(parts, lse, out, batch, rows)
+        _combine(parts, lse, out, batch, blocks, part)
 
 
 def attend_constants(
@@ -450,7 +477,9 @@ def tile_constants(tiles: Tiles) -> dict[str, int]:
 _COMBINED = 64  # features that a program of `combine_spans` makes
 
 
-def _combine(parts: Tensor, lse: Tensor, out: Tensor, batch: Paged, rows: Rows) -> None:
+def _combine(
+    parts: Tensor, lse: Tensor, out: Tensor, batch: Paged, blocks: int, part: Part
+) -> None:
     spans, num_tokens, num_heads, value_dim = parts.shape
     combine_spans[(num_tokens * num_heads, triton.cdiv(value_dim, _COMBINED))](
         parts,
@@ -460,13 +489,13 @@ def _combine(parts: Tensor, lse: Tensor, out: Tensor, batch: Paged, rows: Rows) 
         batch.num_rows,
         num_tokens,
         spans,
-        rows.min_q_len,
-        rows.max_q_len,
+        blocks,
+        part.many,
         HEADS=num_heads,
         DV=value_dim,
         BLOCK=_COMBINED,
         SPANS=triton.next_power_of_2(spans),
-        SOME=rows.some,
+        SOME=not part.alone,
         num_warps=4,
         **pdl_options(out),
     )
@@ -481,7 +510,7 @@ def attend_signature(kind: str, out: str) -> dict[str, str]:
         "lse": "*fp32",
         "scale": "fp32",
         **dict.fromkeys(("num_rows", "num_tokens", "table_stride", "blocks"), "i32"),
-        **dict.fromkeys(("min_q_len", "max_q_len", "window"), "i32"),
+        **dict.fromkeys(("many", "window"), "i32"),
         **dict.fromkeys(("q_token", "q_head", "tail_token", "tail_head"), "i32:16"),
         **dict.fromkeys(("key_page", "key_head", "value_page", "value_head"), "i32:16"),
     }
@@ -490,7 +519,7 @@ def attend_signature(kind: str, out: str) -> dict[str, str]:
 def combine_specimen(arch: str) -> Iterator[Specimen]:
     """As many spans as one sequence gets on a large device."""
     constants, options = specimen_pdl(arch)
-    integers = ("num_rows", "num_tokens", "spans", "min_q_len", "max_q_len")
+    integers = ("num_rows", "num_tokens", "spans", "blocks", "many")
     yield Specimen(
         "combine 128 spans",
         combine_spans,
