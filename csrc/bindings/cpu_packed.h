@@ -20,10 +20,4 @@ struct Packed {
     }
 };
 
-// That x fits a packed weight: the same dtype, or bfloat16 times float32.
-inline void expect_fits(DType x, const PackedWeight& weight, const char* name) {
-    if (weight.format != Format::kPlain || weight.dtype == x) return;
-    expect(weight.dtype == DType::kFloat32, name, "its dtype differs from the first argument's");
-}
-
 }  // namespace tokenspeed::cpu

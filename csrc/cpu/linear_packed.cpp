@@ -61,7 +61,8 @@ PackedLinearParams with_even_rows(PackedLinearParams p) {
 template <typename A, typename Out>
 void products(const PackedLinearParams& given) {
     const PackedWeight& w = given.weight;
-    const bool odd = sizeof(A) == 2 && w.format == Format::kPlain && w.in % 2 != 0;
+    const bool pairs = w.format == Format::kPlain && w.dtype == DType::kBFloat16;
+    const bool odd = pairs && w.in % 2 != 0;
     const PackedLinearParams p = odd ? with_even_rows<A>(given) : given;
     const int64_t heads = w.count, all = p.num_tokens * heads;
     char* const memory = scratch_of<char>(1, codes_bytes(all, w) + 64);

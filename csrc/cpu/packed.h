@@ -35,7 +35,7 @@ inline void plain_step(const A* a, int64_t a_stride, const uint32_t* row,
     VecU b[kVecs];
 #pragma GCC unroll 4
     for (int v = 0; v < kVecs; ++v) b[v] = load_raw<VecU>(row + v * kLanes);
-    if constexpr (kPair && kHasPairs) {
+    if constexpr (kPair && kHasPairs && sizeof(A) == 2) {
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
             const VecU word = splat(load_raw<uint32_t>(a + m * a_stride));
@@ -313,10 +313,8 @@ inline void panel_of(int64_t first, int64_t rows, const Rows<A>& a, const Packed
         weight.data + which * weight.bytes_each() + panel * weight.panel_bytes();
     if (weight.format == Format::kPlain) {
         const A* const x = a.x + first * a.stride;
-        if constexpr (sizeof(A) == 2) {
-            if (weight.dtype == DType::kBFloat16) {
-                return plain_panel<true>(rows, x, a.stride, data, weight.in, c);
-            }
+        if (weight.dtype == DType::kBFloat16) {
+            return plain_panel<true>(rows, x, a.stride, data, weight.in, c);
         }
         return plain_panel<false>(rows, x, a.stride, data, weight.in, c);
     }
