@@ -75,7 +75,7 @@ def routed(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "size", "inner", "experts", "top_k"),
-    [(1, 64, 32, 4, 2), (8, 96, 24, 16, 4), (3, 37, 19, 5, 5), (20, 32, 16, 2, 2),
+    [(1, 64, 32, 4, 2), (8, 96, 24, 6, 4), (3, 37, 19, 5, 5), (20, 32, 16, 2, 2),
      (150, 64, 70, 3, 2), (66, 33, 13, 20, 3)],
 )  # fmt: skip
 def test_moe(
@@ -93,6 +93,8 @@ def test_moe(
     )
     run = select("moe", device=DEVICE, dtype=dtype, backend="triton")
     close(run(x, w13, w2, weights, ids), expected, dtype)
+    addend = rand(tokens, size + 1, dtype=dtype, seed=4)[:, 1:]
+    close(run(x, w13, w2, weights, ids, addend), expected + addend, dtype)
 
 
 @pytest.mark.parametrize(("tokens", "least"), [(9, 1), (90, 65)])
@@ -106,11 +108,11 @@ def test_a_token_does_not_depend_on_the_others(tokens: int, least: int) -> None:
         assert torch.equal(run(x[:count], w13, w2, weights[:count], ids[:count]), whole[:count])
 
 
-@pytest.mark.parametrize("tokens", [5, 70])
 @pytest.mark.parametrize(
-    ("form", "group"),
-    [("int8", 32), ("int4", 128), ("fp8", 128), ("mxfp4", 32), ("nvfp4", 16)],
-)
+    ("form", "group", "tokens"),
+    [("int8", 32, 70), ("int4", 128, 70), ("fp8", 128, 70), ("mxfp4", 32, 70), ("nvfp4", 16, 70),
+     ("fp8", 128, 3), ("nvfp4", 16, 3)],
+)  # fmt: skip
 def test_moe_quant(form: QuantFormat, group: int, tokens: int) -> None:
     weights, ids = routed(tokens, 4, 2)
     w13 = quantize(rand(4, 256, 128, seed=2) / 11, form, group)

@@ -242,13 +242,15 @@ def specimens(arch: str) -> Iterator[Specimen]:
     for tokens, heads, size, outputs in _SHAPES:
         tile = tile_for(arch, 132, tokens, outputs, size, 2, heads)
         name = f"linear T={tokens} {heads}x{outputs}x{size}"
-        yield _specimen(name, arch, tile, dense, size, ("*bf16", None), outputs == 3648)
+        yield _specimen(
+            name, arch, tile, dense, size, ("*bf16", None), (tokens, outputs) == (64, 3648)
+        )
     for form, group, codes, scales in _QUANTISED:
         held = Operand(torch.empty(0), None, (), form, group)
         for tokens in (8, 8192):
             tile = quantised(tile_for(arch, 132, tokens, 4096, 4096, 2), held)
             name = f"linear_quant T={tokens} {form} of {group}"
-            quick = tokens == 8 and group >= 32
+            quick = tokens == 8 and form == "fp8"
             yield _specimen(name, arch, tile, held, 4096, (codes, scales), quick)
     constants, options = specimen_pdl(arch)
     yield Specimen(

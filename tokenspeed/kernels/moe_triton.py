@@ -303,14 +303,16 @@ def _place_pairs(
 def _add_choices(
     parts,
     ids,
+    addend,
     out,
     num_experts,
     width,
+    addend_token,
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """parts[T, CHOICES, width] -> out[T, width], in order; program (token, block)."""
+    """parts[T, CHOICES, width] -> out[T, width], in order, then the addend."""
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < width
@@ -321,6 +323,8 @@ def _add_choices(
         expert = tl.load(ids + pair)
         here = mask & (expert >= 0) & (expert < num_experts)
         acc += tl.load(parts + pair * width + at, mask=here, other=0.0).to(tl.float32)
+    if addend is not None:
+        acc += tl.load(addend + token * addend_token + at, mask=mask, other=0.0).to(tl.float32)
     pdl_release(PDL)
     tl.store(out + token * width + at, acc.to(out.dtype.element_ty), mask=mask)
 
@@ -429,12 +433,22 @@ def _check(op: str, x: Tensor, w13: Operand, w2: Operand, shares: Tensor, ids: T
         raise ValueError(f"{op}: weights {tuple(shares.shape)} is not like ids, or not contiguous")
 
 
-def _moe(op: str, x: Tensor, w13: Operand, w2: Operand, shares: Tensor, ids: Tensor) -> Tensor:
+def _moe(
+    op: str,
+    x: Tensor,
+    experts: tuple[Tensor, Tensor] | tuple[QuantWeight, QuantWeight],
+    shares: Tensor,
+    ids: Tensor,
+    addend: Tensor | None,
+) -> Tensor:
+    w13, w2 = operand(op, "w13", experts[0]), operand(op, "w2", experts[1])
     _check(op, x, w13, w2, shares, ids)
+    if addend is not None and (addend.shape != x.shape or addend.stride(1) != 1):
+        raise ValueError(f"{op}: addend {tuple(addend.shape)} is not like x, {tuple(x.shape)}")
     num_experts, size, inner = w2.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if ids.numel() == 0 or out.numel() == 0:
-        return out.zero_()
+        return out.zero_() if addend is None else out.copy_(addend)
     products = _Products(x, shares, ids, num_experts)
     hidden = torch.empty((ids.numel(), inner), dtype=x.dtype, device=x.device)
     wide = torch.float32 if products.few else x.dtype
@@ -442,7 +456,7 @@ def _moe(op: str, x: Tensor, w13: Operand, w2: Operand, shares: Tensor, ids: Ten
     products.run(x, w13, hidden, gated=True)
     products.run(hidden, w2, parts, gated=False)
     _add_choices[(x.shape[0], triton.cdiv(size, _SUM_BLOCK))](
-        *(parts, ids, out, num_experts, size),
+        *(parts, ids, addend, out, num_experts, size, 0 if addend is None else addend.stride(0)),
         CHOICES=ids.shape[1],
         BLOCK=_SUM_BLOCK,
         **pdl_options(x),
@@ -450,15 +464,31 @@ def _moe(op: str, x: Tensor, w13: Operand, w2: Operand, shares: Tensor, ids: Ten
     return out
 
 
-def moe(x: Tensor, w13: Tensor, w2: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """x[T,D], w13[E,2I,D] (gate, then up), w2[E,D,I], weights[T,k], ids[T,k] int32 -> [T,D]."""
-    return _moe("moe", x, operand("moe", "w13", w13), operand("moe", "w2", w2), weights, ids)
+def moe(
+    x: Tensor,
+    w13: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    addend: Tensor | None = None,
+) -> Tensor:
+    """x[T,D], w13[E,2I,D] (gate, then up), w2[E,D,I], weights[T,k], ids[T,k] int32 -> [T,D].
+
+    `addend` [T,D] is added to the experts' sum before it is rounded.
+    """
+    return _moe("moe", x, (w13, w2), weights, ids, addend)
 
 
-def moe_quant(x: Tensor, w13: QuantWeight, w2: QuantWeight, weights: Tensor, ids: Tensor) -> Tensor:
+def moe_quant(
+    x: Tensor,
+    w13: QuantWeight,
+    w2: QuantWeight,
+    weights: Tensor,
+    ids: Tensor,
+    addend: Tensor | None = None,
+) -> Tensor:
     """As `moe`, with quantised experts."""
-    first, second = operand("moe_quant", "w13", w13), operand("moe_quant", "w2", w2)
-    return _moe("moe_quant", x, first, second, weights, ids)
+    return _moe("moe_quant", x, (w13, w2), weights, ids, addend)
 
 
 _SHAPES = (
@@ -511,7 +541,7 @@ def _specimen(
         num_stages=tile.stages,
         options=options,
         matrix=tile.rows >= 64,
-        quick=name == "dense" and gated,
+        quick=name == "dense" and gated and not few,
     )
 
 
@@ -541,7 +571,13 @@ def specimens(arch: str) -> Iterator[Specimen]:
     yield Specimen(
         "moe sum",
         _add_choices,
-        {"parts": "*fp32", "ids": "*i32", "out": "*bf16", "num_experts": "i32", "width": "i32:16"},
+        {
+            **dict.fromkeys(("addend", "out"), "*bf16"),
+            **dict.fromkeys(("width", "addend_token"), "i32:16"),
+            "parts": "*fp32",
+            "ids": "*i32",
+            "num_experts": "i32",
+        },
         {"CHOICES": 8, "BLOCK": _SUM_BLOCK, **constants},
         options=options,
     )
