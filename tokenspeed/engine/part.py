@@ -67,10 +67,13 @@ def mesh_of(config: EngineConfig) -> Mesh:
 
 
 def device_of(config: EngineConfig) -> torch.device:
-    """`ValueError`: there are no kernels for it."""
-    if config.model.device == "cuda":
-        raise ValueError("device: this release has kernels for the CPU only; leave it at auto")
-    return torch.device("cpu")
+    """The GPU that this process uses, if there is one. `ValueError`: it was asked for in vain."""
+    asked, found = config.model.device, torch.cuda.is_available()
+    if asked == "cuda" and not found:
+        raise ValueError(f"device: torch {torch.__version__} finds no GPU here; leave it at auto")
+    if asked == "cpu" or not found:
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def quantization_of(config: EngineConfig) -> Quantization | None:
@@ -165,6 +168,7 @@ def assemble_part(
         max_model_len=longest,
         max_num_seqs=seats,
         num_sharers=num_sharers,
+        device=device,
     )
     num_pages = agree(Agreement(fits)).num_pages
     max_model_len = fit_max_model_len(config.model.max_model_len, longest, num_pages, page_size)
@@ -194,5 +198,7 @@ def assemble_part(
         balancer=balancer,
         graphs=make_graphs(config, model, cache, sizes),
     )
+    if sizes:
+        runner.capture(sizes)
     dp = mesh.index("dp", rank)
     return Part(model, runner, balancer, dp, samples, num_pages, max_model_len)

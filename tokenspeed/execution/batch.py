@@ -94,6 +94,14 @@ class Batcher:
         arrays.places[:count] = arrays.kv_len[:count]
         arrays.slots[:count] = plan.slots
         self._fill_tokens(self._decode, plan, plan.slots, plan.starts)
+        return self._with_ids(self._filled_up(count, num_rows), plan)
+
+    def fillers(self, num_rows: int) -> StepBatch:
+        """A step of `num_rows` rows that only fill up, to capture one of that size."""
+        return self._filled_up(0, num_rows)
+
+    def _filled_up(self, count: int, num_rows: int) -> StepBatch:
+        """The decode step whose first `count` rows are in their arrays."""
         if num_rows > count:
             self._fill_up(slice(count, num_rows))
         self._decode.upload()
@@ -104,7 +112,7 @@ class Batcher:
                 num_rows, num_rows, self._table, max_q_len=1, max_kv_len=longest
             )
             self._decode_batches[num_rows] = batch
-        return self._with_ids(batch, plan)
+        return batch
 
     def keep_last_ids(self, slots: NDArray[np.int32], ids: torch.Tensor) -> None:
         """Ids [n] that these slots sampled, for steps planned before the host knows them."""

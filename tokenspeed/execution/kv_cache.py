@@ -9,7 +9,9 @@ import torch
 from tokenspeed.config import CacheOptions
 from tokenspeed.layers.cache_spec import CacheSpec
 
-FREE_MEMORY_SHARE = 0.3  # of what the machine can still give, when no option says how much
+CPU = torch.device("cpu")
+# Of what the device can still give, when no option says how much. A CPU has other things to do.
+FREE_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
 
 
 class KVCache:
@@ -51,20 +53,23 @@ def choose_num_pages(
     max_model_len: int,
     max_num_seqs: int,
     num_sharers: int = 1,
+    device: torch.device = CPU,
 ) -> int:
     """`num_pages`, or as many as `kv_cache_memory_bytes` or a share of the free memory holds.
 
     Left to itself it never takes more than every slot at its full length could use twice over:
     once running, once remembered. `num_sharers` processes make such a cache on this machine, each
-    for itself. `ValueError` if the machine has not as much memory as was asked.
+    for itself; a GPU is nobody else's. `ValueError` if there is not as much memory as was asked.
     """
-    one_page, free = page_bytes(specs, options.page_size), free_memory() // num_sharers
+    one_page, free = page_bytes(specs, options.page_size), free_memory(device)
+    if device.type == "cpu":
+        free //= num_sharers
     asked = options.num_pages
     if asked is None and options.kv_cache_memory_bytes is not None:
         asked = options.kv_cache_memory_bytes // one_page
     if asked is None:
         most = 2 * max_num_seqs * pages_of(max_model_len, options.page_size)
-        return min(most, int(free * FREE_MEMORY_SHARE) // one_page)
+        return min(most, int(free * FREE_MEMORY_SHARE[device.type]) // one_page)
     if asked * one_page > free:
         raise ValueError(
             f"a KV cache of {asked} pages takes {asked * one_page} bytes, and {free} are free"
@@ -96,8 +101,11 @@ def pages_of(num_tokens: int, page_size: int) -> int:
     return -(-num_tokens // page_size)
 
 
-def free_memory() -> int:
-    """Bytes that this machine could still give; half of what it has where it does not say."""
+def free_memory(device: torch.device = CPU) -> int:
+    """Bytes that the device could still give; half of what a machine has if it does not say."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             kilobytes = next(line.split()[1] for line in file if line.startswith("MemAvailable"))

@@ -20,7 +20,7 @@ from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step_message import encode_step
-from tokenspeed.execution.step_runner import Bind, Seats, Step, StepOutput, StepRunner
+from tokenspeed.execution.step_runner import Begun, Bind, Seats, Step, StepOutput, StepRunner
 
 Plans = SequenceOf[Words | None]  # by dp index
 Outputs = list[StepOutput | None]
@@ -80,7 +80,8 @@ class Runner:
         self._sequences: dict[int, Sequence] = {}
         self._seats = [Seats(max_num_seqs) for _ in range(num_dp)]
         self._steps = ThreadPoolExecutor(1, "step") if threaded else None
-        self._results = ThreadPoolExecutor(1, "results") if threaded and remote else None
+        waits = bool(remote) or part.device.type != "cpu"  # for what comes from elsewhere
+        self._results = ThreadPoolExecutor(1, "results") if threaded and waits else None
 
     def add(self, request_id: int, sequence: Sequence) -> None:
         self._sequences[request_id] = sequence
@@ -95,11 +96,10 @@ class Runner:
             binds = {dp: step.binds for dp, step in enumerate(steps) if dp in self._remote}
             self._crew.send_step(encode_step(plans, binds))
         if self._steps is None:
-            return Done(self._collect(self._run(steps[0]), steps))
-        own = self._steps.submit(self._run, steps[0])
-        if self._results is None:
-            return self._steps.submit(lambda: self._collect(own.result(), steps))
-        return self._results.submit(lambda: self._collect(own.result(), steps))
+            return Done(self._finish(self._begin(steps[0]), steps))
+        begun = self._steps.submit(self._begin, steps[0])
+        thread = self._steps if self._results is None else self._results
+        return thread.submit(lambda: self._finish(begun.result(), steps))
 
     def close(self) -> None:
         for thread in (self._steps, self._results):
@@ -108,9 +108,9 @@ class Runner:
         if self._crew is not None:
             self._crew.close()
 
-    def _run(self, step: Step) -> StepOutput | None:
+    def _begin(self, step: Step) -> Begun | None:
         try:
-            return self._part.run(step)
+            return self._part.begin(step)
         except RankDiedError:
             if self._crew is not None:
                 self._crew.find_cause()
@@ -135,9 +135,9 @@ class Runner:
             binds.append(Bind(slot, request_id, sequence, outputs))
         return binds
 
-    def _collect(self, own: StepOutput | None, steps: list[Step]) -> Outputs:
+    def _finish(self, own: Begun | None, steps: list[Step]) -> Outputs:
         outputs: Outputs = [None] * len(steps)
-        outputs[0] = own
+        outputs[0] = None if own is None else self._part.finish(own)
         wanted = [dp for dp in sorted(self._remote) if steps[dp].plan is not None]
         if wanted and self._crew is not None:
             for dp, output in self._crew.results(wanted).items():

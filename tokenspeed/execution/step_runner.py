@@ -5,12 +5,14 @@ All ranks run every step, with an empty batch where their dp index has no plan. 
 stage have logits; one of each dp index samples and says what came out.
 """
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
@@ -170,12 +172,23 @@ class StepRunner:
         begun = self.begin(step)
         return None if begun is None else self.finish(begun)
 
+    @torch.inference_mode()
+    def capture(self, sizes: SequenceOf[int]) -> None:
+        """Captures decode steps of these numbers of rows, with a bar on the terminal."""
+        with tqdm(sorted(sizes, reverse=True), desc="Capturing", disable=None) as bar:
+            for size in bar:  # the largest first: the others use its memory
+                if self._graphs is not None and self._graphs.size_for(size) is not None:
+                    self._graphs.run(self._batcher.fillers(size).forward)
+
     def begin(self, step: Step) -> Begun | None:
         """Starts a step; on a GPU nothing waits for it unless a request's parameters want to.
 
         Torch's threads rest during a step on the CPU: the kernels have threads of their own.
         """
-        if self.device.type != "cpu" or torch.get_num_threads() == 1:
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):  # a thread of its own begins with the first GPU
+                return self._begin(step)
+        if torch.get_num_threads() == 1:
             return self._begin(step)
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)

@@ -45,7 +45,7 @@ class StepTensors:
         )
         self._on_host = device.type == "cpu"
         self._host = torch.zeros(self._size, dtype=torch.uint8)
-        self._device = self._host if self._on_host else self._host.to(device)
+        self._device = self._host if self._on_host else torch.empty_like(self._host, device=device)
         fields, at = [], 0
         for count, kind in zip((*counts, num_rows + 1), kinds, strict=True):
             end = at + count * kind.itemsize

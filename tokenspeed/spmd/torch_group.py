@@ -40,6 +40,8 @@ def torch_communicator(
         )
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"no backend for tensors on {device}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     at, timeout = urlsplit(init_address), timedelta(seconds=timeout_s)
     with _translated(f"rank {rank} cannot meet the others at {init_address}", None):
         dist.init_process_group(
