@@ -5,66 +5,87 @@
 namespace tokenspeed::cpu::TS_ISA {
 namespace {
 
-constexpr int kMaxExperts = 4096;
-
 struct Choice {
     float* scores;  // [num_experts], never biased
     float* ranks;   // [num_experts], what the choice goes by; -inf once taken
     float* groups;  // [n_group]
 };
 
-// The index of the largest, the lower one at a tie; -inf is never taken unless nothing else is
-// left.
+// The index of the largest, the lower one at a tie; NaN and -inf are never taken unless nothing
+// else is left.
 int64_t argmax(const float* values, int64_t count) {
-    int64_t best = 0;
-    for (int64_t i = 1; i < count; ++i) {
-        if (values[i] > values[best]) best = i;
+    float best = -kInfinity;
+    int64_t place = 0, i = 0;
+    if (count >= kLanes) {
+        Vec top = splat(-kInfinity), places{}, here;  // places are exact: fewer than 2^24
+        for (int lane = 0; lane < kLanes; ++lane) here[lane] = static_cast<float>(lane);
+        for (; i + kLanes <= count; i += kLanes) {
+            const Vec some = load(values + i);
+            places = some > top ? here : places;
+            top = max_of(top, some);
+            here += static_cast<float>(kLanes);
+        }
+        best = reduce_max(top);
+        place = static_cast<int64_t>(-reduce_max(top == best ? -places : splat(-kInfinity)));
     }
-    return best;
+    for (; i < count; ++i) {
+        if (values[i] > best) {
+            best = values[i];
+            place = i;
+        }
+    }
+    return place;
 }
 
 void score(const RouteParams& p, const float* logits, float* scores) {
-    float top = -kInfinity;
-    for (int64_t e = 0; e < p.num_experts; ++e) top = max_of(top, logits[e]);
-    float sum = 0.0f;
-    for (int64_t e = 0; e < p.num_experts; e += kLanes) {
-        const Vec x = load_at(logits, e, p.num_experts);
-        const Vec bounded = -x > 120.0f ? splat(120.0f) : -x;
-        store_at(scores, e, p.num_experts,
-                 p.sigmoid ? 1.0f / (1.0f + exp2(bounded * kLog2E)) : exp(x - top));
+    const int64_t count = p.num_experts;
+    if (p.sigmoid) {
+        for (int64_t e = 0; e < count; e += kLanes) {
+            const Vec x = load_at(logits, e, count), bound = splat(120.0f);
+            store_at(scores, e, count, 1.0f / (1.0f + exp2((-x > bound ? bound : -x) * kLog2E)));
+        }
+        return;
     }
-    if (p.sigmoid) return;
-    for (int64_t e = 0; e < p.num_experts; ++e) sum += scores[e];
-    for (int64_t e = 0; e < p.num_experts; ++e) scores[e] /= sum;
+    const float top = logits[argmax(logits, count)];
+    Vec sums{};
+    for (int64_t e = 0; e < count; e += kLanes) {
+        store_at(scores, e, count, exp(load_at(logits, e, count) - top));
+        sums += load_at(scores, e, count);
+    }
+    const float sum = reduce_add(sums);
+    for (int64_t e = 0; e < count; e += kLanes) {
+        store_at(scores, e, count, load_at(scores, e, count) / sum);
+    }
 }
 
 // Leaves -inf as the rank of every expert outside the best groups.
 void keep_groups(const RouteParams& p, const Choice& c) {
     const int64_t size = p.num_experts / p.n_group;
     for (int64_t g = 0; g < p.n_group; ++g) {
-        const float* const ranks = c.ranks + g * size;
-        const int64_t best = argmax(ranks, size);
-        float second = -kInfinity;
-        for (int64_t e = 0; e < size; ++e) {
-            if (e != best) second = max_of(second, ranks[e]);
-        }
-        c.groups[g] = p.group_top2 ? ranks[best] + second : ranks[best];
+        float* const ranks = c.ranks + g * size;
+        const int64_t first = argmax(ranks, size);
+        const float best = ranks[first];
+        c.groups[g] = best;
+        if (!p.group_top2) continue;
+        ranks[first] = -kInfinity;
+        c.groups[g] = best + (size > 1 ? ranks[argmax(ranks, size)] : -kInfinity);
+        ranks[first] = best;
     }
-    bool kept[kMaxExperts] = {};
-    for (int i = 0; i < p.topk_group; ++i) {
-        const int64_t g = argmax(c.groups, p.n_group);
-        c.groups[g] = -kInfinity;
-        kept[g] = true;
-    }
-    for (int64_t e = 0; e < p.num_experts; ++e) {
-        if (!kept[e / size]) c.ranks[e] = -kInfinity;
+    // The groups that are kept become NaN, which no argmax takes again.
+    for (int i = 0; i < p.topk_group; ++i)
+        c.groups[argmax(c.groups, p.n_group)] = __builtin_nanf("");
+    for (int64_t g = 0; g < p.n_group; ++g) {
+        if (c.groups[g] != c.groups[g]) continue;
+        for (int64_t e = g * size; e < (g + 1) * size; ++e) c.ranks[e] = -kInfinity;
     }
 }
 
 void route_token(const RouteParams& p, int64_t token, const Choice& c) {
     score(p, p.logits + token * p.num_experts, c.scores);
-    for (int64_t e = 0; e < p.num_experts; ++e) {
-        c.ranks[e] = c.scores[e] + (p.bias != nullptr ? p.bias[e] : 0.0f);
+    for (int64_t e = 0; e < p.num_experts; e += kLanes) {
+        Vec rank = load_at(c.scores, e, p.num_experts);
+        if (p.bias != nullptr) rank += load_at(p.bias, e, p.num_experts);
+        store_at(c.ranks, e, p.num_experts, rank);
     }
     if (p.n_group > 1) keep_groups(p, c);
     float* const weights = p.weights + token * p.top_k;
