@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu.peers import Prepared
+from gpu.peers import Peer, Prepared
 from gpu.problem import MlaProblem
+from gpu.shapes import PAGE
 from tokenspeed.kernels.cases.case import Inputs, OpCases
 from tokenspeed.kernels.cases.catalog import all_cases
 from tokenspeed.kernels.plugins import GPU_BACKENDS
@@ -41,6 +42,29 @@ class Ours:
         return [partial(call, c) for c in problem.caches], 0.0
 
 
+@dataclass(frozen=True)
+class Sharing:
+    """`attention_mla_shared` of the Gluon backend, its groups found once a step."""
+
+    name: str = "gluon shared"
+
+    def refusal(self, problem: MlaProblem) -> str | None:
+        return None if problem.shape.shared else "nothing is shared"
+
+    def prepare(self, problem: MlaProblem) -> Prepared:
+        find = kernel_of("prefix_groups", "gluon")
+        kernel = kernel_of("attention_mla_shared", "gluon")
+        kept: list[Tensor] = []
+
+        def call(cache: Tensor, first: bool) -> Tensor:
+            if first:
+                kept[:] = [find(*problem.tables(), PAGE)]
+            q = problem.q_latent, problem.q_pe
+            return torch.as_tensor(kernel(*q, cache, *problem.tables(), problem.scale, kept[0]))
+
+        return [partial(call, c, i == 0) for i, c in enumerate(problem.caches)], 0.0
+
+
 def kernel_of(op: str, backend: str) -> Callable[..., Any]:
     """`LookupError`: the op has no such backend."""
     REGISTRY.load()
@@ -64,12 +88,11 @@ def gpu_backends() -> Iterator[tuple[str, str]]:
                 yield op, backend.name
 
 
-def mla_backends() -> list[Ours]:
-    return [
-        Ours(name, () if name == "gluon" else ("float8",))
-        for op, name in gpu_backends()
-        if op == "attention_mla"
-    ]
+def mla_backends() -> list[Peer]:
+    """Backends of `attention_mla` here, and where pages are shared, the one that knows."""
+    names = [name for op, name in gpu_backends() if op == "attention_mla"]
+    ours: list[Peer] = [Ours(name, () if name == "gluon" else ("float8",)) for name in names]
+    return [*ours, Sharing()] if "gluon" in names else ours
 
 
 @dataclass(frozen=True)

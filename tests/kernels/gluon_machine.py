@@ -272,7 +272,8 @@ def _load(pointer: Pointer, mask: Value = None, other: Value = 0) -> Tensor:
 
 def _store(pointer: Pointer, value: Tensor, mask: Value = None) -> None:
     index, keep = pointer.where(mask)
-    pointer.flat()[index[keep]] = value.expand(index.shape)[keep].to(pointer.memory.dtype)
+    written = torch.as_tensor(value).expand(index.shape)[keep]
+    pointer.flat()[index[keep]] = written.to(pointer.memory.dtype)
 
 
 def _pair(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -292,6 +293,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "arange": lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     "sum": lambda x, axis: x.sum(axis, dtype=x.dtype),
     "max": lambda x, axis: x.amax(axis),
+    "min": lambda x, axis: x.amin(axis),
     "exp2": torch.exp2,
     "log2": torch.log2,
     "full": lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),

@@ -100,18 +100,18 @@ def test_both_schedules_agree(header: ctypes.CDLL, ctas: int, heads: int, block:
     kv_len = torch.tensor([kv for _, kv in rows], dtype=torch.int32)
     work = [call(header.work, 2, q, kv, heads, block) for q, kv in rows]
     total = sum(units for _, units in work)
+    tables = (Pointer(q_start), Pointer(kv_len), Pointer(kv_len))
     for cta in range(0, ctas, 17):
         machine = Machine((cta,), (ctas,), 0.0)
-        found = machine.translate(schedule.locate)(
-            Pointer(q_start), Pointer(kv_len), len(rows), heads, block, 4
-        )
+        found = machine.translate(schedule.locate)(tables, len(rows), 0, heads, block, 4)
         assert [int(x) for x in found[:2]] == call(header.span, 2, cta, total, ctas)
     machine = Machine((0,), (ctas,), 0.0)
     for row, head in ((0, 0), (2, heads - 1), (3, 1), (150, 0), (304, heads // 2)):
         token = int(q_start[row + 1]) - 1
-        where = machine.translate(combine.partials_of)(
-            token, head, Pointer(q_start), Pointer(kv_len), len(rows), ctas, heads, block, 4
+        where, shared = machine.translate(combine.partials_of)(
+            token, head, *tables, len(rows), ctas, 0, heads, block, 4
         )
+        assert shared == (0, 0, 0)
         items, units = (sum(w[i] for w in work[:row]) for i in (0, 1))
         place = (token - int(q_start[row])) * heads + head
         expected = call(

@@ -14,6 +14,7 @@ from tests.kernels.gluon_machine import Descriptor, Machine, run
 from tests.kernels.ragged import Ragged, ragged
 from tokenspeed.kernels.attention import attention_mla as reference
 from tokenspeed.kernels.kv_fp8 import pack_fp8, unpack_fp8
+from tokenspeed.kernels.mla_shared import prefix_groups as reference_groups
 from tokenspeed.kernels.mla_up import attention_mla_up as reference_up
 
 mla_gluon = pytest.importorskip("tokenspeed.kernels.mla_gluon")
@@ -118,6 +119,72 @@ def test_the_value_projection_is_fused(monkeypatch: pytest.MonkeyPatch, units: i
         w_uv = torch.randn(4, 64, 512, generator=torch.Generator().manual_seed(2)) / 20
         arguments = (latent, pe, cache, *batch.tables(), SCALE, w_uv.bfloat16())
         close(mla_gluon.attention_mla_up(*arguments), reference_up(*arguments))
+
+
+def sharing(lengths: list[tuple[int, int, int]], page_size: int) -> Ragged:
+    """Rows of (q_len, kv_len, leading pages that are those of the row before)."""
+    batch = ragged([(q, kv) for q, kv, _ in lengths], page_size)
+    above = None
+    for slot, (_, _, common) in zip(batch.slots.tolist(), lengths, strict=True):
+        if above is not None:
+            batch.page_table[slot, :common] = batch.page_table[above, :common]
+        above = slot
+    return batch
+
+
+SHARING = [
+    (1, 900, 0), (1, 800, 12), (2, 850, 11), (1, 70, 1), (1, 700, 0), (1, 640, 9), (0, 0, 0),
+    (1, 2000, 0), (1, 2000, 30), (1, 900, 14), (3, 900, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_groups_of_shared_pages(page_size: int) -> None:
+    batch = sharing(SHARING, page_size)
+    expected = reference_groups(*batch.tables(), page_size)
+    assert torch.equal(mla_gluon.prefix_groups(*batch.tables(), page_size), expected)
+    if page_size == 64:
+        rows = [[0, 3, 11]] * 3 + [[3, 4, 0]] + [[4, 6, 9]] * 2 + [[6, 7, 0]]
+        rows += [[7, 9, 30]] * 2 + [[9, 11, 9]] * 2
+        assert expected.tolist() == rows
+
+
+@pytest.mark.parametrize("units", [1, 9, 60])
+def test_shared_pages_are_read_under_all_queries_of_a_group(
+    monkeypatch: pytest.MonkeyPatch, units: int
+) -> None:
+    on_units(monkeypatch, units)
+    batch = sharing(SHARING, 64)
+    groups = reference_groups(*batch.tables(), 64)
+    latent, pe = queries(batch, 16)
+    cache = batch.cache(576, dtype=torch.bfloat16, seed=3)
+    out = mla_gluon.attention_mla_shared(latent, pe, cache, *batch.tables(), SCALE, groups)
+    close(out, reference(latent, pe, cache, *batch.tables(), SCALE))
+    packed, unpacked = float8_cache(batch)
+    out = mla_gluon.attention_mla_shared(latent, pe, packed, *batch.tables(), SCALE, groups)
+    close(out, reference(latent.float(), pe.float(), unpacked, *batch.tables(), SCALE))
+
+
+def test_a_shared_page_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight requests on one prefix: tiles that leave memory, counted."""
+    on_units(monkeypatch, 4)
+    count = [0]
+    copy = Machine.copy
+
+    def counted(*arguments: object) -> None:
+        count[0] += 1
+        copy(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Machine, "copy", counted)
+    batch = sharing([(1, 1000, 0)] + [(1, 1000, 15)] * 7, 64)
+    latent, pe = queries(batch, 4)
+    cache = batch.cache(576, dtype=torch.bfloat16, seed=3)
+    mla_gluon.attention_mla(latent, pe, cache, *batch.tables(), SCALE)
+    assert count[0] == 2 * 8 * 16
+    count[0] = 0
+    groups = mla_gluon.prefix_groups(*batch.tables(), 64)
+    mla_gluon.attention_mla_shared(latent, pe, cache, *batch.tables(), SCALE, groups)
+    assert count[0] == 2 * (15 + 8)
 
 
 def test_copies_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tokenspeed.kernels.mla_schedule_gluon import (
     CHUNK,
     blocks_and_tiles,
-    chunk_of_rows,
     owner,
+    strip_of,
+    sums_before,
     visible_tiles,
 )
 
@@ -24,57 +25,82 @@ LATENT = gl.constexpr(512)
 
 
 @gluon.jit
-def partials_of(
-    token, head, q_start, kv_len, rows, num_ctas,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr,
+def _partials_in(
+    strip, token, head, tables, strips, num_ctas,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """(slot, count, line in the slot) of a query row; count 0 for a token that no row has."""
+    """(slot, count, line in the slot) of a query row in one strip; count 0 in an empty one."""
+    base, items, total = sums_before(tables, strip, strips, SHARED, HEADS, BLOCK, WARPS)
+    first, queries, first_tile, tokens, free = strip_of(tables, strip, True, SHARED)
+    blocks, tiles = blocks_and_tiles(queries, first_tile, tokens, HEADS, BLOCK)
+    place = (token - first) * HEADS + head
+    block = place // BLOCK
+    parts = gl.minimum(num_ctas, total)
+    unit = base + block * tiles
+    seen = visible_tiles(block, queries, first_tile, tokens, free, HEADS, BLOCK)
+    owned = owner(unit, total, parts)
+    count = owner(unit + seen - 1, total, parts) - owned + 1
+    return owned + items + block, gl.where(blocks > 0, count, 0), place % BLOCK
+
+
+@gluon.jit
+def row_of(token, q_start, rows, WARPS: gl.constexpr):
+    """The row of the batch that has a token; `rows` if none has it."""
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    row, base, items, total = 0, 0, 0, 0
+    row = 0
     for first in range(0, rows, CHUNK):
-        inside, blocks, units = chunk_of_rows(q_start, kv_len, first, rows, HEADS, BLOCK, WARPS)
         at = first + gl.arange(0, CHUNK, layout)
-        past = (gl.load(q_start + at + 1, mask=inside, other=0) <= token) & inside
-        row += gl.sum(past.to(gl.int32), 0)
-        base += gl.sum(gl.where(past, units, 0), 0)
-        items += gl.sum(gl.where(past, blocks, 0), 0)
-        total += gl.sum(units, 0)
+        end = gl.load(q_start + at + 1, mask=at < rows, other=2147483647)
+        row += gl.sum((end <= token).to(gl.int32), 0)
+    return row
+
+
+@gluon.jit
+def partials_of(
+    token, head, q_start, kv_len, groups, rows, num_ctas,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Where a query row's partials stand: (slot, count, line) of its own keys, and of shared ones.
+
+    Both counts are 0 for a token that no row has.
+    """
+    tables = (q_start, kv_len, groups)
+    row = row_of(token, q_start, rows, WARPS)
     slot, count, line = 0, 0, 0
+    other_slot, other_count, other_line = 0, 0, 0
     if row < rows:
-        start = gl.load(q_start + row)
-        queries = gl.load(q_start + row + 1) - start
-        tokens = gl.load(kv_len + row)
-        _, tiles = blocks_and_tiles(queries, tokens, HEADS, BLOCK)
-        place = (token - start) * HEADS + head
-        block = place // BLOCK
-        line = place % BLOCK
-        parts = gl.minimum(num_ctas, total)
-        unit = base + block * tiles
-        seen = visible_tiles(block, queries, tokens, HEADS, BLOCK)
-        owned = owner(unit, total, parts)
-        slot = owned + items + block
-        count = owner(unit + seen - 1, total, parts) - owned + 1
-    return slot, count, line
+        strips = rows * (SHARED + 1)
+        slot, count, line = _partials_in(
+            row * (SHARED + 1) + SHARED, token, head, tables, strips, num_ctas,
+            SHARED, HEADS, BLOCK, WARPS,
+        )  # fmt: skip
+        if SHARED:
+            leader = gl.load(groups + row * 3)
+            other_slot, other_count, other_line = _partials_in(
+                leader * 2, token, head, tables, strips, num_ctas, SHARED, HEADS, BLOCK, WARPS
+            )
+    return (slot, count, line), (other_slot, other_count, other_line)
 
 
 @gluon.jit
 def merge(
-    partial, sums, slot, count, line, first_feature,
+    partial, sums, own, shared, first_feature,
     BLOCK: gl.constexpr, WIDTH: gl.constexpr, SPLITS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """[WIDTH] features of one query row from `count` partials, SPLITS of them read at once."""
+    """[WIDTH] features of one query row from all its partials, SPLITS of them read at once."""
     lane = gl.arange(0, SPLITS, gl.SliceLayout(1, LAYOUT))
     feature = first_feature + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    count = own[1] + shared[1]
     peak = gl.full([SPLITS], -float("inf"), gl.float32, gl.SliceLayout(1, LAYOUT))
     for first in range(0, count, SPLITS):
-        at = (slot + first + lane).to(gl.int64) * BLOCK + line
+        at = _line_of(first + lane, own, shared, BLOCK)
         peak = gl.maximum(peak, gl.load(sums + at, mask=first + lane < count, other=-float("inf")))
     top = gl.max(peak, 0)
     acc = gl.zeros([SPLITS, WIDTH], gl.float32, LAYOUT)
     norm = gl.zeros([SPLITS], gl.float32, gl.SliceLayout(1, LAYOUT))
     for first in range(0, count, SPLITS):
         inside = first + lane < count
-        at = (slot + first + lane).to(gl.int64) * BLOCK + line
+        at = _line_of(first + lane, own, shared, BLOCK)
         share = gl.exp2(gl.load(sums + at, mask=inside, other=-float("inf")) - top)
         where = at[:, None] * LATENT + feature[None, :]
         mask = inside[:, None] & (feature >= 0)[None, :]
@@ -84,10 +110,19 @@ def merge(
     return gl.sum(acc, 0) / gl.where(whole > 0.0, whole, 1.0)
 
 
+@gluon.jit
+def _line_of(index, own, shared, BLOCK: gl.constexpr):
+    """The line in memory of the index-th partial: first those of own keys, then of shared ones."""
+    mine = index < own[1]
+    slot = gl.where(mine, own[0] + index, shared[0] + index - own[1])
+    return slot.to(gl.int64) * BLOCK + gl.where(mine, own[2], shared[2])
+
+
 @gluon.jit(do_not_specialize=["rows"])
 def mla_combine(
-    partial, sums, q_start, kv_len, out, rows, num_ctas,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, WIDTH: gl.constexpr, SPLITS: gl.constexpr,
+    partial, sums, q_start, kv_len, groups, out, rows, num_ctas,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    WIDTH: gl.constexpr, SPLITS: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """out[T, H, 512]; grid (T * H * 512 / WIDTH): WIDTH features of a query row each."""
@@ -95,20 +130,22 @@ def mla_combine(
     pieces: gl.constexpr = LATENT // WIDTH
     query = gl.program_id(0) // pieces
     first = gl.program_id(0) % pieces * WIDTH
-    slot, count, line = partials_of(
-        query // HEADS, query % HEADS, q_start, kv_len, rows, num_ctas, HEADS, BLOCK, WARPS
-    )
+    own, shared = partials_of(
+        query // HEADS, query % HEADS, q_start, kv_len, groups, rows, num_ctas,
+        SHARED, HEADS, BLOCK, WARPS,
+    )  # fmt: skip
     gdc_wait()
     gdc_launch_dependents()
-    y = merge(partial, sums, slot, count, line, first, BLOCK, WIDTH, SPLITS, layout)
+    y = merge(partial, sums, own, shared, first, BLOCK, WIDTH, SPLITS, layout)
     feature = first + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     gl.store(out + query.to(gl.int64) * LATENT + feature, y.to(gl.bfloat16))
 
 
 @gluon.jit(do_not_specialize=["rows", "num_tokens"])
 def mla_combine_up(
-    partial, sums, q_start, kv_len, w_uv, out, rows, num_ctas, num_tokens,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, VALUE: gl.constexpr, PIECE: gl.constexpr,
+    partial, sums, q_start, kv_len, groups, w_uv, out, rows, num_ctas, num_tokens,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    VALUE: gl.constexpr, PIECE: gl.constexpr,
     SPLITS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """out[T, H, VALUE]; grid (HEADS * VALUE / PIECE, token groups); weights before the wait."""
@@ -122,10 +159,10 @@ def mla_combine_up(
     gdc_wait()
     gdc_launch_dependents()
     for token in range(gl.program_id(1), num_tokens, gl.num_programs(1)):
-        slot, count, line = partials_of(
-            token, head, q_start, kv_len, rows, num_ctas, HEADS, BLOCK, WARPS
+        own, shared = partials_of(
+            token, head, q_start, kv_len, groups, rows, num_ctas, SHARED, HEADS, BLOCK, WARPS
         )
-        y = merge(partial, sums, slot, count, line, 0, BLOCK, LATENT, SPLITS, layout)
+        y = merge(partial, sums, own, shared, 0, BLOCK, LATENT, SPLITS, layout)
         y = gl.convert_layout(y, gl.SliceLayout(0, weights))
         result = gl.sum(w.to(gl.float32) * y[None, :], 1)
         at = (token * HEADS + head).to(gl.int64) * VALUE

@@ -25,7 +25,7 @@ from tokenspeed.kernels.mla_decode_gluon import (
     LATENT,
     ROPE,
     barrier,
-    block_of_row,
+    block_of_strip,
     load_query,
     next_stage,
     page_row,
@@ -56,20 +56,21 @@ def fresh_zero():
 
 @gluon.jit
 def _produce(
-    work, tables, caches, rings, full, empty,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    work, tables, pages, caches, rings, full, empty,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
     codes, scales, ropes = caches
     code_ring, scale_ring, rope_ring = rings
-    unit, row, block, tile, item = start_of(work, tables[2], tables[3], HEADS, BLOCK)
+    unit, strip, block, tile, item = start_of(work, tables, SHARED, HEADS, BLOCK)
     stage, phase = 0, 1
     while unit < work[1]:
-        _, _, _, blocks, count, stop = block_of_row(
-            work, tables, unit, row, block, tile, HEADS, BLOCK
+        _, _, _, _, blocks, count, span = block_of_strip(
+            work, tables, unit, strip, block, tile, SHARED, HEADS, BLOCK
         )
-        slot = gl.load(tables[1] + row)
-        for t in range(tile, stop):
-            at = page_row(tables, slot, t, PAGE)
+        slot = gl.load(pages[1] + strip // (SHARED + 1))
+        for t in range(span[0], span[1]):
+            at = page_row(pages, slot, t, PAGE)
             mbarrier.wait(empty.index(stage), phase)
             ready = full.index(stage)
             mbarrier.expect(
@@ -85,7 +86,7 @@ def _produce(
             tma.async_copy_global_to_shared(scales, [at, SCALES_AT], ready, scale_ring.index(stage))
             tma.async_copy_global_to_shared(ropes, [at, ROPE_AT], ready, rope_ring.index(stage))
             stage, phase = next_stage(stage, phase, STAGES)
-        unit, row, block, tile, item = next_block(unit, row, block, item, count, blocks)
+        unit, strip, block, tile, item = next_block(unit, strip, block, item, count, blocks)
 
 
 @gluon.jit
@@ -146,10 +147,10 @@ def _scores(
 
 @gluon.jit
 def _attend(
-    tile, stop, seen, tokens, scale, query, shared, full, empty, stage, phase,
+    span, seen, tokens, scale, query, shared, full, empty, stage, phase,
     LAYOUT: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles [tile, stop) of a block: (four acc [128, BLOCK], peak, norm, stage, phase)."""
+    """The tiles of a span under a block: (four acc [128, BLOCK], peak, norm, stage, phase)."""
     rings, wide, weights = shared
     code_ring, scale_ring, rope_ring = rings
     peak = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
@@ -159,7 +160,7 @@ def _attend(
     acc2 = gl.zeros([GROUP, BLOCK], gl.float32, LAYOUT)
     acc3 = gl.zeros([GROUP, BLOCK], gl.float32, LAYOUT)
     key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
-    for t in range(tile, stop):
+    for t in range(span[0], span[1]):
         mbarrier.wait(full.index(stage), phase)
         _widen_tile(code_ring, stage * GROUPS, wide, tokens - t * TILE, WARPS)
         scales = scale_ring.index(stage)
@@ -209,17 +210,18 @@ def _store_partial(
 @gluon.jit
 def _consume(
     work, tables, scale, queries_at, outputs, query, shared, full, empty,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, BLOCK, 16]
     )
     latents, ropes, strides = queries_at
-    unit, row, block, tile, item = start_of(work, tables[2], tables[3], HEADS, BLOCK)
+    unit, strip, block, tile, item = start_of(work, tables, SHARED, HEADS, BLOCK)
     stage, phase = 0, 0
     while unit < work[1]:
-        first, queries, tokens, blocks, count, stop = block_of_row(
-            work, tables, unit, row, block, tile, HEADS, BLOCK
+        first, queries, tokens, reach, blocks, count, span = block_of_strip(
+            work, tables, unit, strip, block, tile, SHARED, HEADS, BLOCK
         )
         if count > 0:
             rows = queries * HEADS
@@ -235,26 +237,28 @@ def _consume(
             fence_async_shared()
             barrier()
             at = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-            seen = gl.minimum(tokens - queries + at // HEADS + 1, tokens)
+            seen = gl.minimum(reach + at // HEADS + 1, tokens)
             accs, peak, norm, stage, phase = _attend(
-                tile, stop, seen, tokens, scale, query, shared, full, empty, stage, phase,
+                span, seen, tokens, scale, query, shared, full, empty, stage, phase,
                 layout, BLOCK, STAGES, WARPS,
             )  # fmt: skip
             place = gl.program_id(0) + item
             _store_partial(outputs, place, accs, peak, norm, rows - block * BLOCK, layout, BLOCK)
-        unit, row, block, tile, item = next_block(unit, row, block, item, count, blocks)
+        unit, strip, block, tile, item = next_block(unit, strip, block, item, count, blocks)
 
 
 @gluon.jit(do_not_specialize=["rows", "table_stride"])
 def mla_decode_fp8(
-    codes, scales, ropes, q_latent, q_pe, page_table, slots, q_start, kv_len, out, lse,
+    codes, scales, ropes, q_latent, q_pe, page_table, slots, q_start, kv_len, groups, out, lse,
     rows, scale, table_stride, q_token, q_head, pe_token, pe_head,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """As `mla_decode`, with descriptors of the cache's three parts."""
-    work = locate(q_start, kv_len, rows, HEADS, BLOCK, WARPS)
-    tables = (page_table, slots, q_start, kv_len, table_stride)
+    tables = (q_start, kv_len, groups)
+    pages = (page_table, slots, table_stride)
+    work = locate(tables, rows * (SHARED + 1), SHARED, HEADS, BLOCK, WARPS)
     rings = (
         gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, TILE, WORDS], codes.layout),
         gl.allocate_shared_memory(gl.float32, [STAGES, TILE, 4], scales.layout),
@@ -279,9 +283,9 @@ def mla_decode_fp8(
     gl.warp_specialize(
         [
             (_consume, (work, tables, scale, queries_at, (out, lse), query,
-                        (rings, wide, weights), full, empty, HEADS, BLOCK, STAGES, WARPS)),
-            (_produce, (work, tables, (codes, scales, ropes), rings, full, empty,
-                        HEADS, BLOCK, STAGES, PAGE)),
+                        (rings, wide, weights), full, empty, SHARED, HEADS, BLOCK, STAGES, WARPS)),
+            (_produce, (work, tables, pages, (codes, scales, ropes), rings, full, empty,
+                        SHARED, HEADS, BLOCK, STAGES, PAGE)),
         ],
         [1],
         [24],

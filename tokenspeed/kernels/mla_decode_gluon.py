@@ -26,6 +26,7 @@ from tokenspeed.kernels.mla_schedule_gluon import (
     locate,
     next_block,
     start_of,
+    strip_of,
     visible_tiles,
 )
 
@@ -37,22 +38,26 @@ barrier = (
 
 
 @gluon.jit
-def block_of_row(work, tables, unit, row, block, tile, HEADS: gl.constexpr, BLOCK: gl.constexpr):
-    """(first query token, queries, tokens, blocks, tiles to count, tile to stop at)."""
-    q_start, kv_len = tables[2], tables[3]
-    first = gl.load(q_start + row)
-    queries = gl.load(q_start + row + 1) - first
-    tokens = gl.load(kv_len + row)
-    blocks, tiles = blocks_and_tiles(queries, tokens, HEADS, BLOCK)
+def block_of_strip(
+    work, tables, unit, strip, block, tile,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+):  # fmt: skip
+    """(first query token, queries, tokens, reach, blocks, units, first and last tile) of one block.
+
+    Tiles count from the sequence's begin here. Query i sees the keys below reach + i + 1.
+    """
+    first, queries, first_tile, tokens, free = strip_of(tables, strip, True, SHARED)
+    blocks, tiles = blocks_and_tiles(queries, first_tile, tokens, HEADS, BLOCK)
     stop = gl.minimum(tile + work[1] - unit, tiles)
-    seen = visible_tiles(block, queries, tokens, HEADS, BLOCK)
-    return first, queries, tokens, blocks, stop - tile, gl.minimum(stop, seen)
+    seen = visible_tiles(block, queries, first_tile, tokens, free, HEADS, BLOCK)
+    span = (first_tile + tile, first_tile + gl.minimum(stop, seen))
+    return first, queries, tokens, tokens - queries + free, blocks, stop - tile, span
 
 
 @gluon.jit
-def page_row(tables, slot, tile, PAGE: gl.constexpr):
+def page_row(pages, slot, tile, PAGE: gl.constexpr):
     """The row of the flattened cache where a tile begins."""
-    page = gl.load(tables[0] + slot.to(gl.int64) * tables[4] + tile * TILE // PAGE)
+    page = gl.load(pages[0] + slot.to(gl.int64) * pages[2] + tile * TILE // PAGE)
     return page * PAGE + tile * TILE % PAGE
 
 
@@ -65,18 +70,19 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _produce(
-    work, tables, latents, ropes, latent_ring, rope_ring, full, empty,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    work, tables, pages, latents, ropes, latent_ring, rope_ring, full, empty,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr,
 ):  # fmt: skip
-    unit, row, block, tile, item = start_of(work, tables[2], tables[3], HEADS, BLOCK)
+    unit, strip, block, tile, item = start_of(work, tables, SHARED, HEADS, BLOCK)
     stage, phase = 0, 1
     while unit < work[1]:
-        _, _, _, blocks, count, stop = block_of_row(
-            work, tables, unit, row, block, tile, HEADS, BLOCK
+        _, _, _, _, blocks, count, span = block_of_strip(
+            work, tables, unit, strip, block, tile, SHARED, HEADS, BLOCK
         )
-        slot = gl.load(tables[1] + row)
-        for t in range(tile, stop):
-            at = page_row(tables, slot, t, PAGE)
+        slot = gl.load(pages[1] + strip // (SHARED + 1))
+        for t in range(span[0], span[1]):
+            at = page_row(pages, slot, t, PAGE)
             mbarrier.wait(empty.index(stage), phase)
             mbarrier.expect(full.index(stage), latents.block_type.nbytes + ropes.block_type.nbytes)
             tma.async_copy_global_to_shared(
@@ -86,7 +92,7 @@ def _produce(
                 ropes, [at, LATENT], full.index(stage), rope_ring.index(stage)
             )
             stage, phase = next_stage(stage, phase, STAGES)
-        unit, row, block, tile, item = next_block(unit, row, block, item, count, blocks)
+        unit, strip, block, tile, item = next_block(unit, strip, block, item, count, blocks)
 
 
 @gluon.jit
@@ -148,16 +154,16 @@ def store_partial(
 
 @gluon.jit
 def _attend(
-    tile, stop, seen, tokens, scale, query, shared, full, empty, stage, phase,
+    span, seen, tokens, scale, query, shared, full, empty, stage, phase,
     LAYOUT: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Tiles [tile, stop) of a block: (acc [512, BLOCK], peak, norm, stage, phase)."""
+    """The tiles of a span under a block: (acc [512, BLOCK], peak, norm, stage, phase)."""
     latent_ring, rope_ring, weights = shared
     peak = gl.full([BLOCK], -float("inf"), gl.float32, gl.SliceLayout(0, LAYOUT))
     norms = gl.zeros([TILE, BLOCK], gl.float32, LAYOUT)
     acc = gl.zeros([LATENT, BLOCK], gl.float32, LAYOUT)
     key = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
-    for t in range(tile, stop):
+    for t in range(span[0], span[1]):
         mbarrier.wait(full.index(stage), phase)
         latent = latent_ring.index(stage)
         if tokens - t * TILE < TILE:
@@ -187,17 +193,18 @@ def _attend(
 @gluon.jit
 def _consume(
     work, tables, scale, queries_at, outputs, query, shared, full, empty,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, WARPS // 4], instr_shape=[16, BLOCK * 4 // WARPS, 16]
     )
     latents, ropes, strides = queries_at
-    unit, row, block, tile, item = start_of(work, tables[2], tables[3], HEADS, BLOCK)
+    unit, strip, block, tile, item = start_of(work, tables, SHARED, HEADS, BLOCK)
     stage, phase = 0, 0
     while unit < work[1]:
-        first, queries, tokens, blocks, count, stop = block_of_row(
-            work, tables, unit, row, block, tile, HEADS, BLOCK
+        first, queries, tokens, reach, blocks, count, span = block_of_strip(
+            work, tables, unit, strip, block, tile, SHARED, HEADS, BLOCK
         )
         if count > 0:
             rows = queries * HEADS
@@ -230,26 +237,28 @@ def _consume(
             fence_async_shared()
             barrier()
             at = block * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, layout))
-            seen = gl.minimum(tokens - queries + at // HEADS + 1, tokens)
+            seen = gl.minimum(reach + at // HEADS + 1, tokens)
             acc, peak, norm, stage, phase = _attend(
-                tile, stop, seen, tokens, scale, query, shared, full, empty, stage, phase,
+                span, seen, tokens, scale, query, shared, full, empty, stage, phase,
                 layout, BLOCK, STAGES, WARPS,
             )  # fmt: skip
             place = gl.program_id(0) + item
             store_partial(outputs, place, acc, peak, norm, rows - block * BLOCK, layout, BLOCK)
-        unit, row, block, tile, item = next_block(unit, row, block, item, count, blocks)
+        unit, strip, block, tile, item = next_block(unit, strip, block, item, count, blocks)
 
 
 @gluon.jit(do_not_specialize=["rows", "table_stride"])
 def mla_decode(
-    latents, ropes, q_latent, q_pe, page_table, slots, q_start, kv_len, out, lse,
+    latents, ropes, q_latent, q_pe, page_table, slots, q_start, kv_len, groups, out, lse,
     rows, scale, table_stride, q_token, q_head, pe_token, pe_head,
-    HEADS: gl.constexpr, BLOCK: gl.constexpr, STAGES: gl.constexpr, PAGE: gl.constexpr,
+    SHARED: gl.constexpr, HEADS: gl.constexpr, BLOCK: gl.constexpr,
+    STAGES: gl.constexpr, PAGE: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
     """The kernel: descriptors of the cache's two parts, ragged queries, out [slots, BLOCK, 512]."""
-    work = locate(q_start, kv_len, rows, HEADS, BLOCK, WARPS)
-    tables = (page_table, slots, q_start, kv_len, table_stride)
+    tables = (q_start, kv_len, groups)
+    pages = (page_table, slots, table_stride)
+    work = locate(tables, rows * (SHARED + 1), SHARED, HEADS, BLOCK, WARPS)
     latent_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, LATENT], latents.layout)
     rope_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, ROPE], ropes.layout)
     wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, LATENT], gl.bfloat16)
@@ -271,9 +280,9 @@ def mla_decode(
         [
             (_consume, (work, tables, scale, queries_at, (out, lse), query,
                         (latent_ring, rope_ring, weights), full, empty,
-                        HEADS, BLOCK, STAGES, WARPS)),
-            (_produce, (work, tables, latents, ropes, latent_ring, rope_ring, full, empty,
-                        HEADS, BLOCK, STAGES, PAGE)),
+                        SHARED, HEADS, BLOCK, STAGES, WARPS)),
+            (_produce, (work, tables, pages, latents, ropes, latent_ring, rope_ring, full, empty,
+                        SHARED, HEADS, BLOCK, STAGES, PAGE)),
         ],
         [1],
         [24],

@@ -22,7 +22,8 @@ from tokenspeed.kernels.kv_fp8 import ROW_BYTES
 from tokenspeed.kernels.mla_combine_gluon import mla_combine, mla_combine_up
 from tokenspeed.kernels.mla_decode_fp8_gluon import mla_decode_fp8
 from tokenspeed.kernels.mla_decode_gluon import mla_decode
-from tokenspeed.kernels.registry import Ask, register
+from tokenspeed.kernels.mla_shared_gluon import common_pages, walk_groups
+from tokenspeed.kernels.registry import Ask, Kernel, register
 from tokenspeed.kernels.triton_launch import num_units
 from tokenspeed.kernels.triton_targets import Specimen
 
@@ -66,17 +67,25 @@ class Batch:
     heads: int
     block: int  # query rows (tokens x heads) of a block
     num_ctas: int
+    groups: Tensor | None = None  # [R,3], as `prefix_groups` gives it
 
     @property
     def rows(self) -> int:
         return len(self.slots)
 
+    @property
+    def grouping(self) -> Tensor:
+        """The kernel's argument; without groups it is not read."""
+        return self.kv_len if self.groups is None else self.groups
+
     def partials(self) -> int:
-        """Enough slots: one for every CTA and one for every block."""
-        return self.num_ctas + self.num_tokens * self.heads // self.block + self.rows
+        """Enough slots: one for every CTA and one for every block of every strip."""
+        shared = 0 if self.groups is None else 1
+        blocks = self.num_tokens * self.heads // self.block + self.rows
+        return self.num_ctas + blocks * (1 + shared)
 
     def constants(self) -> dict[str, int]:
-        return {"HEADS": self.heads, "BLOCK": self.block}
+        return {"SHARED": int(self.groups is not None), "HEADS": self.heads, "BLOCK": self.block}
 
 
 def block_rows(num_tokens: int, rows: int, heads: int, sizes: Sequence[int]) -> int:
@@ -142,7 +151,7 @@ def _decode(
     shape = (batch.partials(), batch.block)
     partial = torch.empty(*shape, LATENT, dtype=torch.float32, device=cache.device)
     sums = torch.empty(shape, dtype=torch.float32, device=cache.device)
-    tables = (batch.page_table, batch.slots, batch.q_start, batch.kv_len)
+    tables = (batch.page_table, batch.slots, batch.q_start, batch.kv_len, batch.grouping)
     strides = (*q_latent.stride()[:2], *q_pe.stride()[:2])
     arguments: list[Any] = [*_descriptors(cache), q_latent, q_pe, *tables, partial, sums]
     arguments += [batch.rows, scale * LOG2E, batch.page_table.stride(0), *strides]
@@ -153,12 +162,18 @@ def _decode(
 
 def _merge_shape(programs: int, num_units: int) -> dict[str, int]:
     """Few query rows are cut into four pieces, so that more of the device merges them."""
-    width = LATENT // 4 if programs <= num_units else LATENT
-    return {"WIDTH": width, "SPLITS": 16384 // width, "WARPS": _MERGE_WARPS}
+    few = programs <= num_units
+    width, splits = (LATENT // 4, 128) if few else (LATENT, 16)
+    return {"WIDTH": width, "SPLITS": splits, "WARPS": _MERGE_WARPS}
 
 
 def partial_results(
-    q_latent: Tensor, q_pe: Tensor, cache: Tensor, tables: Sequence[Tensor], scale: float
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    tables: Sequence[Tensor],
+    scale: float,
+    groups: Tensor | None = None,
 ) -> tuple[Batch, Tensor, Tensor]:
     """Launches the kernel over the pages: (batch, partial [slots, block, 512], sums).
 
@@ -168,9 +183,10 @@ def partial_results(
     _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
     num_tokens, heads = q_latent.shape[:2]
     sizes = tuple(_FLOAT8 if cache.dtype == torch.uint8 else _BFLOAT16)
-    block = block_rows(num_tokens, len(slots), heads, sizes)
+    # Queries of a group stand under its shared keys together.
+    block = sizes[-1] if groups is not None else block_rows(num_tokens, len(slots), heads, sizes)
     units = num_units(q_latent)
-    batch = Batch(page_table, slots, q_start, kv_len, num_tokens, heads, block, units)
+    batch = Batch(page_table, slots, q_start, kv_len, num_tokens, heads, block, units, groups)
     decode, partial, sums = _decode(q_latent, q_pe, cache, batch, scale)
     if num_tokens > 0:
         launch(decode)
@@ -192,14 +208,59 @@ def attention_mla(
 
     `max_q_len` is not needed: blocks of query rows are found on the device.
     """
-    tables = (page_table, slots, q_start, kv_len)
-    batch, partial, sums = partial_results(q_latent, q_pe, cache, tables, scale)
+    return _attention(q_latent, q_pe, cache, (page_table, slots, q_start, kv_len), scale, None)
+
+
+def attention_mla_shared(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    q_start: Tensor,
+    kv_len: Tensor,
+    scale: float,
+    groups: Tensor,
+) -> Tensor:
+    """As `attention_mla`, groups [R,3] of `prefix_groups` reading their shared pages once."""
+    if groups.shape != (len(slots), 3) or groups.dtype != torch.int32 or not groups.is_contiguous():
+        raise ValueError(f"attention_mla_shared: groups {tuple(groups.shape)} is not [R,3] int32")
+    return _attention(q_latent, q_pe, cache, (page_table, slots, q_start, kv_len), scale, groups)
+
+
+def prefix_groups(
+    page_table: Tensor, slots: Tensor, q_start: Tensor, kv_len: Tensor, page_size: int
+) -> Tensor:
+    """[R, 3] int32, see the reference; for all layers of a step."""
+    if page_size % TILE:
+        raise ValueError(f"prefix_groups: page_size {page_size} is no multiple of {TILE}")
+    rows = len(slots)
+    groups = torch.empty(rows, 3, dtype=torch.int32, device=slots.device)
+    if rows > 0:
+        common = torch.empty(rows, dtype=torch.int32, device=slots.device)
+        arguments: list[Any] = [page_table, slots, q_start, kv_len, common, page_table.stride(0)]
+        launch(Call(common_pages, (rows,), arguments, {"PAGE": page_size, "WARPS": 4}))
+        constants = {"TILES_A_PAGE": page_size // TILE, "WARPS": 1}
+        launch(Call(walk_groups, (1,), [common, groups, rows], constants))
+    return groups
+
+
+def _attention(
+    q_latent: Tensor,
+    q_pe: Tensor,
+    cache: Tensor,
+    tables: Sequence[Tensor],
+    scale: float,
+    groups: Tensor | None,
+) -> Tensor:
+    batch, partial, sums = partial_results(q_latent, q_pe, cache, tables, scale, groups)
+    q_start, kv_len = tables[2:]
     out = torch.empty(q_latent.shape, dtype=q_latent.dtype, device=q_latent.device)
     queries = batch.num_tokens * batch.heads
     if queries == 0:
         return out
     shape = _merge_shape(queries, batch.num_ctas)
-    arguments = [partial, sums, q_start, kv_len, out, batch.rows, batch.num_ctas]
+    arguments = [partial, sums, q_start, kv_len, batch.grouping, out, batch.rows, batch.num_ctas]
     grid = (queries * (LATENT // shape["WIDTH"]),)
     launch(Call(mla_combine, grid, arguments, {**batch.constants(), **shape}))
     return out
@@ -240,7 +301,7 @@ def attention_mla_up(
     out = torch.empty(num_tokens, heads, value, dtype=q_latent.dtype, device=q_latent.device)
     if num_tokens == 0:
         return out
-    arguments: list[Any] = [partial, sums, q_start, kv_len, w_uv, out]
+    arguments: list[Any] = [partial, sums, q_start, kv_len, batch.grouping, w_uv, out]
     arguments += [batch.rows, batch.num_ctas, num_tokens]
     constants = {"VALUE": value, "PIECE": _UP_PIECE, **_up_shape()}
     grid = (heads * value // _UP_PIECE, min(num_tokens, UP_GROUPS))
@@ -274,7 +335,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
     """Blocks of 16 to 64 query rows over both kinds of pages, and the merges."""
     if arch != _ARCH:
         return
-    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len"), "*i32")
+    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len", "groups"), "*i32")
     common = {"q_latent": "*bf16", "q_pe": "*bf16", **tables, "out": "*fp32", "lse": "*fp32"}
     common |= {"rows": "i32", "scale": "fp32", "table_stride": "i32"}
     common |= dict.fromkeys(("q_token", "q_head", "pe_token", "pe_head"), "i32:16")
@@ -292,7 +353,14 @@ def specimens(arch: str) -> Iterator[Specimen]:
                 f"{kernel.__name__} {block} rows",
                 kernel,
                 {**parts, **common},
-                {"HEADS": 16, "BLOCK": block, "STAGES": stages, "PAGE": TILE, "WARPS": warps},
+                {
+                    "SHARED": 0,
+                    "HEADS": 16,
+                    "BLOCK": block,
+                    "STAGES": stages,
+                    "PAGE": TILE,
+                    "WARPS": warps,
+                },
                 num_warps=warps,
                 options={"launch_pdl": True},
                 matrix=True,
@@ -300,11 +368,54 @@ def specimens(arch: str) -> Iterator[Specimen]:
                 never=(r"\bHMMA",),
                 quick=kernel is mla_decode and block == 16,
             )
+    yield _shared_specimen(mla_decode, {**bfloat16, **common}, 64, must)
+    yield _shared_specimen(mla_decode_fp8, {**float8, **common}, 32, must)
     yield from _merge_specimens()
+    yield from _group_specimens()
+
+
+def _shared_specimen(
+    kernel: Any, signature: dict[str, str], block: int, must: tuple[str, ...]
+) -> Specimen:
+    warps, stages = (_BFLOAT16 if kernel is mla_decode else _FLOAT8)[block]
+    sizes = {"HEADS": 16, "BLOCK": block, "STAGES": stages, "PAGE": TILE, "WARPS": warps}
+    return Specimen(
+        f"{kernel.__name__} {block} rows, shared pages",
+        kernel,
+        signature,
+        {"SHARED": 1, **sizes},
+        num_warps=warps,
+        options={"launch_pdl": True},
+        matrix=True,
+        must=must,
+        never=(r"\bHMMA",),
+    )
+
+
+def _group_specimens() -> Iterator[Specimen]:
+    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len", "common"), "*i32")
+    options = {"launch_pdl": True}
+    yield Specimen(
+        "common_pages",
+        common_pages,
+        {**tables, "table_stride": "i32"},
+        {"PAGE": TILE, "WARPS": 4},
+        num_warps=4,
+        options=options,
+    )
+    yield Specimen(
+        "walk_groups",
+        walk_groups,
+        {"common": "*i32", "groups": "*i32", "rows": "i32"},
+        {"TILES_A_PAGE": 1, "WARPS": 1},
+        num_warps=1,
+        options=options,
+    )
 
 
 def _merge_specimens() -> Iterator[Specimen]:
-    signature = {"partial": "*fp32", "sums": "*fp32", "q_start": "*i32", "kv_len": "*i32"}
+    signature = {"partial": "*fp32", "sums": "*fp32"}
+    signature |= dict.fromkeys(("q_start", "kv_len", "groups"), "*i32")
     tail = {"out": "*bf16", "rows": "i32", "num_ctas": "i32"}
     options = {"launch_pdl": True}
     for programs in (16, 1024):
@@ -313,7 +424,7 @@ def _merge_specimens() -> Iterator[Specimen]:
             f"mla_combine {shape['WIDTH']} features",
             mla_combine,
             {**signature, **tail},
-            {"HEADS": 16, "BLOCK": 16, **shape},
+            {"SHARED": 0, "HEADS": 16, "BLOCK": 16, **shape},
             num_warps=shape["WARPS"],
             options=options,
             must=(r"LDG\S*\.128",),
@@ -322,14 +433,20 @@ def _merge_specimens() -> Iterator[Specimen]:
         "mla_combine_up",
         mla_combine_up,
         {**signature, "w_uv": "*bf16", **tail, "num_tokens": "i32"},
-        {"HEADS": 16, "BLOCK": 16, "VALUE": 128, "PIECE": _UP_PIECE, **_up_shape()},
+        {"SHARED": 0, "HEADS": 16, "BLOCK": 16, "VALUE": 128, "PIECE": _UP_PIECE, **_up_shape()},
         num_warps=_MERGE_WARPS,
         options=options,
         must=(r"LDG\S*\.128",),
     )
 
 
-for _op, _kernel in (("attention_mla", attention_mla), ("attention_mla_up", attention_mla_up)):
+_OPS: dict[str, Kernel] = {
+    "attention_mla": attention_mla,
+    "attention_mla_shared": attention_mla_shared,
+    "attention_mla_up": attention_mla_up,
+    "prefix_groups": prefix_groups,
+}
+for _op, _kernel in _OPS.items():
     register(
         _op,
         "gluon",
