@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tests.kernels.ragged import Ragged, close, ragged
 from tokenspeed.kernels import select
+from tokenspeed.kernels.kv_fp8 import pack_fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16 = torch.float32, torch.bfloat16
@@ -67,6 +68,43 @@ def test_mla_cache_of_another_type(dtype: torch.dtype, cache_dtype: torch.dtype)
 def test_mla_of_deepseek_at_length(dtype: torch.dtype) -> None:
     batch = ragged([(1, 2000), (4, 777)], 64)
     close(*mla(batch, 16, dtype, latent_dim=512, rope_dim=64, max_q_len=4), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_float8_latents(dtype: torch.dtype, page_size: int) -> None:
+    """Attention over them, and put in line; bytes that nobody owns are NaN as codes and scales."""
+    batch = ragged([(1, 65), (4, 100), (2, 3)], page_size)
+    plain = batch.cache(576, dtype=F32, seed=5)
+    free = plain[..., 0].isnan()
+    packed = pack_fp8(*plain.nan_to_num().split([512, 64], dim=-1))
+    packed[free] = 255
+    cache, tables = packed.to(DEVICE), on_device(batch)
+    q = rand(batch.num_tokens, 5, 512, dtype=dtype)
+    pe = rand(batch.num_tokens, 5, 64, dtype=dtype, seed=4)
+    first = torch.zeros_like(tables[3])
+    lines = (cache, *tables[:2], first, starts(tables[3].tolist()), int(tables[3].sum()), dtype)
+    for op, arguments in (
+        ("attention_mla", (q, pe, cache, *tables, 0.05)),
+        ("gather_latent", lines),
+    ):
+        actual, expected = (
+            select(op, device=DEVICE, dtype=dtype, backend=b)(*arguments)
+            for b in ("triton", "reference")
+        )
+        close(actual, expected, dtype)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="codes are made on the CPU")
+def test_every_float8_code_widens_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = 0  # NaN
+    row = torch.zeros(1, 1, 656, dtype=torch.uint8)
+    row[..., :256], row[..., 512:528] = codes, torch.ones(4).view(torch.uint8)
+    one = torch.tensor([0], dtype=torch.int32)
+    run = select("gather_latent", device=DEVICE, backend="triton")
+    line = run(row, one[None], one, one, starts([1]), 1, F32)
+    assert torch.equal(line[0, :256], codes.view(torch.float8_e4m3fn).float())
 
 
 def gqa(

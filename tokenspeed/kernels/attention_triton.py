@@ -244,30 +244,35 @@ def specimens(arch: str) -> Iterator[Specimen]:
     constants, options = specimen_pdl(arch)
     flags: dict[str, Any] = {"WIDE": tl.bfloat16, **constants}
     common: dict[str, Any] = {"options": options, "matrix": True}
-    few = few_tiles(arch, 2)
-    for page, window in ((64, False), (16, True)):
+    for folded, dim, page, window in (
+        (2, 128, 64, False),
+        (64, 128, 16, True),
+        (16, 256, 64, False),
+    ):
+        few = few_tiles(arch, folded)
         yield Specimen(
-            f"attention_gqa 16/8 heads of 128, few queries, pages of {page}",
+            f"attention_gqa {few.rows} rows of {dim}, pages of {page}{', window' if window else ''}",
             attend_rows,
             attend_signature("*bf16", "*fp32"),
-            attend_constants(few, page, 2, (128, 0, 128), (1024, 1024))
-            | {**flags, "SHARED": False, "WINDOW": window, "SPLIT": True},
+            attend_constants(few, page, 2, (dim, 0, dim), (8 * dim, 8 * dim))
+            | {**flags, "SHARED": False, "WINDOW": window, "SPLIT": True, "FLOAT8": False},
             num_warps=few.warps,
             num_stages=few.stages,
             **common,
         )
-    many = many_tiles(arch, 128, 1 << 20)
-    yield Specimen(
-        "attention_gqa 16/8 heads of 128, many queries",
-        flash_rows,
-        flash_signature("*bf16"),
-        flash_constants(many, 64, 2, (128, 0, 128), (1024, 1024, 1024))
-        | {**flags, "CAUSAL": True, "WINDOW": False, "LSE": False},
-        num_warps=many.warps,
-        num_stages=many.stages,
-        quick=True,
-        **common,
-    )
+    for dim in (128, 256):
+        many = many_tiles(arch, dim, 1 << 20)
+        yield Specimen(
+            f"attention_gqa {many.rows} queries of {dim}",
+            flash_rows,
+            flash_signature("*bf16"),
+            flash_constants(many, 64, 2, (dim, 0, dim), (8 * dim, 8 * dim, 8 * dim))
+            | {**flags, "CAUSAL": True, "WINDOW": False, "LSE": False},
+            num_warps=many.warps,
+            num_stages=many.stages,
+            quick=dim == 128,
+            **common,
+        )
     many = many_tiles(arch, 192, 1 << 20)
     for causal in (True, False):
         yield Specimen(

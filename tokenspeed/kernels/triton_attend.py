@@ -37,6 +37,29 @@ _LEAST = tl.constexpr(
 
 
 @triton.jit
+def load_float8(rows, inside, LATENT: tl.constexpr, KEYS: tl.constexpr):
+    """Latents [KEYS, LATENT] float32 of float8 rows (`kv_fp8.py`) at pointers [KEYS].
+
+    A code's bits, moved to where float32 has its exponent and mantissa, are the number / 2^120,
+    exactly, for all codes but NaN.
+    """
+    GROUPS: tl.constexpr = LATENT // 128
+    feature, group = tl.arange(0, LATENT), tl.arange(0, GROUPS)
+    code = tl.load(rows[:, None] + feature[None, :], mask=inside[:, None], other=0).to(tl.uint32)
+    bits = ((code & 0x80) << 24) | ((code & 0x7F) << 20)
+    number = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    scales = (rows + LATENT).to(tl.pointer_type(tl.float32))[:, None] + group[None, :]
+    scale = tl.load(scales, mask=inside[:, None], other=0.0)
+    return tl.reshape(tl.reshape(number, [KEYS, GROUPS, 128]) * scale[:, :, None], [KEYS, LATENT])
+
+
+@triton.jit
+def float8_tail(rows, LATENT: tl.constexpr):
+    """Pointers [KEYS] to the features with position of float8 rows."""
+    return (rows + (LATENT + LATENT // 128 * 4)).to(tl.pointer_type(tl.bfloat16))
+
+
+@triton.jit
 def load_folded(pointer, places, there, SIZE: tl.constexpr, PADDED: tl.constexpr):
     """SIZE features at each of `places`, zeros up to PADDED and where no row is there."""
     feature = tl.arange(0, PADDED)
@@ -107,34 +130,37 @@ def load_rows(pointers, inside, exists, ROWS_MASKED: tl.constexpr, FEATURES_MASK
 # fmt: off
 @triton.jit
 def _attend_keys(
-    start, end, offset, most, total, sums, query, query_tail, keys, values, table, scale, window,
+    start, end, position, most, total, sums, query, query_tail, keys, values, table, scale, window,
     key_page, value_page, KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
-    PAGE: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr,
-    WINDOW: tl.constexpr, WIDE: tl.constexpr,
+    PAGE: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr,
+    FLOAT8: tl.constexpr, WIDE: tl.constexpr,
 ):
     # fmt: on
     """Takes keys [start, start + KEYS) into the running (most, total, sums) of [ROWS] rows.
 
-    MASKED: keys from `end` on are not there, and a row sees keys up to its `offset` alone.
+    Keys from `end` on are not there; a row sees keys up to its own `position`.
     """
     at = start + tl.arange(0, KEYS)
     feature, value_feature = tl.arange(0, HEAD), tl.arange(0, VALUE)
     inside = at < end
-    rows = page_rows(keys, table, start, inside, key_page, KEY_ROW, PAGE, KEYS, MASKED)
-    key = load_rows(rows[:, None] + feature[None, :], inside, feature < D, MASKED, D < HEAD)
-    key = key.to(WIDE)
+    rows = page_rows(keys, table, start, inside, key_page, KEY_ROW, PAGE, KEYS, True)
+    if FLOAT8:
+        key = load_float8(rows, inside, D, KEYS).to(WIDE)
+        rows = float8_tail(rows, D)
+    else:
+        key = load_rows(rows[:, None] + feature[None, :], inside, feature < D, True, D < HEAD)
+        key = key.to(WIDE)
+        rows += D
     scores = tl.dot(key, tl.trans(query), input_precision="ieee")
     if TAIL > 0:
-        beyond = D + tl.arange(0, TAIL)
-        tail = load_rows(rows[:, None] + beyond[None, :], inside, beyond > 0, MASKED, False)
+        further = tl.arange(0, TAIL)
+        tail = load_rows(rows[:, None] + further[None, :], inside, further < TAIL, True, False)
         scores = tl.dot(tail.to(WIDE), tl.trans(query_tail), scores, input_precision="ieee")
-    scores = scores * scale
-    if MASKED:
-        seen = (at[:, None] <= offset[None, :]) & inside[:, None]
-        if WINDOW:
-            seen = seen & (at[:, None] > (offset - window)[None, :])
-        scores = tl.where(seen, scores, float("-inf"))
+    seen = (at[:, None] <= position[None, :]) & inside[:, None]
+    if WINDOW:
+        seen = seen & (at[:, None] > (position - window)[None, :])
+    scores = tl.where(seen, scores * scale, float("-inf"))
     new_most = tl.maximum(most, tl.max(scores, 0))
     fade = tl.exp2(most - new_most)
     weights = tl.exp2(scores - new_most[None, :])
@@ -142,9 +168,9 @@ def _attend_keys(
     if SHARED:
         value = key
     else:
-        rows = page_rows(values, table, start, inside, value_page, VALUE_ROW, PAGE, KEYS, MASKED)
+        rows = page_rows(values, table, start, inside, value_page, VALUE_ROW, PAGE, KEYS, True)
         there = rows[:, None] + value_feature[None, :]
-        value = load_rows(there, inside, value_feature < DV, MASKED, DV < VALUE).to(WIDE)
+        value = load_rows(there, inside, value_feature < DV, True, DV < VALUE).to(WIDE)
     sums = sums * fade[None, :]
     sums = tl.dot(tl.trans(value), weights.to(WIDE), sums, input_precision="ieee")
     return new_most, total, sums
@@ -188,7 +214,8 @@ def _attend_block(
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, FLOAT8: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # fmt: on
     """The block's results over one span of the keys of one head: its place is the program's."""
@@ -214,7 +241,7 @@ def _attend_block(
         most, total, sums = _attend_keys(
             start, end, position, most, total, sums, query, query_tail, keys, values, table, scale,
             window, key_page, value_page, KEY_ROW, VALUE_ROW, D, HEAD, TAIL, DV, VALUE, PAGE, KEYS,
-            SHARED, True, WINDOW, WIDE,
+            SHARED, WINDOW, FLOAT8, WIDE,
         )  # fmt: skip
     folded = block * ROWS + tl.arange(0, ROWS)
     token, head = first + folded // GROUP, tl.program_id(1) * GROUP + folded % GROUP
@@ -236,8 +263,8 @@ def attend_rows(
     KEY_ROW: tl.constexpr, VALUE_ROW: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, DV: tl.constexpr, VALUE: tl.constexpr,
     PAGE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
-    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
-    PDL: tl.constexpr,
+    SHARED: tl.constexpr, WINDOW: tl.constexpr, SPLIT: tl.constexpr, FLOAT8: tl.constexpr,
+    WIDE: tl.constexpr, PDL: tl.constexpr,
 ):
     # fmt: on
     """Blocks of rows, one key head, one span. Grid (programs of all rows, key heads, spans).
@@ -245,7 +272,7 @@ def attend_rows(
     With `blocks` 0, serves rows of `many` queries and more, a program for each block (`block_of`);
     else rows of fewer, each with so many programs, which take its blocks in turn.
     A key is D features (HEAD when padded) and TAIL more; its value DV features, the key's first
-    ones if SHARED. `scale` includes log2(e).
+    ones if SHARED. With FLOAT8, keys are bytes as `kv_fp8.py` says. `scale` includes log2(e).
     SPLIT: out is float32 [spans, T, H, DV] and lse [spans, T, H], base 2; else out [T, H, DV].
     """
     pdl_wait(PDL)
@@ -265,7 +292,7 @@ def attend_rows(
             at, first, q_len, length, q, q_tail, keys, values, table, out, lse, scale, num_tokens,
             window, q_token, q_head, tail_token, tail_head, key_page, value_page, KEY_ROW,
             VALUE_ROW, GROUP, D, HEAD, TAIL, DV, VALUE, PAGE, ROWS, KEYS, STAGES, SHARED, WINDOW,
-            SPLIT, WIDE,
+            SPLIT, FLOAT8, WIDE,
         )  # fmt: skip
     pdl_release(PDL)
 
@@ -385,8 +412,8 @@ def num_spans(programs: int, units: int, most: int = 128) -> int:
 
 
 def wide_type(*tensors: Tensor) -> torch.dtype:
-    """The type of the products: float32 if any operand is."""
-    kinds = {x.dtype for x in tensors}
+    """The type of the products: float32 if operands differ. Bytes stand for any type."""
+    kinds = {x.dtype for x in tensors if x.dtype != torch.uint8}
     return kinds.pop() if len(kinds) == 1 else torch.float32
 
 
@@ -435,6 +462,7 @@ def attend_paged(
         keys.stride(0), keys.stride(2), values.stride(0), values.stride(2),
         **attend_constants(tiles, keys.shape[1], group, features, strides),
         SHARED=values.data_ptr() == keys.data_ptr(), WINDOW=window > 0, SPLIT=spans > 1,
+        FLOAT8=keys.dtype == torch.uint8,
         WIDE=TRITON_TYPES[wide], num_warps=tiles.warps, num_stages=tiles.stages, **pdl_options(q),
     )  # fmt: skip
     if spans > 1:
