@@ -26,4 +26,9 @@ def copy_pages(source: Tensor, target: Tensor, sources: Tensor, targets: Tensor)
     target[targets.to(target.device)] = read.to(target.device)
 
 
-define("copy_pages", "(source[P,...], target[Q,...], sources[n], targets[n]) -> None", copy_pages)
+define(
+    "copy_pages",
+    "(source[P,...], target[Q,...], sources[n] int64 >= 0, targets[n] int64 >= 0) -> None, in "
+    "place; source and target may be on any device",
+    copy_pages,
+)

@@ -35,5 +35,9 @@ def head_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 define("linear", "(x[T,D], weight[N,D], bias[N] or None, wide) -> [T,N]", linear)
-define("linear_quant", "(x[T,D], weight QuantWeight[N,D], bias[N], wide) -> [T,N]", linear_quant)
+define(
+    "linear_quant",
+    "(x[T,D], weight QuantWeight[N,D], bias[N] or None, wide) -> [T,N]",
+    linear_quant,
+)
 define("head_linear", "(x[T,H,D], weight[H,N,D]) -> [T,H,N]", head_linear)

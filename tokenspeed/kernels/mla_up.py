@@ -34,7 +34,8 @@ def attention_mla_up(
 
 define(
     "attention_mla_up",
-    "(q_latent[T,H,L], q_pe[T,H,R], cache, page_table, slots[R], q_start[R+1], kv_len[R], scale, "
-    "w_uv[H,Dv,L]) -> [T,H,Dv]",
+    "(q_latent[T,H,L], q_pe[T,H,Dr], cache[P,page_size,...], page_table[S,M] int32, "
+    "slots[R] int32 >= 0, q_start[R+1] int32 >= 0, kv_len[R] int32 >= 0, scale, w_uv[H,Dv,L]) "
+    "-> [T,H,Dv]",
     attention_mla_up,
 )

@@ -23,7 +23,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-define("rms_norm", "(x[T,D], weight[D], eps) -> [T,D]", rms_norm)
+define("rms_norm", "(x[T,...,D], weight[D], eps) -> x's shape", rms_norm)
 define(
     "add_rms_norm",
     "(x[T,D], residual[T,D], weight[D], eps) -> (normed[T,D], sum[T,D])",

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from tokenspeed.kernels.backend import Ask, Backend, Kernel, Op, Pack, Verdict
+from tokenspeed.kernels.call_check import checked
 from tokenspeed.kernels.plugins import GPU_BACKENDS, Sources
 from tokenspeed.kernels.table import REFERENCE, Dispatcher, Pick, pick
 from tokenspeed.kernels.table_files import Tables
@@ -61,11 +62,14 @@ class Registry:
         return self.sources.problems
 
     def define(self, name: str, call: str, reference: Kernel) -> Op:
-        """Adds an op and its reference, which serves every device and dtype."""
+        """Adds an op and its reference, which serves every device and dtype.
+
+        The backend `reference` checks its arguments against `call` (`kernels/call_check.py`).
+        """
         if name in self.ops:
             raise ValueError(f"op {name} is defined twice")
         self.ops[name] = Op(name, call, reference)
-        self._add(Backend(name, REFERENCE, reference, priority=-1))
+        self._add(Backend(name, REFERENCE, checked(name, call, reference), priority=-1))
         return self.ops[name]
 
     def register(
@@ -185,7 +189,7 @@ def force_backends(by_op: Mapping[str, str]) -> Iterator[None]:
 
 
 def forced_by(options: Sequence[str]) -> dict[str, str]:
-    """`OP=BACKEND` texts as a mapping; the op * is every op. `ValueError`: no such op or backend."""
+    """`OP=BACKEND` texts by op; the op * is every op. `ValueError`: no such op or backend."""
     REGISTRY.load()
     forced: dict[str, str] = {}
     for text in options:

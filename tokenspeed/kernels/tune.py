@@ -5,6 +5,7 @@ Knows asks, no model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 
 import torch
 
@@ -34,10 +35,17 @@ def time_asks(
     buckets: Sequence[int],
     seconds: float,
     backends: Sequence[str] = (),
+    *,
+    rivals: bool = False,
 ) -> Iterator[Timing]:
-    """Every ask in every bucket, on the backends named that serve it (none named: on all)."""
+    """Every ask in every bucket, on the backends named that serve it (none named: on all).
+
+    `rivals`: only on those that come before the reference.
+    """
     for ask in asks:
         able = [b for b in REGISTRY.of(ask.op) if b.refusal(ask) is None]
+        if rivals:
+            able = list(takewhile(lambda b: b.name != REFERENCE, able))
         able = [b for b in able if not backends or b.name in backends]
         cases = all_cases().get(ask.op)
         if not able or cases is None or cases.sized is None:
@@ -56,8 +64,7 @@ def tune(
 ) -> TableFile:
     """The table of these asks on this machine. The reference competes with nobody: no times."""
     table = TableFile(machine)
-    names = {b.name for op in REGISTRY.ops for b in REGISTRY.of(op)} - {REFERENCE}
-    for timing in time_asks(asks, buckets, seconds, sorted(names)):
+    for timing in time_asks(asks, buckets, seconds, rivals=True):
         tell(timing)
         ask = timing.ask
         times = {name: round(us, 2) for name, us in timing.us.items()}
