@@ -251,7 +251,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
     ):
         few = few_tiles(arch, folded)
         yield Specimen(
-            f"attention_gqa {few.rows} rows of {dim}, pages of {page}{', window' if window else ''}",
+            f"attention_gqa {few.rows} rows of {dim}{', window, pages of 16' if window else ''}",
             attend_rows,
             attend_signature("*bf16", "*fp32"),
             attend_constants(few, page, 2, (dim, 0, dim), (8 * dim, 8 * dim))

@@ -160,9 +160,7 @@ def _gather(
 _GATHERED = 8  # tokens that a program of `_gather` takes
 
 
-def _gather_constants(
-    cache_row: int, page_size: int, num_rows: int, float8: bool
-) -> dict[str, int]:
+def _gather_constants(cache_row: int, page: int, num_rows: int, float8: bool) -> dict[str, int]:
     return {
         "C": LATENT + ROPE if float8 else cache_row,
         "BLOCK": LATENT if float8 else triton.next_power_of_2(cache_row),
