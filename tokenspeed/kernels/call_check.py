@@ -36,7 +36,11 @@ class Axis:
 
     def text(self, sizes: Mapping[str, int]) -> str:
         known = sizes.get(self.name)
-        return self.name if known is None else f"{self.times * known + self.plus}"
+        if known is not None:
+            return f"{self.times * known + self.plus}"
+        return (
+            (f"{self.times}" * (self.times > 1)) + self.name + f" + {self.plus}" * (self.plus > 0)
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def checked(op: str, call: str, kernel: Callable[..., Any]) -> Callable[..., Any
             device = value.device
         try:
             return kernel(*values, **named)
-        except IndexError as error:
+        except (IndexError, RuntimeError) as error:
+            if "out of bounds" not in str(error):
+                raise
             whole = [a.name for a in arguments if a.dtypes in (DTYPES["int32"], DTYPES["int64"])]
             raise ValueError(f"{op}: {' or '.join(whole) or 'an index'}: {error}") from error
 
