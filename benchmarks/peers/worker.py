@@ -98,8 +98,10 @@ class Worker:
     def close(self) -> None:
         """Ends the worker and all processes of its session."""
         self.resume()
-        with contextlib.suppress(OSError):
-            self._process.stdin.close()  # type: ignore[union-attr]
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
         self._signal(signal.SIGKILL)
@@ -112,7 +114,7 @@ class Worker:
         try:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the pipe is broken, or closed
             raise WorkerError(f"{self.name}: ended: {error}; see {self._log}") from error
         return self._read(timeout_s)
 
