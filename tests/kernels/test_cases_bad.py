@@ -124,7 +124,7 @@ def test_sizes_must_agree() -> None:
     with pytest.raises(ValueError, match=r"silu_mul: x has shape \[2, 3\], not \[2, 2I\]"):
         kernel(torch.ones(2, 3))
     kernel = REGISTRY.backends["linear"]["reference"].kernel
-    with pytest.raises(ValueError, match=r"linear: weight has shape \[5, 4\], not \[N, 3\]"):
+    with pytest.raises(ValueError, match=r"linear: weight has shape \[5, 4\], not \[5, 3\]"):
         kernel(torch.ones(2, 3), torch.ones(5, 4))
     with pytest.raises(ValueError, match=r"linear: bias has shape \[4\], not \[5\]"):
         kernel(torch.ones(2, 3), torch.ones(5, 3), torch.ones(4))
