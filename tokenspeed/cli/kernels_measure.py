@@ -160,6 +160,8 @@ def tune_table(args: argparse.Namespace) -> int:
         seconds=min(args.seconds, QUICK_SECONDS) if args.quick else args.seconds,
         tell=_print_timing,
     )
+    if not table.rows:
+        raise ValueError("tune: no backend beside the reference serves any of that")
     if path.exists():  # rows of earlier runs on the same versions stay
         before = TableFile.read(path)
         if before.machine == machine:

@@ -190,20 +190,21 @@ def _is_float(argument: object) -> bool:
     return isinstance(argument, torch.Tensor) and argument.is_floating_point()
 
 
-def _batch(tokens: int, context: int = 4096) -> Ragged:
-    """Decode steps of up to 64 rows; more tokens are the last of one long sequence."""
+def _batch(tokens: int, shapes: Mapping[str, int]) -> Ragged:
+    """Decode steps of up to 64 rows; more tokens are the last of one sequence. `context` before."""
+    context = shapes.get("context", 4096)
     return ragged(((1, context),) * tokens if tokens <= 64 else ((tokens, context + tokens),), 64)
 
 
 def _gqa_sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
-    batch, kv_heads, dim = _batch(tokens), shapes["num_kv_heads"], shapes["head_dim"]
+    batch, kv_heads, dim = _batch(tokens, shapes), shapes["num_kv_heads"], shapes["head_dim"]
     caches = [batch.cache(kv_heads, dim, dtype=g.dtype, seed=seed) for seed in (2, 3)]
     q = g.normal(batch.num_tokens, shapes["num_heads"], dim)
     return q, *caches, *batch.tables(), dim**-0.5
 
 
 def _mla_sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
-    batch, heads = _batch(tokens), shapes["num_heads"]
+    batch, heads = _batch(tokens, shapes), shapes["num_heads"]
     latent, rope = shapes["latent_dim"], shapes["rope_dim"]
     cache = batch.cache(latent + rope, dtype=g.dtype, seed=5)
     q, pe = g.normal(batch.num_tokens, heads, latent), g.normal(batch.num_tokens, heads, rope)

@@ -150,8 +150,8 @@ def verify_cases() -> Iterator[Case]:
 
 
 def _sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
-    vocab = shapes.get("vocab_size", 32768)
-    return _sample(g, tokens, vocab, {"t": 0.7, "k": 50, "p": 0.9})
+    rule = {"t": 0.0} if shapes.get("greedy") else {"t": 0.7, "k": 50, "p": 0.9}
+    return _sample(g, tokens, shapes.get("vocab_size", 32768), rule)
 
 
 def _penalties_sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
