@@ -53,7 +53,7 @@ def test_a_process_and_its_kernels_keep_to_the_share() -> None:
 
 
 def test_engines_of_one_machine_divide_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_cache, "free_memory", lambda: 1000 * 64 * 4)  # of 1000 pages
+    monkeypatch.setattr(kv_cache, "free_memory", lambda _: 1000 * 64 * 4)  # of 1000 pages
     specs = [CacheSpec(((1,),), torch.float32)]
 
     def pages(num_sharers: int, **options: int) -> int:

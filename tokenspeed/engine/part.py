@@ -126,7 +126,7 @@ def make_graphs(
         hidden = model.forward(batch, cache.layers)
         return hidden, model.logits(hidden)
 
-    recorder = CudaRecorder() if sizes else CpuRecorder()
+    recorder = CudaRecorder() if model.target.device.type == "cuda" else CpuRecorder()
     return StepGraphs(compute, recorder, max_rows=config.scheduler.max_num_seqs, sizes=sizes)
 
 

@@ -160,7 +160,7 @@ class StepRunner:
         graphs: StepGraphs | None = None,
     ) -> None:
         self.device = batcher.device
-        self._model, self._cache = model, cache
+        self._model, self.cache = model, cache
         self._batcher, self._sampler = batcher, sampler
         self._logprobs = LogprobsReader(batcher.device)
         self._spmd, self._has_logits = spmd, logits
@@ -222,7 +222,7 @@ class StepRunner:
         if step.plan is not None:
             begun = self._begin_plan(step, step.plan)
         else:
-            self._model.forward(self._batcher.idle().forward, self._cache.layers)
+            self._model.forward(self._batcher.idle().forward, self.cache.layers)
         if self._balancer is not None:
             self._balancer.end_step()
         return begun
@@ -238,7 +238,7 @@ class StepRunner:
         if size is not None:
             return self._begin_captured(step, plan, size)
         batch = self._batcher.build(plan)
-        hidden = self._model.forward(batch.forward, self._cache.layers)
+        hidden = self._model.forward(batch.forward, self.cache.layers)
         if not self._has_logits:
             return None
         rows = np.flatnonzero(plan.flags & ROW_SAMPLE)
@@ -300,7 +300,7 @@ class StepRunner:
         if copies[:, 0].any() or copies[:, 2].any():
             raise ValueError("the plan copies pages of a tier that this runner does not have")
         sources, targets = (torch.from_numpy(copies[:, i].astype(np.int64)) for i in (1, 3))
-        self._cache.copy_pages(sources, targets)
+        self.cache.copy_pages(sources, targets)
 
     def _prompt_logprobs(
         self, step: Step, plan: PlanView, hidden: torch.Tensor
