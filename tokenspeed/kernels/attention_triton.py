@@ -62,18 +62,20 @@ _FEW_ELSEWHERE, _MANY_ELSEWHERE = Tiles(16, 32, 4, 2), Tiles(64, 32, 4, 2)
 _MOST_FEATURES = 256  # of a key or a value, tail apart
 
 
-def few_tiles(arch: str, folded: int) -> Tiles:
-    """For rows of so many (query, head of a group) pairs."""
+def few_tiles(arch: str, features: int, folded: int) -> Tiles:
+    """For rows of so many (query, head of a group) pairs; more than fit are taken in turn."""
     found = _FEW.get(arch, _FEW_ELSEWHERE)
-    rows = min(64, max(found.rows, triton.next_power_of_2(folded)))
-    return Tiles(rows, found.keys, found.warps, found.stages)
+    most = 16 if arch.startswith("gfx") else 32
+    rows = min(most, max(found.rows, triton.next_power_of_2(folded)))
+    warps = 8 if rows > 16 or features > 128 else found.warps
+    return Tiles(rows, found.keys, warps, found.stages)
 
 
 def many_tiles(arch: str, features: int, queries: int) -> Tiles:
     """For blocks of queries; wide keys and values take fewer of them."""
     found = _MANY.get(arch, _MANY_ELSEWHERE)
-    if features > 192 and found.rows > 64:
-        found = Tiles(64, min(found.keys, 32), 4, found.stages)
+    if features > 192:
+        found = Tiles(64, 32, 4 if arch == "sm_100" else 8, found.stages)
     rows = min(found.rows, max(16, triton.next_power_of_2(queries)))
     return Tiles(rows, found.keys, found.warps if rows > 32 else 4, found.stages)
 
@@ -119,7 +121,7 @@ def attention_gqa(
             keys = Keys(*_cut(key_cache), value_cache, kv_len, page_table, slots)
             flash(*cut, keys, q_start, scale, many, out, window=window, min_q_len=part.many)
         else:
-            few = few_tiles(arch, folded)
+            few = few_tiles(arch, max(dim, out.shape[2]), folded)
             attend_paged(*cut, key_cache, value_cache, batch, scale, window, part, few, out)
     return out
 
@@ -249,7 +251,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
         (64, 128, 16, True),
         (16, 256, 64, False),
     ):
-        few = few_tiles(arch, folded)
+        few = few_tiles(arch, dim, folded)
         yield Specimen(
             f"attention_gqa {few.rows} rows of {dim}{', window, pages of 16' if window else ''}",
             attend_rows,
