@@ -139,6 +139,7 @@ class Machine:
         self.functions: dict[int, Callable[..., Any]] = {}
         self.keep: list[Tensor] = []
         self.copies: list[threading.Thread] = []
+        self.fakes = self._hopper() | {"gl": self._language()}
 
     def allocate(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Shared:
         memory = Shared(torch.empty(tuple(shape), dtype=dtype))
@@ -201,14 +202,13 @@ class Machine:
         return self.functions[id(plain)]
 
     def name(self, name: str, value: Any) -> Any:
-        fakes = self.fakes()
-        if name in fakes:
-            return fakes[name]
+        if name in self.fakes:
+            return self.fakes[name]
         if isinstance(value, GluonJITFunction):
             return self.translate(value)
         return getattr(value, "value", value)  # a constexpr is its value
 
-    def fakes(self) -> dict[str, Any]:
+    def _hopper(self) -> dict[str, Any]:
         nothing = lambda *_, **__: None  # noqa: E731
         hopper = {
             "fence_async_shared": nothing,
@@ -227,9 +227,9 @@ class Machine:
             arrive=lambda bar, count: self.barrier(bar).update(count, 0),
             MBarrierLayout=nothing,
         )
-        return hopper | {"gl": self.language()}
+        return hopper
 
-    def language(self) -> SimpleNamespace:
+    def _language(self) -> SimpleNamespace:
         nothing = lambda *_, **__: None  # noqa: E731
         dtypes = {n: getattr(torch, n) for n in ("float32", "bfloat16", "int32", "int64", "int16")}
         made = SimpleNamespace(**dtypes, **_FUNCTIONS)

@@ -258,6 +258,8 @@ def mla_decode_fp8(
     """As `mla_decode`, with descriptors of the cache's three parts."""
     tables = (q_start, kv_len, groups)
     pages = (page_table, slots, table_stride)
+    if SHARED:  # the kernel ahead may be the one that found the groups
+        gdc_wait()
     work = locate(tables, rows * (SHARED + 1), SHARED, HEADS, BLOCK, WARPS)
     rings = (
         gl.allocate_shared_memory(gl.int32, [STAGES * GROUPS, TILE, WORDS], codes.layout),

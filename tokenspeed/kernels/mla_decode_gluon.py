@@ -258,6 +258,8 @@ def mla_decode(
     """The kernel: descriptors of the cache's two parts, ragged queries, out [slots, BLOCK, 512]."""
     tables = (q_start, kv_len, groups)
     pages = (page_table, slots, table_stride)
+    if SHARED:  # the kernel ahead may be the one that found the groups
+        gdc_wait()
     work = locate(tables, rows * (SHARED + 1), SHARED, HEADS, BLOCK, WARPS)
     latent_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, LATENT], latents.layout)
     rope_ring = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE, ROPE], ropes.layout)

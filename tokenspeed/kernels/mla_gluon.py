@@ -5,11 +5,11 @@
 Two kernels a call: the pages (`mla_decode_gluon.py`, `mla_decode_fp8_gluon.py`) and the merge
 (`mla_combine_gluon.py`). Both derive the same schedule on the device; the host knows the numbers of
 tokens, rows and heads alone, so that a captured graph serves every length. `q_start`, `kv_len` and
-`w_uv` are read before the kernel ahead has ended: they must be older than that. Refuses to know
+`w_uv` are read before the kernel ahead has ended: they must be older than that one. Refuses to know
 layers and what it would cost elsewhere.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +25,16 @@ from tokenspeed.kernels.mla_decode_gluon import mla_decode
 from tokenspeed.kernels.mla_shared_gluon import common_pages, walk_groups
 from tokenspeed.kernels.registry import Ask, Kernel, register
 from tokenspeed.kernels.triton_launch import num_units
-from tokenspeed.kernels.triton_targets import Specimen
 
 LATENT, ROPE, TILE = 512, 64, 64
 LOG2E = 1.4426950408889634
-_ARCH = "sm_90"
+ARCH = "sm_90"
 # Query rows of a block -> (warps, stages of the ring).
-_BFLOAT16 = {16: (4, 2), 32: (4, 2), 64: (8, 2)}
-_FLOAT8 = {16: (4, 3), 32: (8, 2)}
-_UP_PIECE = 32  # values of a program
+BFLOAT16_BLOCKS = {16: (4, 2), 32: (4, 2), 64: (8, 2)}
+FLOAT8_BLOCKS = {16: (4, 3), 32: (8, 2)}
+UP_PIECE = 32  # values of a program
 UP_MAX_TOKENS, UP_GROUPS = 64, 16  # of the merge with the value projection
-_MERGE_WARPS = 8
+MERGE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def _check(
     wide = {torch.bfloat16: LATENT + ROPE, torch.uint8: ROW_BYTES}.get(cache.dtype)
     if cache.dim() != 3 or cache.shape[2] != wide or cache.shape[1] % TILE:
         refuse("cache", cache, f"[P,n*{TILE},576] bfloat16 or [P,n*{TILE},{ROW_BYTES}] uint8")
-    if not cache.is_contiguous():
-        refuse("cache", cache, "a contiguous cache")
+    if not cache.is_contiguous() or cache.data_ptr() % 16:
+        refuse("cache", cache, "a contiguous cache at a multiple of 16 bytes")
     if page_table.dtype != torch.int32 or page_table.dim() != 2 or page_table.stride(1) != 1:
         refuse("page_table", page_table, "[S,P] int32")
     rows = len(vectors[0])
@@ -147,7 +146,7 @@ def _decode(
 ) -> tuple[Call, Tensor, Tensor]:
     """The kernel over the pages, and its partial results and their sums."""
     float8 = cache.dtype == torch.uint8
-    warps, stages = (_FLOAT8 if float8 else _BFLOAT16)[batch.block]
+    warps, stages = (FLOAT8_BLOCKS if float8 else BFLOAT16_BLOCKS)[batch.block]
     shape = (batch.partials(), batch.block)
     partial = torch.empty(*shape, LATENT, dtype=torch.float32, device=cache.device)
     sums = torch.empty(shape, dtype=torch.float32, device=cache.device)
@@ -160,11 +159,11 @@ def _decode(
     return Call(kernel, (batch.num_ctas,), arguments, constants), partial, sums
 
 
-def _merge_shape(programs: int, num_units: int) -> dict[str, int]:
+def merge_shape(programs: int, num_units: int) -> dict[str, int]:
     """Few query rows are cut into four pieces, so that more of the device merges them."""
     few = programs <= num_units
     width, splits = (LATENT // 4, 128) if few else (LATENT, 16)
-    return {"WIDTH": width, "SPLITS": splits, "WARPS": _MERGE_WARPS}
+    return {"WIDTH": width, "SPLITS": splits, "WARPS": MERGE_WARPS}
 
 
 def partial_results(
@@ -182,7 +181,7 @@ def partial_results(
     page_table, slots, q_start, kv_len = tables
     _check(q_latent, q_pe, cache, page_table, (slots, q_start, kv_len))
     num_tokens, heads = q_latent.shape[:2]
-    sizes = tuple(_FLOAT8 if cache.dtype == torch.uint8 else _BFLOAT16)
+    sizes = tuple(FLOAT8_BLOCKS if cache.dtype == torch.uint8 else BFLOAT16_BLOCKS)
     # Queries of a group stand under its shared keys together.
     block = sizes[-1] if groups is not None else block_rows(num_tokens, len(slots), heads, sizes)
     units = num_units(q_latent)
@@ -259,7 +258,7 @@ def _attention(
     queries = batch.num_tokens * batch.heads
     if queries == 0:
         return out
-    shape = _merge_shape(queries, batch.num_ctas)
+    shape = merge_shape(queries, batch.num_ctas)
     arguments = [partial, sums, q_start, kv_len, batch.grouping, out, batch.rows, batch.num_ctas]
     grid = (queries * (LATENT // shape["WIDTH"]),)
     launch(Call(mla_combine, grid, arguments, {**batch.constants(), **shape}))
@@ -270,10 +269,10 @@ def check_up(w_uv: Tensor, heads: int) -> None:
     """`ValueError`: not a bfloat16 [H,Dv,512] of these heads."""
     if w_uv.dim() != 3 or w_uv.shape[0] != heads or w_uv.shape[2] != LATENT:
         raise ValueError(f"attention_mla_up: w_uv {tuple(w_uv.shape)} is not [{heads},Dv,{LATENT}]")
-    if w_uv.shape[1] % _UP_PIECE or w_uv.dtype != torch.bfloat16 or not w_uv.is_contiguous():
+    if w_uv.shape[1] % UP_PIECE or w_uv.dtype != torch.bfloat16 or not w_uv.is_contiguous():
         raise ValueError(
             f"attention_mla_up: w_uv [{heads},{w_uv.shape[1]},{LATENT}] {w_uv.dtype}; gluon takes "
-            f"contiguous bfloat16 with Dv a multiple of {_UP_PIECE}"
+            f"contiguous bfloat16 with Dv a multiple of {UP_PIECE}"
         )
 
 
@@ -303,14 +302,14 @@ def attention_mla_up(
         return out
     arguments: list[Any] = [partial, sums, q_start, kv_len, batch.grouping, w_uv, out]
     arguments += [batch.rows, batch.num_ctas, num_tokens]
-    constants = {"VALUE": value, "PIECE": _UP_PIECE, **_up_shape()}
-    grid = (heads * value // _UP_PIECE, min(num_tokens, UP_GROUPS))
+    constants = {"VALUE": value, "PIECE": UP_PIECE, **up_shape()}
+    grid = (heads * value // UP_PIECE, min(num_tokens, UP_GROUPS))
     launch(Call(mla_combine_up, grid, arguments, {**batch.constants(), **constants}))
     return out
 
 
-def _up_shape() -> dict[str, int]:
-    return {"SPLITS": 16384 // LATENT, "WARPS": _MERGE_WARPS}
+def up_shape() -> dict[str, int]:
+    return {"SPLITS": 16384 // LATENT, "WARPS": MERGE_WARPS}
 
 
 def requires(ask: Ask) -> str | None:
@@ -321,123 +320,9 @@ def requires(ask: Ask) -> str | None:
             return f"{name} {wanted}, not {sizes[name]}"
     if sizes.get("page_size", TILE) % TILE:
         return f"page_size a multiple of {TILE}, not {sizes['page_size']}"
-    if sizes.get("value_dim", _UP_PIECE) % _UP_PIECE:
-        return f"value_dim a multiple of {_UP_PIECE}, not {sizes['value_dim']}"
+    if sizes.get("value_dim", UP_PIECE) % UP_PIECE:
+        return f"value_dim a multiple of {UP_PIECE}, not {sizes['value_dim']}"
     return None
-
-
-def _descriptor_type(name: str, width: int, bits: int, swizzle: int) -> str:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
-    return f"tensordesc<{name}[{TILE}, {width}],{layout!r}>"
-
-
-def specimens(arch: str) -> Iterator[Specimen]:
-    """Blocks of 16 to 64 query rows over both kinds of pages, and the merges."""
-    if arch != _ARCH:
-        return
-    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len", "groups"), "*i32")
-    common = {"q_latent": "*bf16", "q_pe": "*bf16", **tables, "out": "*fp32", "lse": "*fp32"}
-    common |= {"rows": "i32", "scale": "fp32", "table_stride": "i32"}
-    common |= dict.fromkeys(("q_token", "q_head", "pe_token", "pe_head"), "i32:16")
-    rope = {"ropes": _descriptor_type("bf16", ROPE, 16, 128)}
-    bfloat16 = {"latents": _descriptor_type("bf16", LATENT, 16, 128), **rope}
-    codes = _descriptor_type("i32", 32, 32, 128)
-    float8 = {"codes": codes, "scales": _descriptor_type("fp32", 4, 32, 0), **rope}
-    must = ("UTMALDG", "USETMAXREG", "ACQBULK", "PREEXIT")
-    for kernel, parts, sizes in (
-        (mla_decode, bfloat16, _BFLOAT16),
-        (mla_decode_fp8, float8, _FLOAT8),
-    ):
-        for block, (warps, stages) in sizes.items():
-            yield Specimen(
-                f"{kernel.__name__} {block} rows",
-                kernel,
-                {**parts, **common},
-                {
-                    "SHARED": 0,
-                    "HEADS": 16,
-                    "BLOCK": block,
-                    "STAGES": stages,
-                    "PAGE": TILE,
-                    "WARPS": warps,
-                },
-                num_warps=warps,
-                options={"launch_pdl": True},
-                matrix=True,
-                must=must,
-                never=(r"\bHMMA",),
-                quick=kernel is mla_decode and block == 16,
-            )
-    yield _shared_specimen(mla_decode, {**bfloat16, **common}, 64, must)
-    yield _shared_specimen(mla_decode_fp8, {**float8, **common}, 32, must)
-    yield from _merge_specimens()
-    yield from _group_specimens()
-
-
-def _shared_specimen(
-    kernel: Any, signature: dict[str, str], block: int, must: tuple[str, ...]
-) -> Specimen:
-    warps, stages = (_BFLOAT16 if kernel is mla_decode else _FLOAT8)[block]
-    sizes = {"HEADS": 16, "BLOCK": block, "STAGES": stages, "PAGE": TILE, "WARPS": warps}
-    return Specimen(
-        f"{kernel.__name__} {block} rows, shared pages",
-        kernel,
-        signature,
-        {"SHARED": 1, **sizes},
-        num_warps=warps,
-        options={"launch_pdl": True},
-        matrix=True,
-        must=must,
-        never=(r"\bHMMA",),
-    )
-
-
-def _group_specimens() -> Iterator[Specimen]:
-    tables = dict.fromkeys(("page_table", "slots", "q_start", "kv_len", "common"), "*i32")
-    options = {"launch_pdl": True}
-    yield Specimen(
-        "common_pages",
-        common_pages,
-        {**tables, "table_stride": "i32"},
-        {"PAGE": TILE, "WARPS": 4},
-        num_warps=4,
-        options=options,
-    )
-    yield Specimen(
-        "walk_groups",
-        walk_groups,
-        {"common": "*i32", "groups": "*i32", "rows": "i32"},
-        {"TILES_A_PAGE": 1, "WARPS": 1},
-        num_warps=1,
-        options=options,
-    )
-
-
-def _merge_specimens() -> Iterator[Specimen]:
-    signature = {"partial": "*fp32", "sums": "*fp32"}
-    signature |= dict.fromkeys(("q_start", "kv_len", "groups"), "*i32")
-    tail = {"out": "*bf16", "rows": "i32", "num_ctas": "i32"}
-    options = {"launch_pdl": True}
-    for programs in (16, 1024):
-        shape = _merge_shape(programs, 132)
-        yield Specimen(
-            f"mla_combine {shape['WIDTH']} features",
-            mla_combine,
-            {**signature, **tail},
-            {"SHARED": 0, "HEADS": 16, "BLOCK": 16, **shape},
-            num_warps=shape["WARPS"],
-            options=options,
-            must=(r"LDG\S*\.128",),
-        )
-    yield Specimen(
-        "mla_combine_up",
-        mla_combine_up,
-        {**signature, "w_uv": "*bf16", **tail, "num_tokens": "i32"},
-        {"SHARED": 0, "HEADS": 16, "BLOCK": 16, "VALUE": 128, "PIECE": _UP_PIECE, **_up_shape()},
-        num_warps=_MERGE_WARPS,
-        options=options,
-        must=(r"LDG\S*\.128",),
-    )
 
 
 _OPS: dict[str, Kernel] = {
@@ -453,7 +338,7 @@ for _op, _kernel in _OPS.items():
         _kernel,
         devices=("cuda",),
         dtypes=(torch.bfloat16,),
-        archs=(_ARCH,),
+        archs=(ARCH,),
         requires=requires,
         priority=20,
     )
