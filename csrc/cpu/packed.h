@@ -21,9 +21,42 @@
 namespace tokenspeed::cpu::TS_ISA {
 
 inline constexpr int64_t kBlockBytes = 32768;  // of a panel, kept in the first cache
+inline constexpr int64_t kAheadBytes = 4096;
+inline constexpr int64_t kLine = 64;
+inline constexpr int64_t kRowLines = kPanelOut * 4 / kLine;  // of a panel's row of words
 inline constexpr int kColumnVecs = kPanelVecs;
 inline constexpr int64_t kScaleBytes = kPanelOut * 2;
 static_assert(kPanelOut % (kColumnVecs * kLanes) == 0);
+
+// ---- Memory ------------------------------------------------------------------------------------
+
+// What the `index`-th of `count` passes over a block of a panel asks for: a single one what comes
+// soon, several their shares of the next block, so that memory works while they multiply.
+struct Fetch {
+    const char* from;
+    int lines;  // for each row of the block: 0, 1, 2 or kRowLines
+
+    Fetch(const char* block, int64_t block_bytes, int64_t index, int64_t count) {
+        lines = count == 1 ? kRowLines : count <= 3 ? 2 : 1;
+        const int64_t share = block_bytes * lines / kRowLines;
+        from = count == 1 ? block + kAheadBytes : block + block_bytes + index * share;
+        if (index * lines >= kRowLines) lines = 0;
+    }
+
+    template <typename Body>
+    void with_lines(const Body& body) const {
+        if (lines == 0) return body(std::integral_constant<int, 0>{});
+        if (lines == 1) return body(std::integral_constant<int, 1>{});
+        if (lines == 2) return body(std::integral_constant<int, 2>{});
+        body(std::integral_constant<int, kRowLines>{});
+    }
+};
+
+template <int kLines>
+inline void fetch_lines(const char* from) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(from + i * kLine, 0, 2);
+}
 
 // ---- Plain elements ----------------------------------------------------------------------------
 
@@ -83,20 +116,15 @@ inline void close_sums(const Vec (&sums)[kRows][kVecs], float* c) {
     }
 }
 
-// c[m][0 : kVecs * kLanes] (+)= A[m][...] * `depth` rows of a panel.
-template <bool kPair, typename A, int kRows, int kVecs>
+// c[m][0 : kVecs * kLanes] (+)= A[m][...] * `depth` rows of a panel. Meanwhile kLines cache lines a
+// row are asked for at `fetch`.
+template <bool kPair, int kLines, typename A, int kRows, int kVecs>
 inline void plain_tile(const A* a, int64_t a_stride, const uint32_t* panel, int64_t depth, float* c,
-                       bool accumulate, int64_t ahead) {
+                       bool accumulate, const char* fetch) {
     Vec sums[kRows][kVecs];
     open_sums(sums, c, accumulate);
     for (int64_t k = 0; k < depth; ++k) {
-        if (ahead != 0) {
-#pragma GCC unroll 4
-            for (int v = 0; v < kVecs * kLanes * 4; v += 64) {
-                __builtin_prefetch(reinterpret_cast<const char*>(panel + k * kPanelOut) + v +
-                                   ahead);
-            }
-        }
+        fetch_lines<kLines>(fetch + k * kLines * kLine);
         plain_step<kPair>(a + k * (kPair ? 2 : 1), a_stride, panel + k * kPanelOut, sums);
     }
     close_sums(sums, c);
@@ -139,10 +167,11 @@ inline VecI dot4(VecI sum, VecU u8, VecU s8) {
 }
 
 // Panel rows [0, count) of one group into integer sums.
-template <int kBits, int kRows, int kVecs>
+template <int kBits, int kLines, int kRows, int kVecs>
 inline void group_sums(const uint32_t* a, int64_t a_stride, const uint32_t* rows, int64_t count,
-                       VecI (&sums)[kRows][kVecs]) {
+                       VecI (&sums)[kRows][kVecs], const char* fetch) {
     for (int64_t w = 0; w < count; ++w) {
+        fetch_lines<kLines>(fetch + w * kLines * kLine);
         VecU b[kVecs];
 #pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) b[v] = load_raw<VecU>(rows + w * kPanelOut + v * kLanes);
@@ -174,11 +203,13 @@ inline void group_sums(const uint32_t* a, int64_t a_stride, const uint32_t* rows
 }
 
 // c[m][0 : kVecs * kLanes] (+)= rows [row, row + kRows) of A * columns n and up of a panel's groups
-// [begin, end), the first of which stands at `panel`.
-template <int kBits, int kRows, int kVecs>
+// [begin, end), the first of which stands at `panel`. Meanwhile kLines cache lines for each of the
+// panel's rows are asked for at `fetch`.
+template <int kBits, int kLines, int kRows, int kVecs>
 inline void code_tile(const Codes& a, int64_t row, int64_t group, int64_t begin, int64_t end,
-                      const char* panel, int64_t n, float* c, bool accumulate) {
+                      const char* panel, int64_t n, float* c, bool accumulate, const char* fetch) {
     constexpr int32_t kZero = kBits == 8 ? 128 : 8;
+    constexpr int kScaleLines = kLines > 1 ? kLines / 2 : 0;
     const int64_t count = group * kBits / 32, a_stride = a.in / 4;
     Vec sums[kRows][kVecs];
     open_sums(sums, c, accumulate);
@@ -192,8 +223,10 @@ inline void code_tile(const Codes& a, int64_t row, int64_t group, int64_t begin,
         }
         const uint32_t* const words =
             reinterpret_cast<const uint32_t*>(a.codes + row * a.in + g * group);
-        group_sums<kBits>(words, a_stride, reinterpret_cast<const uint32_t*>(panel) + n, count,
-                          whole);
+        group_sums<kBits, kLines>(words, a_stride, reinterpret_cast<const uint32_t*>(panel) + n,
+                                  count, whole, fetch);
+        fetch_lines<kScaleLines>(fetch + count * kLines * kLine);
+        fetch += count * kLines * kLine + kScaleLines * kLine;
         const bf16* const scales = reinterpret_cast<const bf16*>(panel + count * kPanelOut * 4) + n;
 #pragma GCC unroll 8
         for (int m = 0; m < kRows; ++m) {
@@ -211,11 +244,17 @@ inline void code_tile(const Codes& a, int64_t row, int64_t group, int64_t begin,
 
 // ---- A panel -----------------------------------------------------------------------------------
 
-// Calls tile(integral_constant<kCount>, first) for pieces of [0, rows) of nearly equal size, at
-// most kMost each.
+// Tiles that `rows` rows are cut into: of nearly equal size, at most kMost each, and two if one
+// would be so large that it computes longer than memory takes.
+template <int kMost>
+inline int64_t num_tiles(int64_t rows) {
+    return rows > 4 && rows <= kMost ? 2 : div_ceil(rows, kMost);
+}
+
+// Calls tile(integral_constant<kCount>, first) for each.
 template <int kMost, typename Tile>
 inline void row_tiles(int64_t rows, const Tile& tile) {
-    const int64_t pieces = div_ceil(rows, kMost);
+    const int64_t pieces = num_tiles<kMost>(rows);
     int64_t first = 0;
     for (int64_t i = 0; i < pieces; ++i) {
         const int64_t count = (rows - first) / (pieces - i) + ((rows - first) % (pieces - i) != 0);
@@ -243,52 +282,73 @@ inline void row_tiles(int64_t rows, const Tile& tile) {
 }
 
 // c[rows][kPanelOut] = A * panel, for plain elements. A block of the panel serves all rows before
-// the next is touched; the block after it is asked for while the first rows pass.
+// the next is touched.
 template <bool kPair, typename A>
 inline void plain_panel(int64_t rows, const A* a, int64_t a_stride, const char* panel, int64_t in,
                         float* c) {
     constexpr int64_t kDepth = kBlockBytes / (kPanelOut * 4);
-    const int64_t depth = kPair ? div_ceil(in, 2) : in;
+    constexpr int kPer = kPair ? 2 : 1;
+    const int64_t depth = kPair ? div_ceil(in, 2) : in, tiles = num_tiles<kTileRows>(rows);
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(panel);
     for (int64_t k = 0; k < depth; k += kDepth) {
         const int64_t count = min_of(kDepth, depth - k);
+        int64_t index = 0;
         row_tiles<kTileRows>(rows, [&](auto size, int64_t first) {
+            const Fetch fetch(panel + k * kPanelOut * 4, count * kPanelOut * 4, index++, tiles);
             for (int64_t n = 0; n < kPanelOut; n += kColumnVecs * kLanes) {
-                plain_tile<kPair, A, size(), kColumnVecs>(
-                    a + first * a_stride + k * (kPair ? 2 : 1), a_stride, words + k * kPanelOut + n,
-                    count, c + first * kPanelOut + n, k != 0,
-                    first == 0 ? (rows > kTileRows ? kBlockBytes : 4096) : 0);
+                const auto tile = [&](auto lines) {
+                    plain_tile<kPair, lines(), A, size(), kColumnVecs>(
+                        a + first * a_stride + k * kPer, a_stride, words + k * kPanelOut + n, count,
+                        c + first * kPanelOut + n, k != 0, fetch.from);
+                };
+                if (n == 0) {
+                    fetch.with_lines(tile);
+                } else {
+                    tile(std::integral_constant<int, 0>{});
+                }
             }
         });
     }
 }
 
+// The same for codes. Few rows take all columns at once, more of them go over half a block's
+// columns, then over the others.
 template <int kBits>
 inline void code_panel(int64_t rows, const Codes& a, const char* panel, int64_t group, float* c) {
+    constexpr int kMany = kPanelVecs == 4 ? 6 : 2, kFew = kPanelVecs == 4 ? 3 : 1;
     const int64_t group_bytes = group * kBits / 32 * kPanelOut * 4 + kScaleBytes;
     const int64_t step = max_of<int64_t>(1, kBlockBytes / group_bytes);
-    constexpr int kMany = kPanelVecs == 4 ? 6 : 2, kFew = kPanelVecs == 4 ? 3 : 1;
+    const bool few = rows <= kFew;
     for (int64_t g = 0; g < a.groups; g += step) {
         const int64_t end = min_of(g + step, a.groups);
         const char* const block = panel + g * group_bytes;
-        const auto tile = [&]<int kRows, int kVecs>(std::integral_constant<int, kRows>,
+        const auto pass = [&]<int kRows, int kVecs>(std::integral_constant<int, kRows>,
                                                     std::integral_constant<int, kVecs>,
-                                                    int64_t first) {
-            for (int64_t n = 0; n < kPanelOut; n += kVecs * kLanes) {
-                code_tile<kBits, kRows, kVecs>(a, first, group, g, end, block, n,
-                                               c + first * kPanelOut + n, g != 0);
+                                                    int64_t first, int64_t index, int64_t count) {
+            constexpr int64_t kPasses = kPanelOut / (kVecs * kLanes);
+            for (int64_t i = 0; i < kPasses; ++i) {
+                const int64_t n = i * kVecs * kLanes;
+                const Fetch fetch(block, (end - g) * group_bytes, index * kPasses + i,
+                                  count * kPasses);
+                fetch.with_lines([&](auto lines) {
+                    code_tile<kBits, lines(), kRows, kVecs>(a, first, group, g, end, block, n,
+                                                            c + first * kPanelOut + n, g != 0,
+                                                            fetch.from);
+                });
             }
         };
-        if (rows <= kFew) {
+        int64_t index = 0;
+        if (few) {
             row_tiles<kFew>(rows, [&](auto size, int64_t first) {
                 if constexpr (size() <= kFew) {
-                    tile(size, std::integral_constant<int, kPanelVecs>{}, first);
+                    pass(size, std::integral_constant<int, kPanelVecs>{}, first, index++, 1);
                 }
             });
         } else {
+            const int64_t count = num_tiles<kMany>(rows);
             row_tiles<kMany>(rows, [&](auto size, int64_t first) {
                 if constexpr (size() <= kMany) {
-                    tile(size, std::integral_constant<int, 2>{}, first);
+                    pass(size, std::integral_constant<int, 2>{}, first, index++, count);
                 }
             });
         }
