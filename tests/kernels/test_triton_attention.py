@@ -11,6 +11,7 @@ from tokenspeed.kernels.kv_fp8 import pack_fp8
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16 = torch.float32, torch.bfloat16
+FULL_F32 = pytest.param(F32, marks=pytest.mark.full)  # the same in float32: in the full suite
 HARD_ROWS = [(1, 1), (1, 64), (2, 65), (4, 17), (1, 130), (8, 300), (3, 3)]
 MIXED_ROWS = [(1, 65), (40, 100), (1, 1), (33, 33), (2, 200)]
 
@@ -46,17 +47,31 @@ def mla(
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("page_size", [16, 64])
-@pytest.mark.parametrize("heads", [16, 32, 64, 128, 5])
+@pytest.mark.parametrize("heads", [16, 32, 64, 5, pytest.param(128, marks=pytest.mark.full)])
 def test_mla_decode(dtype: torch.dtype, page_size: int, heads: int) -> None:
     batch = ragged(HARD_ROWS if heads < 64 else HARD_ROWS[:5], page_size)
     close(*mla(batch, heads, dtype, max_q_len=8), dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [FULL_F32, BF16])
 @pytest.mark.parametrize("max_q_len", [0, 40])
 def test_mla_chunks_among_decodes(dtype: torch.dtype, max_q_len: int) -> None:
     close(*mla(ragged(MIXED_ROWS, 16), 5, dtype, max_q_len=max_q_len), dtype)
     close(*mla(ragged([(40, 100)], 64), 16, dtype), dtype)
+
+
+def test_wrong_guesses_cost_time_only() -> None:
+    """Rows that are not what an even batch looks like, and rows longer than the hint says."""
+    uneven = ragged([(5, 9), (1, 70), (0, 0), (2, 2)], 16)
+    close(*mla(uneven, 16, BF16), BF16)
+    close(*gqa(uneven, (4, 2), (32, 32), BF16), BF16)
+    close(*mla(ragged([(20, 30), (1, 3), (11, 11)], 16), 5, BF16, max_q_len=2), BF16)
+
+
+@pytest.mark.full
+def test_mla_at_128k() -> None:
+    batch = ragged([(2, 131072)], 64)
+    close(*mla(batch, 16, BF16, latent_dim=512, rope_dim=64), BF16)
 
 
 @pytest.mark.parametrize(("dtype", "cache_dtype"), [(F32, BF16), (BF16, F32)])
@@ -64,9 +79,9 @@ def test_mla_cache_of_another_type(dtype: torch.dtype, cache_dtype: torch.dtype)
     close(*mla(ragged(HARD_ROWS[:4], 64), 16, dtype, cache_dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [FULL_F32, BF16])
 def test_mla_of_deepseek_at_length(dtype: torch.dtype) -> None:
-    batch = ragged([(1, 2000), (4, 777)], 64)
+    batch = ragged([(1, 1000), (4, 300)], 64)
     close(*mla(batch, 16, dtype, latent_dim=512, rope_dim=64, max_q_len=4), dtype)
 
 
@@ -141,7 +156,7 @@ def test_gqa_decode(
     close(*gqa(ragged(HARD_ROWS, page_size), heads, dims, dtype, max_q_len=8), dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("dtype", [FULL_F32, BF16])
 @pytest.mark.parametrize(
     ("page_size", "heads", "dims"),
     [(16, (4, 2), (64, 64)), (64, (3, 1), (192, 128)), (16, (2, 2), (24, 20))],
@@ -149,17 +164,15 @@ def test_gqa_decode(
 def test_gqa_chunks_among_decodes(
     dtype: torch.dtype, page_size: int, heads: tuple[int, int], dims: tuple[int, int]
 ) -> None:
-    for max_q_len in (0, 40):
-        batch = ragged(MIXED_ROWS, page_size)
-        close(*gqa(batch, heads, dims, dtype, max_q_len=max_q_len), dtype)
-    close(*gqa(ragged([(150, 150)], page_size), heads, dims, dtype), dtype)
+    close(*gqa(ragged(MIXED_ROWS, page_size), heads, dims, dtype, max_q_len=40), dtype)
+    close(*gqa(ragged([(80, 150)], page_size), heads, dims, dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("window", [1, 5, 64, 100, 1000])
+@pytest.mark.parametrize("dtype", [FULL_F32, BF16])
+@pytest.mark.parametrize("window", [1, 5, 64, 100])
 def test_sliding_windows(dtype: torch.dtype, window: int) -> None:
-    close(*gqa(ragged(HARD_ROWS, 16), (4, 2), (32, 32), dtype, window=window, max_q_len=8), dtype)
-    close(*gqa(ragged(MIXED_ROWS, 64), (4, 2), (32, 32), dtype, window=window), dtype)
+    close(*gqa(ragged(HARD_ROWS, 16), (2, 1), (32, 32), dtype, window=window, max_q_len=8), dtype)
+    close(*gqa(ragged(MIXED_ROWS, 64), (2, 1), (32, 32), dtype, window=window), dtype)
 
 
 def test_gqa_caches_of_another_type() -> None:

@@ -198,4 +198,10 @@ def test_float8_latents(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16:
         assert torch.equal(rows, expected)
     close(unpack_fp8(rows), unpack_fp8(expected), torch.bfloat16)
+    latent[1, 200], latent[4, 300] = float("nan"), float("inf")
+    run(q_pe, k_pe, latent, rope_table(99, rope_dim), positions, index, cache, True)
+    lost = unpack_fp8(cache[0, index]).isnan()
+    assert lost[1, 128:256].all()
+    assert lost[4, 256:384].all()
+    assert int(lost.sum()) == 256
     assert (cache[0, [i for i in range(16) if i not in index.tolist()]] == 255).all()

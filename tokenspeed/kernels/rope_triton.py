@@ -156,11 +156,9 @@ def _append_e4m3(latent, codes, scales, index, LATENT: tl.constexpr, GROUP_SIZE:
     value = tl.load(latent + at).to(tl.float32)
     largest = tl.max(tl.abs(value), 1)
     scale = tl.where(largest > 0.0, tl.div_rn(largest, 448.0 + tl.zeros_like(largest)), 1.0)
-    tl.store(
-        codes + at,
-        encode_e4m3(tl.div_rn(value, scale[:, None] + tl.zeros_like(value))),
-        mask=index >= 0,
-    )
+    scale += tl.sum(value * 0.0, 1)  # NaN if any feature is no number: readers know no code for it
+    code = encode_e4m3(tl.div_rn(value, scale[:, None] + tl.zeros_like(value)))
+    tl.store(codes + at, code, mask=index >= 0)
     tl.store(scales + group, scale, mask=index >= 0)
 
 
