@@ -63,12 +63,14 @@ def attention_mla_shared(
 
 define(
     "prefix_groups",
-    "(page_table, slots[R], q_start[R+1], kv_len[R], page_size) -> [R,3] int32",
+    "(page_table[S,M] int32, slots[R] int32 >= 0, q_start[R+1] int32 >= 0, kv_len[R] int32 >= 0, "
+    "page_size) -> [R,3] int32",
     prefix_groups,
 )
 define(
     "attention_mla_shared",
-    "(q_latent[T,H,L], q_pe[T,H,R], cache, page_table, slots[R], q_start[R+1], kv_len[R], scale, "
-    "groups[R,3]) -> [T,H,L]",
+    "(q_latent[T,H,L], q_pe[T,H,Dr], cache[P,page_size,...], page_table[S,M] int32, "
+    "slots[R] int32 >= 0, q_start[R+1] int32 >= 0, kv_len[R] int32 >= 0, scale, "
+    "groups[R,3] int32 >= 0) -> [T,H,L]",
     attention_mla_shared,
 )
