@@ -5,6 +5,7 @@ wrong shape, dtype, layout or index; page ids of `page_table` are trusted."""
 
 from typing import Self
 
+import torch
 from torch import Tensor
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
@@ -42,6 +43,8 @@ def attention_gqa(
     q_start: Tensor,
     kv_len: Tensor,
     scale: float,
+    window: int = 0,
+    max_q_len: int = 0,
 ) -> Tensor: ...
 def attention_mla(
     q_latent: Tensor,
@@ -52,6 +55,30 @@ def attention_mla(
     q_start: Tensor,
     kv_len: Tensor,
     scale: float,
+    max_q_len: int = 0,
+) -> Tensor: ...
+def attention_ragged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: Tensor,
+    k_start: Tensor,
+    scale: float,
+    causal: bool = True,
+    q_tail: Tensor | None = None,
+    k_tail: Tensor | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def merge_state(
+    a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor
+) -> tuple[Tensor, Tensor]: ...
+def gather_latent(
+    cache: Tensor,
+    page_table: Tensor,
+    slots: Tensor,
+    first: Tensor,
+    starts: Tensor,
+    num_rows: int,
+    dtype: torch.dtype,
 ) -> Tensor: ...
 def route(
     logits: Tensor,

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: MIT
 // Rotary embedding, the paged cache and attention for Python: arguments checked, params filled.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
 
 #include "cpu_arguments.h"
 
@@ -125,6 +129,13 @@ void check_rows(const AttentionParams& p) {
     }
 }
 
+// A row of int8 features ends with their float32 scale (tokenspeed/kernels/kv_int8.py).
+constexpr int64_t kScaleBytes = 4;
+
+DType cache_type(const Tensor& cache, const char* name) {
+    return cache.is(python::kUInt8) ? DType::kInt8Row : float_type(cache, name);
+}
+
 // Fills what both attentions share. q: [T, H, D], queries or their first part.
 AttentionParams attention_params(const Tensor& q, const char* name, const Tensor& cache,
                                  const char* cache_name, const Tensor& page_table,
@@ -139,7 +150,7 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.q = q.data<void>();
     p.q_stride = q.stride(0);
     p.q_head_stride = q.stride(1);
-    p.kv_dtype = float_type(cache, cache_name);
+    p.kv_dtype = cache_type(cache, cache_name);
     p.page_size = cache.size(1);
     p.keys = cache.data<void>();
     expect_type(page_table, "page_table", python::kInt32);
@@ -152,28 +163,35 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
     p.kv_len = vector_of<int32_t>(kv_len, "kv_len", python::kInt32, p.num_rows);
     p.scale = static_cast<float>(scale);
+    p.causal = true;
     check_values([p] { check_rows(p); });
     return p;
 }
 
 nb::object attention_gqa(const Tensor& q, const Tensor& key_cache, const Tensor& value_cache,
                          const Tensor& page_table, const Tensor& slots, const Tensor& q_start,
-                         const Tensor& kv_len, double scale) {
+                         const Tensor& kv_len, double scale, int64_t window, int64_t) {
     expect_shape(q, "q", {kAny, kAny, kAny}, 2);
-    expect_shape(key_cache, "key_cache", {kAny, kAny, kAny, q.size(2)});
+    const int64_t extra = key_cache.is(python::kUInt8) ? kScaleBytes : 0;
+    expect_shape(key_cache, "key_cache", {kAny, kAny, kAny, q.size(2) + extra});
     expect_shape(value_cache, "value_cache",
                  {key_cache.size(0), key_cache.size(1), key_cache.size(2), kAny});
+    expect(value_cache.size(3) >= extra, "value_cache", "its rows have no room for a scale");
+    expect(window >= 0, "window", "must not be negative");
     AttentionParams p =
         attention_params(q, "q", key_cache, "key_cache", page_table, slots, q_start, kv_len, scale);
     p.num_kv_heads = key_cache.size(2);
     expect(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "q",
            "its heads must be a multiple of the cache's");
-    expect(float_type(value_cache, "value_cache") == p.kv_dtype, "value_cache",
+    expect(cache_type(value_cache, "value_cache") == p.kv_dtype, "value_cache",
            "its dtype differs from key_cache's");
-    p.value_dim = value_cache.size(3);
+    p.value_dim = value_cache.size(3) - extra;
     p.values = value_cache.data<void>();
-    p.key_stride = p.num_kv_heads * p.q_dim;
-    p.value_stride = p.num_kv_heads * p.value_dim;
+    p.window = window;
+    p.key_head_stride = key_cache.size(3);
+    p.value_head_stride = value_cache.size(3);
+    p.key_stride = p.num_kv_heads * p.key_head_stride;
+    p.value_stride = p.num_kv_heads * p.value_head_stride;
     Tensor out = q.empty({p.num_tokens, p.num_heads, p.value_dim});
     p.out = out.data<void>();
     run(kernels().attention, p);
@@ -182,7 +200,8 @@ nb::object attention_gqa(const Tensor& q, const Tensor& key_cache, const Tensor&
 
 nb::object attention_mla(const Tensor& q_latent, const Tensor& q_pe, const Tensor& cache,
                          const Tensor& page_table, const Tensor& slots, const Tensor& q_start,
-                         const Tensor& kv_len, double scale) {
+                         const Tensor& kv_len, double scale, int64_t) {
+    float_type(cache, "cache");
     expect_shape(q_latent, "q_latent", {kAny, kAny, kAny}, 2);
     expect_shape(q_pe, "q_pe", {q_latent.size(0), q_latent.size(1), kAny}, 2);
     expect_shape(cache, "cache", {kAny, kAny, q_latent.size(2) + q_pe.size(2)});
@@ -203,6 +222,142 @@ nb::object attention_mla(const Tensor& q_latent, const Tensor& q_pe, const Tenso
     return out.object();
 }
 
+// ---- Keys in line ------------------------------------------------------------------------------
+
+// REQUIRES: what `p` points to lasts; checks row bounds of queries and keys.
+void check_bounds(const int32_t* starts, int64_t rows, int64_t total, const char* name) {
+    bool rising = starts[0] == 0 && starts[rows] == total;
+    for (int64_t r = 0; r < rows; ++r) rising &= starts[r] <= starts[r + 1];
+    expect(rising, name, "must rise from 0 to the number of tokens");
+}
+
+nb::tuple attention_ragged(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_start,
+                           const Tensor& k_start, double scale, bool causal,
+                           const std::optional<Tensor>& q_tail,
+                           const std::optional<Tensor>& k_tail) {
+    AttentionParams p{};
+    p.dtype = float_type(q, "q");
+    expect_shape(q, "q", {kAny, kAny, kAny}, 2);
+    p.num_tokens = q.size(0);
+    p.num_heads = q.size(1);
+    p.q_dim = q.size(2);
+    p.q = q.data<void>();
+    p.q_stride = q.stride(0);
+    p.q_head_stride = q.stride(1);
+    expect_shape(k, "k", {kAny, kAny, p.q_dim}, 2);
+    const int64_t keys = k.size(0);
+    p.num_kv_heads = k.size(1);
+    expect(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0, "q",
+           "its heads must be a multiple of k's");
+    expect_same(k, "k", p.dtype);
+    expect_same(v, "v", p.dtype);
+    expect_shape(v, "v", {keys, p.num_kv_heads, kAny}, 2);
+    p.kv_dtype = p.dtype;
+    p.keys = k.data<void>();
+    p.key_stride = k.stride(0);
+    p.key_head_stride = k.stride(1);
+    p.values = v.data<void>();
+    p.value_dim = v.size(2);
+    p.value_stride = v.stride(0);
+    p.value_head_stride = v.stride(1);
+    expect(q_tail.has_value() == k_tail.has_value(), "k_tail", "q_tail and k_tail come together");
+    if (q_tail && k_tail) {
+        expect_same(*q_tail, "q_tail", p.dtype);
+        expect_shape(*q_tail, "q_tail", {p.num_tokens, p.num_heads, kAny}, 2);
+        expect_same(*k_tail, "k_tail", p.dtype);
+        expect_shape(*k_tail, "k_tail", {keys, q_tail->size(2)}, 1);
+        p.q_tail_dim = q_tail->size(2);
+        p.q_tail = q_tail->data<void>();
+        p.q_tail_stride = q_tail->stride(0);
+        p.q_tail_head_stride = q_tail->stride(1);
+        p.k_tail = k_tail->data<void>();
+        p.k_tail_stride = k_tail->stride(0);
+    }
+    expect(q_start.ndim() == 1 && q_start.size(0) >= 1, "q_start", "expected [R + 1]");
+    p.num_rows = q_start.size(0) - 1;
+    p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
+    p.k_start = vector_of<int32_t>(k_start, "k_start", python::kInt32, p.num_rows + 1);
+    check_values([p, keys] {
+        check_bounds(p.q_start, p.num_rows, p.num_tokens, "q_start");
+        check_bounds(p.k_start, p.num_rows, keys, "k_start");
+    });
+    p.scale = static_cast<float>(scale);
+    p.causal = causal;
+    Tensor out = q.empty({p.num_tokens, p.num_heads, p.value_dim});
+    Tensor lse = q.empty({p.num_tokens, p.num_heads}, python::kFloat32);
+    p.out = out.data<void>();
+    p.lse = lse.data<float>();
+    run(kernels().attention, p);
+    return nb::make_tuple(out.object(), lse.object());
+}
+
+nb::tuple merge_state(const Tensor& a, const Tensor& lse_a, const Tensor& b, const Tensor& lse_b) {
+    MergeParams p{};
+    p.dtype = float_type(a, "a");
+    expect_shape(a, "a", {kAny, kAny, kAny});
+    expect_same(b, "b", p.dtype);
+    expect_shape(b, "b", {a.size(0), a.size(1), a.size(2)});
+    for (const auto& [lse, name] : {std::pair{&lse_a, "lse_a"}, std::pair{&lse_b, "lse_b"}}) {
+        expect_type(*lse, name, python::kFloat32);
+        expect_shape(*lse, name, {a.size(0), a.size(1)});
+    }
+    p.num_rows = a.size(0) * a.size(1);
+    p.size = a.size(2);
+    p.a = a.data<void>();
+    p.b = b.data<void>();
+    p.lse_a = lse_a.data<float>();
+    p.lse_b = lse_b.data<float>();
+    Tensor out = a.empty_like(), lse = lse_a.empty_like();
+    p.out = out.data<void>();
+    p.lse = lse.data<float>();
+    run(kernels().merge_state, p);
+    return nb::make_tuple(out.object(), lse.object());
+}
+
+void check_gather(const GatherParams& p, int64_t num_pages) {
+    check_bounds(p.starts, p.num_rows, p.num_out, "starts");
+    for (int64_t r = 0; r < p.num_rows; ++r) {
+        const int64_t end = p.first[r] + p.starts[r + 1] - p.starts[r];
+        expect(p.first[r] >= 0 && end <= p.max_pages * p.page_size, "first",
+               "a position is not in the row's pages");
+        const int32_t* const pages = p.page_table + p.slots[r] * p.max_pages;
+        for (int64_t i = p.first[r] / p.page_size; i * p.page_size < end; ++i) {
+            expect(pages[i] >= 0 && pages[i] < num_pages, "page_table", "no such page");
+        }
+    }
+}
+
+nb::object gather_latent(const Tensor& cache, const Tensor& page_table, const Tensor& slots,
+                         const Tensor& first, const Tensor& starts, int64_t num_rows,
+                         const nb::object& dtype) {
+    GatherParams p{};
+    p.dtype = float_type(cache, "cache");
+    expect_shape(cache, "cache", {kAny, kAny, kAny});
+    const std::string name = nb::cast<std::string>(nb::str(dtype));
+    const bool wide = name == "torch.float32";
+    expect(wide || name == "torch.bfloat16", "dtype", "expected float32 or bfloat16");
+    expect(num_rows >= 0, "num_rows", "must not be negative");
+    p.out_dtype = wide ? DType::kFloat32 : DType::kBFloat16;
+    p.num_out = num_rows;
+    p.size = cache.size(2);
+    p.cache = cache.data<void>();
+    p.page_size = cache.size(1);
+    expect_type(page_table, "page_table", python::kInt32);
+    expect_shape(page_table, "page_table", {kAny, kAny});
+    p.page_table = page_table.data<int32_t>();
+    p.max_pages = page_table.size(1);
+    expect(slots.ndim() == 1, "slots", "expected [R]");
+    p.num_rows = slots.size(0);
+    p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
+    p.first = vector_of<int32_t>(first, "first", python::kInt32, p.num_rows);
+    p.starts = vector_of<int32_t>(starts, "starts", python::kInt32, p.num_rows + 1);
+    check_values([p, pages = cache.size(0)] { check_gather(p, pages); });
+    Tensor out = cache.empty({num_rows, p.size}, wide ? python::kFloat32 : python::kBFloat16);
+    p.out = out.data<void>();
+    run(kernels().gather_latent, p);
+    return out.object();
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -211,9 +366,15 @@ void bind_attention(nb::module_& m) {
     m.def("rope_append_mla", &rope_append_mla, "q_pe"_a, "k_pe"_a, "latent"_a, "cos_sin"_a,
           "positions"_a, "cache_index"_a, "cache"_a, "interleaved"_a);
     m.def("attention_gqa", &attention_gqa, "q"_a, "key_cache"_a, "value_cache"_a, "page_table"_a,
-          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a);
+          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "window"_a = 0, "max_q_len"_a = 0);
     m.def("attention_mla", &attention_mla, "q_latent"_a, "q_pe"_a, "cache"_a, "page_table"_a,
-          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a);
+          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "max_q_len"_a = 0);
+    m.def("attention_ragged", &attention_ragged, "q"_a, "k"_a, "v"_a, "q_start"_a, "k_start"_a,
+          "scale"_a, "causal"_a = true, "q_tail"_a.none() = nb::none(),
+          "k_tail"_a.none() = nb::none());
+    m.def("merge_state", &merge_state, "a"_a, "lse_a"_a, "b"_a, "lse_b"_a);
+    m.def("gather_latent", &gather_latent, "cache"_a, "page_table"_a, "slots"_a, "first"_a,
+          "starts"_a, "num_rows"_a, "dtype"_a);
 }
 
 }  // namespace tokenspeed::cpu

@@ -10,7 +10,7 @@
 
 namespace tokenspeed::cpu {
 
-enum class DType : int { kFloat32, kBFloat16 };
+enum class DType : int { kFloat32, kBFloat16, kInt8Row };  // kInt8Row: of a cache only
 
 struct NormParams {
     DType dtype;
@@ -50,8 +50,9 @@ struct AppendParams {
     const int64_t* out_index;  // [num_tokens]
 };
 
-// Queries are split in two parts, whose keys stand one after the other in a cache row: latent and
-// rope for MLA; q_tail_dim is 0 otherwise.
+// Queries may come in two parts, whose keys stand one after the other in a cache row (latent and
+// rope for MLA) or apart (k_tail); q_tail_dim is 0 otherwise. Keys stand in pages, or in line where
+// k_start is given.
 struct AttentionParams {
     DType dtype, kv_dtype;
     int64_t num_tokens, num_rows, num_heads, num_kv_heads;
@@ -60,16 +61,52 @@ struct AttentionParams {
     int64_t q_stride, q_head_stride;
     const void* q_tail;  // [num_tokens, num_heads, q_tail_dim]
     int64_t q_tail_stride, q_tail_head_stride;
-    const void* keys;    // token t of a page: + t * key_stride; head h: + h * (q_dim + q_tail_dim)
-    const void* values;  // token t of a page: + t * value_stride; head h: + h * value_dim
-    int64_t key_stride, value_stride;
+    const void* keys;    // token t of a page (or in line): + t * key_stride, head h as well
+    const void* values;  // the same; strides of int8 rows count bytes
+    int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+    const void* k_tail;  // [keys, q_tail_dim] of all heads, or null
+    int64_t k_tail_stride;
     int64_t page_size, max_pages;
     const int32_t* page_table;  // [num_slots, max_pages]
     const int32_t* slots;       // [num_rows]
     const int32_t* q_start;     // [num_rows + 1]
-    const int32_t* kv_len;      // [num_rows]
+    const int32_t* kv_len;      // [num_rows], or null
+    const int32_t* k_start;     // [num_rows + 1], or null
     float scale;
-    void* out;  // [num_tokens, num_heads, value_dim]
+    bool causal;
+    int64_t window;  // keys that a query sees at most; 0: all before it
+    void* out;       // [num_tokens, num_heads, value_dim]
+    float* lse;      // [num_tokens, num_heads], or null
+
+    int64_t query_len(int64_t row) const { return q_start[row + 1] - q_start[row]; }
+    int64_t kv_len_of(int64_t row) const {
+        return k_start != nullptr ? k_start[row + 1] - k_start[row] : kv_len[row];
+    }
+};
+
+// Attention over two sets of keys -> over both.
+struct MergeParams {
+    DType dtype;
+    int64_t num_rows, size;  // rows: tokens and heads
+    const void* a;           // [num_rows, size], as b
+    const float* lse_a;      // [num_rows], as lse_b
+    const void* b;
+    const float* lse_b;
+    void* out;   // [num_rows, size]
+    float* lse;  // [num_rows]
+};
+
+// Rows of a paged cache in line.
+struct GatherParams {
+    DType dtype, out_dtype;
+    int64_t num_rows, num_out, size;
+    const void* cache;
+    int64_t page_size, max_pages;
+    const int32_t* page_table;
+    const int32_t* slots;   // [num_rows]
+    const int32_t* first;   // [num_rows] positions
+    const int32_t* starts;  // [num_rows + 1] rows of out
+    void* out;              // [num_out, size]
 };
 
 struct SiluMulParams {
@@ -219,6 +256,8 @@ struct Kernels {
     void (*rope)(const RopeParams&);
     void (*append)(const AppendParams&);
     void (*attention)(const AttentionParams&);
+    void (*merge_state)(const MergeParams&);
+    void (*gather_latent)(const GatherParams&);
     void (*silu_mul)(const SiluMulParams&);
     void (*embedding)(const EmbeddingParams&);
     void (*add)(const AddParams&);
@@ -248,6 +287,8 @@ void norm(const NormParams&);
 void rope(const RopeParams&);
 void append(const AppendParams&);
 void attention(const AttentionParams&);
+void merge_state(const MergeParams&);
+void gather_latent(const GatherParams&);
 void silu_mul(const SiluMulParams&);
 void embedding(const EmbeddingParams&);
 void add(const AddParams&);

@@ -4,8 +4,9 @@
 Row r has query tokens [q_start[r], q_start[r+1]), the last positions of a sequence of kv_len[r]
 tokens; position p stands in page page_table[slots[r], p // page_size] at p % page_size. Only
 positions below kv_len[r] are read: other pages and page tails may hold anything, NaN included.
-`page_table` [num_slots, max_pages], `slots`, `q_start`, `kv_len` are int32. A grouped-query cache
-may be uint8 (`kv_int8.py`).
+`page_table` [num_slots, max_pages], `slots`, `q_start`, `kv_len` are int32. `max_q_len`: no row has
+more queries, as far as the host knows (0: it does not); a hint to launches, never to results. A
+grouped-query cache may be uint8 (`kv_int8.py`).
 """
 
 import torch
@@ -57,6 +58,7 @@ def attention_gqa(
     kv_len: Tensor,
     scale: float,
     window: int = 0,
+    max_q_len: int = 0,
 ) -> Tensor:
     """q[T,Hq,D], caches [num_pages, page_size, Hk, D or Dv] -> [T,Hq,Dv]; Hq % Hk == 0.
 
@@ -85,6 +87,7 @@ def attention_mla(
     q_start: Tensor,
     kv_len: Tensor,
     scale: float,
+    max_q_len: int = 0,
 ) -> Tensor:
     """q_latent[T,H,L], q_pe[T,H,R], cache [num_pages, page_size, L + R] -> [T,H,L].
 

@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: MIT
+// Attention of a few flat rows: keys and values pass by as they stand, each read once. Sums are
+// those of attention_lanes.h in their order, but for the scores of one or two rows. For pairs of
+// bfloat16 only.
+#pragma once
+
+#include "attention.h"
+
+namespace tokenspeed::cpu::TS_ISA {
+
+template <typename KV>
+class StreamWorker {
+    using P = typename Operands<bf16, KV>::P;
+
+  public:
+    static bool serves(const AttentionParams& p) {
+        return P::kPerWord == 2 && p.k_start == nullptr && p.q_tail_dim == 0 &&
+               p.page_size % kLanes == 0 && p.q_dim % (2 * kLanes) == 0 &&
+               p.value_dim % (2 * kLanes) == 0;
+    }
+
+    StreamWorker(const AttentionParams& p, const AttentionShape& s)
+        : p_(p), s_(s), key_words_(s.key_dim / 2) {
+        const int64_t rows = kStreamed;
+        const int64_t staged = sizeof(KV) == 1 ? kLanes * max_of(s.key_dim, p.value_dim) / 2 : 0;
+        uint32_t* const memory =
+            scratch_of<uint32_t>(0, rows * (key_words_ + kBlock + kBlock / 2 + 1) + staged);
+        queries_ = memory;
+        scores_ = reinterpret_cast<float*>(queries_ + rows * key_words_);
+        weights_ = reinterpret_cast<uint32_t*>(scores_ + rows * kBlock);
+        shrinks_ = reinterpret_cast<float*>(weights_ + rows * kBlock / 2);
+        staged_ = reinterpret_cast<bf16*>(shrinks_ + rows);
+    }
+
+    // [rows]: a result, its largest score and its sum.
+    static int64_t partial_floats(const AttentionParams& p) {
+        return kStreamed * (p.value_dim + 2);
+    }
+
+    void open(const Item& item) {
+        item_ = item;
+        rows_ = item.count <= 2 ? item.count : item.count <= 4 ? 4 : 8;
+        for (int64_t i = 0; i < rows_; ++i) {
+            const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
+            const int64_t token = p_.q_start[item.row] + flat / s_.group;
+            const int64_t head = item.head * s_.group + flat % s_.group;
+            const bf16* const q =
+                static_cast<const bf16*>(p_.q) + token * p_.q_stride + head * p_.q_head_stride;
+            __builtin_memcpy(queries_ + i * key_words_, q, static_cast<size_t>(s_.key_dim) * 2);
+        }
+    }
+
+    void clear(float* partial) const {
+        const int64_t rows = rows_;
+        __builtin_memset(partial, 0, static_cast<size_t>(rows * (p_.value_dim + 2)) * 4);
+        for (int64_t i = 0; i < rows; ++i) top_of(partial)[i] = -kInfinity;
+    }
+
+    void attend(int64_t span, float* partial) {
+        clear(partial);
+        const int64_t last = visible(p_, s_, item_.row, item_.first + item_.count - 1);
+        const int64_t start = span * kSpan, count = min_of(last - start, kSpan);
+        locate(p_, item_.row, start, count, keys_, values_);
+        for (int64_t at = 0; at < count; at += kBlock) {
+            const int64_t size = min_of(kBlock, count - at);
+            with_rows([&](auto rows) {
+                constexpr int kRows = decltype(rows)::value;
+                ahead_of(values_ + at, size, item_.head * p_.value_head_stride, p_.value_dim);
+                for (int64_t n = 0; n < size; n += kLanes) {
+                    scores<kRows>(keys_ + at + n, min_of<int64_t>(kLanes, size - n), n);
+                }
+                for (int i = 0; i < kRows; ++i) soften(i, start + at, size, partial);
+                ahead_of(keys_ + at + size, min_of(kBlock, count - at - size),
+                         item_.head * p_.key_head_stride, s_.key_dim);
+                values<kRows>(values_ + at, size, partial);
+            });
+        }
+    }
+
+    void merge(float* total, const float* next) const {
+        const int64_t rows = rows_;
+        for (int64_t i = 0; i < rows; ++i) {
+            const Vec old_top = splat(top_of(total)[i]), new_top = splat(top_of(next)[i]);
+            const Vec top = max_of(old_top, new_top);
+            const Vec keep = share(old_top, top), add = share(new_top, top);
+            float* const out = total + i * p_.value_dim;
+            const float* const more = next + i * p_.value_dim;
+            for (int64_t n = 0; n < p_.value_dim; n += kLanes) {
+                store(out + n, merged(load(out + n), keep, load(more + n), add));
+            }
+            top_of(total)[i] = top[0];
+            float& sum = sum_of(total)[i];
+            sum = merged(splat(sum), keep, splat(sum_of(next)[i]), add)[0];
+        }
+    }
+
+    void finish(const float* total) const {
+        for (int64_t i = 0; i < item_.count; ++i) {
+            const int64_t flat = item_.first + i;
+            const int64_t token = p_.q_start[item_.row] + flat / s_.group;
+            const int64_t head = item_.head * s_.group + flat % s_.group;
+            bf16* const out =
+                static_cast<bf16*>(p_.out) + (token * p_.num_heads + head) * p_.value_dim;
+            const Vec sum = splat(sum_of(total)[i]);
+            const Vec scale = sum == 0.0f ? Vec{} : 1.0f / sum;
+            for (int64_t n = 0; n < p_.value_dim; n += kLanes) {
+                store(out + n, load(total + i * p_.value_dim + n) * scale);
+            }
+        }
+    }
+
+  private:
+    float* top_of(float* partial) const { return partial + rows_ * p_.value_dim; }
+    const float* top_of(const float* partial) const { return partial + rows_ * p_.value_dim; }
+    float* sum_of(float* partial) const { return top_of(partial) + rows_; }
+    const float* sum_of(const float* partial) const { return top_of(partial) + rows_; }
+
+    template <typename Body>
+    void with_rows(const Body& body) {
+        if (rows_ == 1) return body(std::integral_constant<int, 1>{});
+        if (rows_ == 2) return body(std::integral_constant<int, 2>{});
+        if (rows_ == 4) return body(std::integral_constant<int, 4>{});
+        body(std::integral_constant<int, 8>{});
+    }
+
+    // Rows that stand scattered defeat the hardware's prefetching: values are asked for while keys
+    // are multiplied, and the next block's keys while values are; a few at a time, since a core has
+    // few requests in flight.
+    void ahead_of(const KV* const* rows, int64_t count, int64_t offset, int64_t size) {
+        ahead_ = rows;
+        num_ahead_ = count;
+        ahead_offset_ = offset;
+        ahead_size_ = size;
+    }
+    void fetch(int64_t first, int64_t count) {
+        const int64_t end = min_of(first + count, num_ahead_);
+        for (int64_t i = first; i < end; ++i) prefetch(ahead_[i] + ahead_offset_, ahead_size_);
+    }
+
+    // Scores of one head's rows with up to kLanes keys, which stand in one page.
+    template <int kRows>
+    void scores(const KV* const* keys, int64_t count, int64_t n) {
+        const int64_t offset = item_.head * p_.key_head_stride;
+        float* const to = scores_ + n;
+        const bf16* first;
+        int64_t stride;
+        if constexpr (sizeof(KV) == 1) {
+            for (int64_t i = 0; i < count; ++i) {
+                fetch_row(staged_ + i * s_.key_dim, keys[i] + offset, s_.key_dim, s_.key_dim);
+            }
+            first = staged_;
+            stride = s_.key_dim;
+        } else {
+            first = keys[0] + offset;
+            stride = p_.key_stride;
+        }
+        if constexpr (kRows <= 2) {
+            dots<kRows>(reinterpret_cast<const bf16*>(queries_), first, stride, count, n, to);
+        } else {
+            fetch(n, count);
+            turned<kRows>(queries_, first, stride, count, to);
+        }
+    }
+
+    // For one or two rows turning costs more than adding lanes up does.
+    template <int kRows>
+    void dots(const bf16* q, const bf16* key, int64_t stride, int64_t count, int64_t at,
+              float* to) {
+        constexpr int kKeys = kLanes / kRows;  // that one reduction finishes
+        int64_t n = 0;
+        for (; n + kKeys <= count; n += kKeys) {
+            fetch(at + n, kKeys);
+            dot_tile<P, kRows, kKeys, false>(
+                q, s_.key_dim, key + n * stride, stride, s_.key_dim,
+                [&](int m, int j, float sum) { to[m * kBlock + n + j] = sum; });
+        }
+        for (; n < count; ++n) {
+            fetch(at + n, 1);
+            dot_tile<P, kRows, 1, false>(q, s_.key_dim, key + n * stride, stride, s_.key_dim,
+                                         [&](int m, int, float sum) { to[m * kBlock + n] = sum; });
+        }
+    }
+
+    // Keys past `count` repeat the last.
+    template <int kRows>
+    void turned(const uint32_t* q, const bf16* key, int64_t stride, int64_t count,
+                float* to) const {
+        Vec sums[kRows] = {};
+        for (int64_t k = 0; k < key_words_; k += kLanes) {
+            VecU words[kLanes];
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < kLanes; ++i) {
+                words[i] = load_raw<VecU>(key + min_of(i, count - 1) * stride + 2 * k);
+            }
+            transpose(words);
+#pragma GCC unroll 16
+            for (int i = 0; i < kLanes; ++i) {
+#pragma GCC unroll 8
+                for (int m = 0; m < kRows; ++m) {
+                    sums[m] = P::mac(sums[m], splat(q[m * key_words_ + k + i]), words[i]);
+                }
+            }
+        }
+        for (int m = 0; m < kRows; ++m) store(to + m * kBlock, sums[m]);
+    }
+
+    void soften(int64_t i, int64_t start, int64_t count, float* partial) {
+        float* const scores = scores_ + i * kBlock;
+        bf16* const weights = reinterpret_cast<bf16*>(weights_ + i * (kBlock / 2));
+        const int64_t row = min_of<int64_t>(i, item_.count - 1);
+        const int64_t seen = visible(p_, s_, item_.row, item_.first + row);
+        const int64_t limit = min_of(count, seen - start);
+        const int64_t low = lowest_key(p_, seen) - start;
+        const float factor = p_.scale * kLog2E;
+        Vec largest = splat(-kInfinity);
+        for (int64_t n = 0; n < count; n += kLanes) {
+            Vec score = load(scores + n) * factor;
+            for (int64_t lane = 0; lane < kLanes; ++lane) {
+                if (n >= low && n + kLanes <= limit) break;
+                if (n + lane < low || n + lane >= limit) score[lane] = -kInfinity;
+            }
+            store(scores + n, score);
+            largest = max_of(largest, score);
+        }
+        const Vec old_top = splat(top_of(partial)[i]);
+        const Vec top = splat(max_of(old_top[0], reduce_max(largest)));
+        const float shrink = share(old_top, top)[0];
+        Vec sum{};
+        for (int64_t n = 0; n < count; n += kLanes) {
+            const Vec weight = share(load(scores + n), top);
+            sum += weight;
+            store(weights + n, weight);
+        }
+        shrinks_[i] = shrink;
+        top_of(partial)[i] = top[0];
+        sum_of(partial)[i] *= shrink;
+        if (rows_ <= 2) sum_of(partial)[i] += reduce_add(sum);
+    }
+
+    template <int kRows>
+    void values(const KV* const* values, int64_t count, float* partial) {
+        constexpr int kVecs = kRows == 8 ? 2 : 4;
+        int64_t n = 0;
+        for (; n + kVecs * kLanes <= p_.value_dim; n += kVecs * kLanes) {
+            few_values<kRows, kVecs>(values, count, n, partial);
+        }
+        for (; n < p_.value_dim; n += 2 * kLanes) few_values<kRows, 2>(values, count, n, partial);
+        for (int i = 0; i < kRows && kRows > 2; ++i) {
+            float& sum = sum_of(partial)[i];
+            sum = sum_weights(i, count, sum);
+        }
+    }
+
+    float sum_weights(int64_t i, int64_t count, float sum) const {
+        Vec total = splat(sum);
+        for (int64_t k = 0; k < count; k += 2) {
+            total = P::mac(total, splat(weights_[i * (kBlock / 2) + k / 2]), one_words<P>());
+        }
+        return total[0];
+    }
+
+    template <int kRows, int kVecs>
+    void few_values(const KV* const* values, int64_t count, int64_t column, float* partial) {
+        float* const out = partial + column;
+        const int64_t offset = item_.head * p_.value_head_stride + column;
+        Vec sums[kRows][kVecs];
+        for (int m = 0; m < kRows; ++m) {
+            const float shrink = shrinks_[m];
+            for (int v = 0; v < kVecs; ++v) {
+                sums[m][v] = load(out + m * p_.value_dim + v * kLanes) * shrink;
+            }
+        }
+        for (int64_t k = 0; k < count; k += 2) {
+            if (column == 0) fetch(k, 2);
+            const KV* const even = values[k] + offset;
+            const KV* const odd = k + 1 < count ? values[k + 1] + offset : nullptr;
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; v += 2) {
+                const VecHH a = value_halves(even, column, v);
+                const VecHH b = odd != nullptr ? value_halves(odd, column, v) : VecHH{};
+                const VecU low = interleave<false>(a, b), high = interleave<true>(a, b);
+#pragma GCC unroll 8
+                for (int m = 0; m < kRows; ++m) {
+                    const VecU weight = splat(weights_[m * (kBlock / 2) + k / 2]);
+                    sums[m][v] = P::mac(sums[m][v], weight, low);
+                    sums[m][v + 1] = P::mac(sums[m][v + 1], weight, high);
+                }
+            }
+        }
+        for (int m = 0; m < kRows; ++m) {
+            for (int v = 0; v < kVecs; ++v) {
+                store(out + m * p_.value_dim + v * kLanes, sums[m][v]);
+            }
+        }
+    }
+
+    // Features [v * kLanes, (v + 2) * kLanes) of a value from `column` on.
+    VecHH value_halves(const KV* value, int64_t column, int64_t v) const {
+        if constexpr (sizeof(KV) == 1) {
+            float scale;
+            __builtin_memcpy(&scale, value - column + p_.value_dim, sizeof(scale));
+            bf16 both[2 * kLanes];
+            const int8_t* const codes = reinterpret_cast<const int8_t*>(value) + v * kLanes;
+            store(both, load_codes(codes) * scale);
+            store(both + kLanes, load_codes(codes + kLanes) * scale);
+            return load_raw<VecHH>(both);
+        } else {
+            return load_raw<VecHH>(value + v * kLanes);
+        }
+    }
+
+    const AttentionParams& p_;
+    const AttentionShape& s_;
+    const int64_t key_words_;
+    Item item_{};
+    int64_t rows_ = 1;                  // of each head, those past item_.count repeat the last
+    uint32_t* queries_;                 // [rows][key_words]
+    float* scores_;                     // [rows][kBlock]
+    uint32_t* weights_;                 // [rows][kBlock / 2]
+    float* shrinks_;                    // [rows]
+    bf16* staged_;                      // [kLanes][key_dim]: keys that were int8
+    const KV* const* ahead_ = nullptr;  // rows that come after those in work
+    int64_t num_ahead_ = 0, ahead_offset_ = 0, ahead_size_ = 0;
+    const KV* keys_[kSpan];
+    const KV* values_[kSpan];
+};
+
+}  // namespace tokenspeed::cpu::TS_ISA
