@@ -23,6 +23,12 @@ def _exchange(_: Ask) -> str | None:
     return f"torch {torch.__version__} has no DLPack exchange API"
 
 
+def _no_float8(ask: Ask) -> str | None:
+    if ask.shapes.get("kv_bits") == 8:
+        return "latent caches of float32 and bfloat16, not of float8"
+    return _exchange(ask)
+
+
 def _pack_quantised(weight: QuantWeight) -> Any:
     """int8 and int4 as codes; what no CPU multiplies is held as bfloat16."""
     if weight.format in ("int8", "int4"):
@@ -61,9 +67,11 @@ _FLOAT32: dict[str, Kernel] = {
     "sample": _cpu.sample,
     "apply_penalties": _cpu.apply_penalties,
 }
+_LATENT = ("rope_append_mla", "attention_mla", "gather_latent")
 _BOTH = (torch.float32, torch.bfloat16)
 for _ops, _dtypes in ((_WIDE, _BOTH), (_FLOAT32, (torch.float32,))):
     for _op, _kernel in _ops.items():
-        register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_dtypes, requires=_exchange)
+        _needs = _no_float8 if _op in _LATENT else _exchange
+        register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_dtypes, requires=_needs)
 for _op, (_kernel, _pack) in _WEIGHTS.items():
     register(_op, "cpu", _kernel, devices=("cpu",), dtypes=_BOTH, requires=_exchange, pack=_pack)

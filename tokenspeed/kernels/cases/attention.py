@@ -17,6 +17,7 @@ from tokenspeed.kernels.cases.case import (
     in_float64,
 )
 from tokenspeed.kernels.cases.ragged import Ragged, ragged
+from tokenspeed.kernels.kv_fp8 import ROW_BYTES, pack_fp8
 from tokenspeed.kernels.kv_int8 import pack_int8
 
 Rows = tuple[tuple[int, int], ...]  # (q_len, kv_len)
@@ -134,6 +135,15 @@ def _mla(
     return q_latent, q_pe, cache, *batch.tables(), (latent + rope) ** -0.5
 
 
+def _mla_float8(g: Inputs, rows: Rows, heads: int) -> Arguments:
+    """Bytes of poison are NaN in each of a row's three formats."""
+    q_latent, q_pe, cache, *rest = _mla(g, rows, 64, heads, 512, 64)
+    owned = cache.isfinite().all(-1)
+    held = torch.full((*owned.shape, ROW_BYTES), 255, dtype=torch.uint8)
+    held[owned] = pack_fp8(*cache[owned].split((512, 64), dim=-1))
+    return q_latent, q_pe, held, *rest
+
+
 def _mla_shapes(heads: int, latent: int, rope: int, page_size: int) -> dict[str, int]:
     return {"num_heads": heads, "latent_dim": latent, "rope_dim": rope, "page_size": page_size}
 
@@ -156,6 +166,9 @@ def mla_cases() -> Iterator[Case]:
     yield Case("long", _mla, (LONG, *some), sizes)
     yield Case("no rows", _mla, ((), *some), sizes)
     yield Case("other dtype in the cache", _mla, (DECODE, *some, True), sizes)
+    for heads in (16, 64):
+        held = _mla_shapes(heads, 512, 64, 64) | {"kv_bits": 8}
+        yield Case(f"float8 cache, {heads} heads", _mla_float8, (DECODE, heads), held)
     yield Case("128K", _mla, (HUGE, *some), sizes, "full")
 
 

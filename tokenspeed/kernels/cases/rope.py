@@ -10,7 +10,9 @@ from torch import Tensor
 
 from tokenspeed.kernels.cases.case import Arguments, Case, Inputs, OpCases, Tolerance, Work, floats
 from tokenspeed.kernels.cases.ragged import NAN
+from tokenspeed.kernels.kv_fp8 import ROW_BYTES, unpack_fp8
 
+FLOAT8 = Tolerance(8e-2, "a code of float8 may be rounded the other way")
 ROUNDED = Tolerance(4e-3, "a bfloat16 cache keeps 8 bits")
 LAST_POSITION = 131_071
 
@@ -95,6 +97,12 @@ def _mla(
     return q_pe, k_pe, down, table(50, rope), *places, cache, interleaved
 
 
+def _mla_float8(g: Inputs, tokens: int, heads: int) -> Arguments:
+    *arguments, cache, interleaved = _mla(g, tokens, heads, 512, 64, True)
+    held = torch.full((*cache.shape[:2], ROW_BYTES), 255, dtype=torch.uint8)
+    return *arguments, held, interleaved
+
+
 def mla_cases() -> Iterator[Case]:
     for heads, latent, rope in ((5, 36, 10), (16, 512, 64), (128, 512, 64)):
         sizes = {"num_heads": heads, "latent_dim": latent, "rope_dim": rope}
@@ -104,12 +112,17 @@ def mla_cases() -> Iterator[Case]:
     sizes = {"num_heads": 5, "latent_dim": 36, "rope_dim": 10}
     for tokens in (0, 1, 130):
         yield Case(f"T={tokens}", _mla, (tokens, 5, 36, 10, True), sizes)
+    sizes8 = {"num_heads": 16, "latent_dim": 512, "rope_dim": 64, "kv_bits": 8}
+    for tokens in (1, 40):
+        name = f"T={tokens}, float8 cache"
+        yield Case(name, _mla_float8, (tokens, 16), sizes8, looser=FLOAT8)
     yield Case("other dtype in the cache", _mla, (9, 5, 36, 10, True, True), sizes, looser=ROUNDED)
 
 
 def _with_caches(places: tuple[int, ...], result: Any, arguments: Arguments) -> tuple[Tensor, ...]:
     """The turned queries, and whole caches: what was not written must still be NaN."""
-    return result, *(arguments[place] for place in places)
+    caches = (arguments[place] for place in places)
+    return result, *(unpack_fp8(c) if c.dtype == torch.uint8 else c for c in caches)
 
 
 def _gqa_sized(g: Inputs, tokens: int, shapes: Mapping[str, int]) -> Arguments:
