@@ -29,8 +29,8 @@ from tokenspeed.engine.ranks.hello import Hello, refusal
 from tokenspeed.engine.ranks.meeting import Meeting, introduce
 from tokenspeed.engine.ranks.muster import Mustered, Neighbours, muster
 from tokenspeed.errors import RankDiedError
+from tokenspeed.execution.step import StepOutput
 from tokenspeed.execution.step_message import encode_output
-from tokenspeed.execution.step_runner import StepOutput
 
 MINE = Hello.of_this_process(0, "secret", "digest")
 OTHER = Hello.of_this_process(1, "secret")

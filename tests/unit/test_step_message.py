@@ -14,13 +14,13 @@ from tokenspeed._scheduler import Scheduler
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.execution.step import Bind, StepOutput
 from tokenspeed.execution.step_message import (
     decode_output,
     decode_step,
     encode_output,
     encode_step,
 )
-from tokenspeed.execution.step_runner import Bind, StepOutput
 
 PARAMS = SamplingParams(
     max_tokens=7,

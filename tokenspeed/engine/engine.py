@@ -28,7 +28,7 @@ from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.runner import InFlight, Plans
 from tokenspeed.execution.sampler import Sequence
-from tokenspeed.execution.step_runner import PromptLogprobs, StepOutput
+from tokenspeed.execution.step import PromptLogprobs, StepOutput
 
 REASONS = {FINISH_NONE: None, FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
 FAILED = "the model's numbers for this request are not finite, or no token was allowed"

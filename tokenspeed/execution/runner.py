@@ -19,8 +19,9 @@ from typing import Protocol
 from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
+from tokenspeed.execution.step import Begun, Bind, Seats, Step, StepOutput
 from tokenspeed.execution.step_message import encode_step
-from tokenspeed.execution.step_runner import Begun, Bind, Seats, Step, StepOutput, StepRunner
+from tokenspeed.execution.step_runner import StepRunner
 
 Plans = SequenceOf[Words | None]  # by dp index
 Outputs = list[StepOutput | None]
@@ -137,7 +138,7 @@ class Runner:
 
     def _finish(self, own: Begun | None, steps: list[Step]) -> Outputs:
         outputs: Outputs = [None] * len(steps)
-        outputs[0] = None if own is None else self._part.finish(own)
+        outputs[0] = None if own is None else own.finish()
         wanted = [dp for dp in sorted(self._remote) if steps[dp].plan is not None]
         if wanted and self._crew is not None:
             for dp, output in self._crew.results(wanted).items():

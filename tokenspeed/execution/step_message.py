@@ -22,7 +22,7 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.plan_view import STEP_VERSION, PlanView, Words
 from tokenspeed.execution.sampler import Sequence as Request
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
-from tokenspeed.execution.step_runner import Bind, StepOutput
+from tokenspeed.execution.step import Bind, StepOutput
 
 STEP_MAGIC: Final = 0x54535354
 OUTPUT_MAGIC: Final = 0x554F5354

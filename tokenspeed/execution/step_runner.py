@@ -6,7 +6,6 @@ stage have logits; one of each dp index samples and says what came out.
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -17,15 +16,10 @@ from tqdm import tqdm
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.logprobs import LogprobsReader
-from tokenspeed.execution.plan_view import (
-    ROW_PREFILL,
-    ROW_PROMPT_LOGPROBS,
-    ROW_SAMPLE,
-    PlanView,
-    Words,
-)
-from tokenspeed.execution.sampler import Sampler, Sequence
+from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView
+from tokenspeed.execution.sampler import Sampler
 from tokenspeed.execution.sampling_params import TokenLogprobs
+from tokenspeed.execution.step import Begun, PromptLogprobs, Results, Step, StepOutput
 from tokenspeed.execution.step_graphs import StepGraphs
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.spmd.group import Group
@@ -33,7 +27,6 @@ from tokenspeed.spmd.group import Group
 LOGITS_BLOCK = 64  # rows of vocabulary-wide logits held at a time for prompt logprobs
 
 Caches = list[tuple[torch.Tensor, ...]]
-PromptLogprobs = dict[int, TokenLogprobs]  # prompt position -> its token
 
 
 class Model(Protocol):
@@ -56,84 +49,6 @@ class Balancer(Protocol):
     """What execution asks of expert-load balancing (see `execution/expert_balancer.py`)."""
 
     def end_step(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """The StepResult for the scheduler, and what only the request's owner wants to know."""
-
-    words: Words
-    logprobs: dict[int, TokenLogprobs]  # request id -> of the id sampled in this step
-    prompt_logprobs: dict[int, PromptLogprobs]  # request id -> what this step read of its prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Bind:
-    """A slot gets a request, which has produced `output_ids` so far."""
-
-    slot: int
-    request_id: int
-    sequence: Sequence
-    output_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One dp index's part of a step. Without a plan its ranks only keep the others company."""
-
-    counts: list[int]  # tokens of each dp index
-    plan: PlanView | None = None
-    binds: list[Bind] = field(default_factory=list)
-    owners: list[int] = field(default_factory=list)  # [num_rows] request ids
-    sequences: list[Sequence] = field(default_factory=list)  # [num_rows]
-
-
-class Results:
-    """What the host must see of a step: sampled ids, and the sums of hidden states to look for NaN.
-
-    From a GPU both travel while the host goes on.
-    """
-
-    def __init__(self, sampled: torch.Tensor, sums: torch.Tensor | None = None) -> None:
-        self._arrived: torch.cuda.Event | None = None
-        self._tensors = [sampled] if sums is None else [sampled, sums.float()]
-        if sampled.is_cuda:
-            self._tensors = [_to_host(tensor) for tensor in self._tensors]
-            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
-
-    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """Both once they are here."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        arrays = [tensor.numpy() for tensor in self._tensors]
-        return arrays[0], arrays[1] if len(arrays) == 2 else None
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A step on its way. `rows` are those that sample; None: all."""
-
-    step: Step
-    plan: PlanView
-    rows: NDArray[np.int64] | None
-    results: Results
-    logprobs: dict[int, TokenLogprobs]  # by place in `rows`
-    prompt_logprobs: dict[int, PromptLogprobs]  # by request id
-
-
-class Seats:
-    """Whose slot is whose, where steps are prepared."""
-
-    def __init__(self, max_num_seqs: int) -> None:
-        self._owners: list[tuple[int, Sequence] | None] = [None] * max_num_seqs
-
-    def step(self, counts: list[int], plan: PlanView, binds: list[Bind]) -> Step:
-        """Seats the bound requests; the step with the owner of each row."""
-        for bind in binds:
-            self._owners[bind.slot] = (bind.request_id, bind.sequence)
-        owners = [owner for slot in plan.slots.tolist() if (owner := self._owners[slot])]
-        return Step(counts, plan, binds, [o[0] for o in owners], [o[1] for o in owners])
 
 
 class StepRunner:
@@ -170,7 +85,7 @@ class StepRunner:
     def run(self, step: Step) -> StepOutput | None:
         """The output, on the rank that samples."""
         begun = self.begin(step)
-        return None if begun is None else self.finish(begun)
+        return None if begun is None else begun.finish()
 
     @torch.inference_mode()
     def capture(self, sizes: SequenceOf[int]) -> None:
@@ -196,23 +111,6 @@ class StepRunner:
             return self._begin(step)
         finally:
             torch.set_num_threads(num_threads)
-
-    def finish(self, begun: Begun) -> StepOutput:
-        """Waits for a step that was begun. Any thread may; others may begin meanwhile."""
-        plan, rows, step = begun.plan, begun.rows, begun.step
-        sampled, sums = begun.results.wait()
-        failed = np.zeros(plan.num_rows, np.bool_) if sums is None else _not_finite(sums, plan)
-        if rows is None:
-            ids, failed = sampled, sampled < 0
-        else:
-            ids = np.full(plan.num_rows, -1, np.int64)
-            ids[rows] = sampled
-            failed[rows] |= sampled < 0
-        logprobs = {
-            step.owners[at if rows is None else rows[at]]: entry
-            for at, entry in begun.logprobs.items()
-        }
-        return StepOutput(plan.result(ids, failed), logprobs, begun.prompt_logprobs)
 
     @torch.inference_mode()
     def _begin(self, step: Step) -> Begun | None:
@@ -327,16 +225,3 @@ class StepRunner:
             if self._sampler is not None:
                 found[step.owners[row]] = dict(enumerate(entries, first))
         return found
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def _not_finite(sums: NDArray[np.float32], plan: PlanView) -> NDArray[np.bool_]:
-    """[num_rows] whether any of the row's hidden states, of which these are sums, is not finite."""
-    bad = ~np.isfinite(sums)
-    if not bad.any():
-        return np.zeros(plan.num_rows, np.bool_)
-    return np.logical_or.reduceat(bad, np.cumsum(plan.num_tokens) - plan.num_tokens)

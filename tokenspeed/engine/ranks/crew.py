@@ -14,8 +14,8 @@ from typing import Any
 
 from tokenspeed.engine.ranks.connection import Connection, Kind, facts_of
 from tokenspeed.errors import RankDiedError
+from tokenspeed.execution.step import StepOutput
 from tokenspeed.execution.step_message import decode_output
-from tokenspeed.execution.step_runner import StepOutput
 from tokenspeed.spmd.shm_ring import RingWriter
 
 GRACE_S = (

@@ -111,8 +111,8 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
     from tokenspeed.engine.part import Agreement, build_part
     from tokenspeed.engine.ranks.crew import result_body
     from tokenspeed.engine.ranks.wires import make_communicator
+    from tokenspeed.execution.step import Seats, Step
     from tokenspeed.execution.step_message import decode_step, encode_output
-    from tokenspeed.execution.step_runner import Seats, Step
     from tokenspeed.models.hub import resolve_model
     from tokenspeed.spmd.shm_ring import RingReader
 
