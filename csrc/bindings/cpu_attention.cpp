@@ -333,7 +333,7 @@ nb::object gather_latent(const Tensor& cache, const Tensor& page_table, const Te
     GatherParams p{};
     p.dtype = float_type(cache, "cache");
     expect_shape(cache, "cache", {kAny, kAny, kAny});
-    const std::string name = nb::cast<std::string>(nb::str(dtype));
+    const std::string name = nb::str(dtype).c_str();
     const bool wide = name == "torch.float32";
     expect(wide || name == "torch.bfloat16", "dtype", "expected float32 or bfloat16");
     expect(num_rows >= 0, "num_rows", "must not be negative");

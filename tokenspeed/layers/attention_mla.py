@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: MIT
-"""Multi-head latent attention in its absorbed form: keys and values stay one latent per token.
+"""Multi-head latent attention: the cache keeps one latent per token, from which keys are made.
 
-    score(t, s) = q_nope[t] W_UK . latent[s] + q_pe[t] . k_pe[s]
-    out[t]      = (softmax(score) latent) W_UV
+    absorbed:      score(t, s) = q_nope[t] W_UK . latent[s] + q_pe[t] . k_pe[s]
+                   out[t]      = (softmax(score) latent) W_UV
+    materialised:  score(t, s) = q_nope[t] . (W_UK latent[s]) + q_pe[t] . k_pe[s]
+                   out[t]      = softmax(score) (W_UV latent)
 
-W_UK and W_UV are the two halves of the checkpoint's kv_b_proj. arXiv:2405.04434, section 2.1.
+Rows of many tokens are materialised, the others absorbed: `ForwardBatch.row_kinds`. W_UK and W_UV
+are the two halves of the checkpoint's kv_b_proj. arXiv:2405.04434, section 2.1.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.kernels.registry import pack_of
+from tokenspeed.layers.batch import ForwardBatch, LongRows, RowSet
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Source, Target
 from tokenspeed.layers.linear import Linear
@@ -62,6 +67,14 @@ class AbsorbedKv(Layer):
         self.up = self.target.kernel("head_linear", **sizes)
         sizes = {"num_heads": heads, "num_inputs": latent, "num_outputs": self.w_uv.shape[1]}
         self.down = self.target.kernel("head_linear", **sizes)
+        rows = heads * (nope + self.w_uv.shape[1])
+        self.make = self.target.kernel("linear", num_inputs=latent, num_outputs=rows)
+
+    def pack_weights(self) -> None:
+        """Keeps kv_b_proj itself too, for keys and values of all heads in one product."""
+        whole = torch.cat([self.w_uk.transpose(1, 2), self.w_uv], dim=1).flatten(0, 1)
+        pack = pack_of(self.make)
+        self.w_kv: Any = whole if pack is None else pack(whole)
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """[T, H, nope] -> [T, H, latent]"""
@@ -72,6 +85,12 @@ class AbsorbedKv(Layer):
         """[T, H, latent] -> [T, H, value]"""
         y: Tensor = self.down(latent, self.w_uv)
         return y
+
+    def make_keys(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, latent] -> keys without position [S, H, nope], values [S, H, value]"""
+        heads, _, nope = self.w_uk.shape
+        both = self.make(latent, self.w_kv, None).view(len(latent), heads, -1)
+        return both[..., :nope], both[..., nope:]
 
     def sources(self) -> Iterator[Source]:
         heads, latent, nope = self.cuts["w_uk"].global_shape
@@ -136,6 +155,16 @@ class MlaAttention(Layer):
         }
         self.rope_append = self.target.kernel("rope_append_mla", **sizes)
         self.attend = self.target.kernel("attention_mla", **sizes)
+        self.gather = self.target.kernel("gather_latent")
+        sizes = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.shape.nope_dim,
+            "tail_dim": self.shape.rope_dim,
+            "value_dim": self.shape.value_dim,
+        }
+        self.attend_made = self.target.kernel("attention_ragged", **sizes)
+        self.merge = self.target.kernel("merge_state")
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
         return CacheSpec(((self.shape.kv_lora_rank + self.shape.rope_dim,),), dtype)
@@ -157,15 +186,61 @@ class MlaAttention(Layer):
             cache[0],
             shape.interleaved,
         )
+        y = self._attend(q_nope, q_pe, cache[0], batch)
+        out: Tensor = self.o_proj(y.flatten(1))
+        return out
+
+    def _attend(self, q_nope: Tensor, q_pe: Tensor, cache: Tensor, batch: ForwardBatch) -> Tensor:
+        """[T, H, nope], [T, H, rope] -> [T, H, value]"""
+        short, long = batch.row_kinds
+        if long is None:
+            return self._absorbed(q_nope, q_pe, cache, batch, short)
+        few, many = short.tokens, long.rows.tokens
+        if few is None or many is None:
+            return self._materialised(q_nope, q_pe, cache, batch, long)
+        y = q_nope.new_empty(*q_nope.shape[:2], self.shape.value_dim)
+        y[few] = self._absorbed(q_nope[few], q_pe[few], cache, batch, short)
+        y[many] = self._materialised(q_nope[many], q_pe[many], cache, batch, long)
+        return y
+
+    def _absorbed(
+        self, q_nope: Tensor, q_pe: Tensor, cache: Tensor, batch: ForwardBatch, rows: RowSet
+    ) -> Tensor:
         y = self.attend(
             self.kv_b_proj.absorb_query(q_nope),
             q_pe,
-            cache[0],
+            cache,
             batch.page_table,
-            batch.slots,
-            batch.q_start,
-            batch.kv_len,
-            shape.softmax_scale,
+            rows.slots,
+            rows.q_start,
+            rows.kv_len,
+            self.shape.softmax_scale,
+            max_q_len=batch.max_q_len,
         )
-        out: Tensor = self.o_proj(self.kv_b_proj.expand_value(y).flatten(1))
-        return out
+        return self.kv_b_proj.expand_value(y)
+
+    def _materialised(
+        self, q_nope: Tensor, q_pe: Tensor, cache: Tensor, batch: ForwardBatch, long: LongRows
+    ) -> Tensor:
+        state: tuple[Tensor, Tensor] | None = None
+        rank, table = self.shape.kv_lora_rank, batch.page_table
+        for piece in long.pieces:
+            made_from = self.gather(
+                cache, table, long.rows.slots, piece.first, piece.starts, piece.num_keys, q_pe.dtype
+            )
+            keys, values = self.kv_b_proj.make_keys(made_from[:, :rank])
+            part = self.attend_made(
+                q_nope,
+                keys,
+                values,
+                long.rows.q_start,
+                piece.starts,
+                self.shape.softmax_scale,
+                piece.causal,
+                q_pe,
+                made_from[:, rank:],
+            )
+            state = part if state is None else self.merge(*state, *part)
+        if state is None:
+            raise RuntimeError("long rows have no keys of their own")
+        return state[0]
