@@ -158,31 +158,10 @@ def _experts_few(
         chosen = same[None, :] & (rank[None, :] == tl.minimum(wanted, count - 1)[:, None])
         pair = tl.sum(tl.where(chosen, every[None, :], 0), 1)
         _expert_tile(
-            x,
-            weight,
-            scales,
-            shares,
-            out,
-            overall,
-            pair,
-            wanted < count,
-            expert,
-            tl.program_id(1),
-            num_outputs,
-            size,
-            code_row,
-            scale_row,
-            scale_expert,
-            x_row,
-            CHOICES,
-            GATED,
-            BLOCK_N,
-            BLOCK_K,
-            COMPUTE,
-            EVEN,
-            FORMAT,
-            GROUP,
-        )
+            x, weight, scales, shares, out, overall, pair, wanted < count, expert,
+            tl.program_id(1), num_outputs, size, code_row, scale_row, scale_expert, x_row,
+            CHOICES, GATED, BLOCK_N, BLOCK_K, COMPUTE, EVEN, FORMAT, GROUP,
+        )  # fmt: skip
     pdl_release(PDL)
 
 
@@ -225,31 +204,10 @@ def _experts_many(
         return
     pair = tl.load(order + block * BLOCK_T + tl.arange(0, BLOCK_T))
     _expert_tile(
-        x,
-        weight,
-        scales,
-        shares,
-        out,
-        overall,
-        tl.maximum(pair, 0),
-        pair >= 0,
-        expert,
-        block_n,
-        num_outputs,
-        size,
-        code_row,
-        scale_row,
-        scale_expert,
-        x_row,
-        CHOICES,
-        GATED,
-        BLOCK_N,
-        BLOCK_K,
-        COMPUTE,
-        EVEN,
-        FORMAT,
-        GROUP,
-    )
+        x, weight, scales, shares, out, overall, tl.maximum(pair, 0), pair >= 0, expert,
+        block_n, num_outputs, size, code_row, scale_row, scale_expert, x_row, CHOICES, GATED,
+        BLOCK_N, BLOCK_K, COMPUTE, EVEN, FORMAT, GROUP,
+    )  # fmt: skip
     pdl_release(PDL)
 
 

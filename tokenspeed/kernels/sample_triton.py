@@ -260,84 +260,97 @@ def _list(logits, listed, vocab, heat, largest, least, limit, CHUNK: tl.constexp
 
 
 @triton.jit
+def _rank_cut(
+    logits, listed, length, is_listed, heat, largest, least, limit, lowest, highest, k,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The k-th candidate, as (key, id): the largest key that k candidates reach, then ids."""
+    low, high = lowest, highest
+    while high - low > 1:
+        middle = low + ((high - low) >> 1)
+        count, _ = _tally(
+            logits, listed, length, is_listed, heat, largest, least, limit,
+            -2147483648, 2147483647, middle.to(tl.int32), BLOCK,
+        )  # fmt: skip
+        low, high = tl.where(count >= k, middle, low), tl.where(count >= k, high, middle)
+    above, _ = _tally(
+        logits, listed, length, is_listed, heat, largest, least, limit,
+        -2147483648, 2147483647, (low + 1).to(tl.int32), BLOCK,
+    )  # fmt: skip
+    cut = low.to(tl.int32)
+    cut_id = _nth_equal(
+        logits, listed, length, is_listed, heat, largest, least, limit, cut, k - above, BLOCK
+    )
+    return cut, cut_id
+
+
+@triton.jit
+def _mass_cut(
+    logits, listed, length, is_listed, heat, largest, least, limit, lowest, highest, share,
+    cut, cut_id,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The last of the fewest candidates within a cut whose mass reaches `share`: (key, id)."""
+    low, high = lowest, highest
+    while high - low > 1:
+        middle = low + ((high - low) >> 1)
+        _, mass = _tally(
+            logits, listed, length, is_listed, heat, largest, least, limit,
+            cut, cut_id, middle.to(tl.int32), BLOCK,
+        )  # fmt: skip
+        low, high = tl.where(mass >= share, middle, low), tl.where(mass >= share, high, middle)
+    key = low.to(tl.int32)
+    _, above = _tally(
+        logits, listed, length, is_listed, heat, largest, least, limit,
+        cut, cut_id, (low + 1).to(tl.int32), BLOCK,
+    )  # fmt: skip
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    each = tl.exp(bits.to(tl.float32, bitcast=True) - largest).to(tl.float64)
+    needed = tl.maximum(tl.ceil((share - above) / each).to(tl.int32), 1)
+    last = _nth_equal(
+        logits, listed, length, is_listed, heat, largest, least, limit, key, needed, BLOCK
+    )
+    # Where rounding wants one more than there are, the earlier cut stands.
+    last = tl.where(last < 0, 2147483647, last)
+    return key, tl.where(key == cut, tl.minimum(last, cut_id), last)
+
+
+@triton.jit
 def _cut_sample(
-    logits,
-    listed,
-    vocab,
-    heat,
-    largest,
-    k,
-    p,
-    m,
-    seed,
-    position,
+    logits, listed, vocab, heat, largest, k, p, m, seed, position,
     LISTED: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The id for a row that is cut by rank, by mass or by least probability."""
     least = -float("inf")
     if m > 0.0:
         least = tl.minimum(largest + _log(m), largest)
-    limit, length, whole = _limit(logits, listed, vocab, heat, largest, least, k, p, CHUNK)
-    is_listed = length <= LISTED
+    limit, total, whole = _limit(logits, listed, vocab, heat, largest, least, k, p, CHUNK)
+    is_listed = total <= LISTED
     if is_listed:
         _list(logits, listed, vocab, heat, largest, least, limit, CHUNK)
     tl.debug_barrier()
-    total = length
-    length = tl.where(is_listed, length, vocab)
+    length = tl.where(is_listed, total, vocab)
     # Every candidate's key is at least `lowest`, and below `highest`.
     highest = _key(largest).to(tl.int64) + 1
     lowest = _key(tl.where(limit < 2046, largest - (limit + 2) / 64.0, -float("inf"))).to(tl.int64)
     cut, cut_id = -2147483648, 2147483647
     if (k > 0) & (k < total):
-        low, high = lowest, highest
-        while high - low > 1:
-            middle = low + ((high - low) >> 1)
-            count, _ = _tally(
-                logits, listed, length, is_listed, heat, largest, least, limit,
-                cut, cut_id, middle.to(tl.int32), BLOCK,
-            )  # fmt: skip
-            low, high = tl.where(count >= k, middle, low), tl.where(count >= k, high, middle)
-        above, _ = _tally(
-            logits, listed, length, is_listed, heat, largest, least, limit,
-            cut, cut_id, (low + 1).to(tl.int32), BLOCK,
+        cut, cut_id = _rank_cut(
+            logits, listed, length, is_listed, heat, largest, least, limit, lowest, highest, k,
+            BLOCK,
         )  # fmt: skip
-        cut = low.to(tl.int32)
-        cut_id = _nth_equal(
-            logits, listed, length, is_listed, heat, largest, least, limit, cut, k - above, BLOCK
-        )
     if p < 1.0:
         if k > 0:
             _, whole = _tally(
                 logits, listed, length, is_listed, heat, largest, least, limit,
                 cut, cut_id, cut, BLOCK,
             )  # fmt: skip
-        share = p.to(tl.float64) * whole
-        low, high = lowest, highest
-        while high - low > 1:
-            middle = low + ((high - low) >> 1)
-            _, mass = _tally(
-                logits, listed, length, is_listed, heat, largest, least, limit,
-                cut, cut_id, middle.to(tl.int32), BLOCK,
-            )  # fmt: skip
-            low, high = tl.where(mass >= share, middle, low), tl.where(mass >= share, high, middle)
-        key = low.to(tl.int32)
-        _, above_mass = _tally(
-            logits, listed, length, is_listed, heat, largest, least, limit,
-            cut, cut_id, (low + 1).to(tl.int32), BLOCK,
+        cut, cut_id = _mass_cut(
+            logits, listed, length, is_listed, heat, largest, least, limit, lowest, highest,
+            p.to(tl.float64) * whole, cut, cut_id, BLOCK,
         )  # fmt: skip
-        bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-        each = tl.exp(bits.to(tl.float32, bitcast=True) - largest).to(tl.float64)
-        needed = tl.ceil((share - above_mass) / each).to(tl.int32)
-        last = _nth_equal(
-            logits, listed, length, is_listed, heat, largest, least, limit,
-            key, tl.maximum(needed, 1), BLOCK,
-        )  # fmt: skip
-        # Where rounding wants one more than there are, the earlier cut stands.
-        last = tl.where(last < 0, 2147483647, last)
-        cut_id = tl.where(key == cut, tl.minimum(last, cut_id), last)
-        cut = key
     best, best_id = largest * 0.0 - float("inf"), cut_id * 0 + 2147483647
     for start in range(0, length, BLOCK):
         token, value, member = _at(
