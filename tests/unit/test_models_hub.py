@@ -60,7 +60,7 @@ def test_what_the_hub_may_answer(
     def refuse(*_: Any, **__: Any) -> str:
         raise error
 
-    monkeypatch.setattr("tokenspeed.models.hub.snapshot_download", refuse)
+    monkeypatch.setattr("tokenspeed.models.download.snapshot_download", refuse)
     with pytest.raises(ModelLoadError, match=message):
         resolve_model("owner/name", "v9")
 
@@ -72,7 +72,7 @@ def test_only_data_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         asked.update(options, name=name)
         return str(tmp_path)
 
-    monkeypatch.setattr("tokenspeed.models.hub.snapshot_download", download)
+    monkeypatch.setattr("tokenspeed.models.download.snapshot_download", download)
     assert resolve_model("owner/name", "v9") == tmp_path
     assert (asked["name"], asked["revision"]) == ("owner/name", "v9")
     assert (asked["allow_patterns"], asked["ignore_patterns"]) == (WANTED, UNWANTED)

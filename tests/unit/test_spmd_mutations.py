@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor.placement_types import Placement
 
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.paged_run import PagedRun
@@ -34,6 +33,7 @@ from tokenspeed.spmd.placement import (
     Layout,
     ModuleSpec,
     Partial,
+    Placement,
     Replicate,
     Shard,
     tokens,

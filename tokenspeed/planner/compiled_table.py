@@ -4,13 +4,11 @@
 Reads what the compile decided for a decode step; decides nothing.
 """
 
-from torch.distributed.tensor.placement_types import Placement, Shard
-
 from tokenspeed.planner.estimate import Estimate
 from tokenspeed.planner.table import Table
 from tokenspeed.planner.workload import Workload
 from tokenspeed.spmd.collectives import Collective
-from tokenspeed.spmd.placement import Fused, Layout, ModuleSpec
+from tokenspeed.spmd.placement import Fused, Layout, ModuleSpec, Placement, Shard
 
 ROWS = {"tokens": "", "all tokens": ", tokens of all dp", "sampled": ", rows of logits"}
 

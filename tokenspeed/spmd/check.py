@@ -11,11 +11,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor.placement_types import Partial, Shard
 
 from tokenspeed.spmd.layout import AtomLayout, axis_of, hidden_on_atoms, moves, on_atoms
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import Flow, Fused, Inline, Layout, ModuleSpec, tokens
+from tokenspeed.spmd.placement import (
+    Flow,
+    Fused,
+    Inline,
+    Layout,
+    ModuleSpec,
+    Partial,
+    Shard,
+    tokens,
+)
 from tokenspeed.spmd.rules import RULES, Types
 from tokenspeed.spmd.site import Site, check_sites
 

@@ -17,13 +17,12 @@ from math import gcd
 from typing import cast
 
 from torch import nn
-from torch.distributed.tensor.placement_types import Shard
 
 from tokenspeed.spmd.check import check_model, modules_of, spec_of
 from tokenspeed.spmd.collectives import Collective, Variant, collectives_of, cost_s
 from tokenspeed.spmd.cost import Interconnect
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import Fused
+from tokenspeed.spmd.placement import Fused, Shard
 from tokenspeed.spmd.shards import Cut, cut_of
 from tokenspeed.spmd.site import Site, after_stream
 from tokenspeed.spmd.stages import Stages, find_stages

@@ -17,10 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
-
 from tokenspeed.spmd.mesh import AXES, Mesh
-from tokenspeed.spmd.placement import Layout
+from tokenspeed.spmd.placement import Layout, Partial, Placement, Replicate, Shard
 
 AtomLayout = tuple[Placement, ...]
 MoveKind = Literal["slice", "reduce_scatter", "all_reduce", "all_to_all", "all_gather"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor.placement_types import Partial, Shard
 
 from tokenspeed.spmd.check import modules_of
 from tokenspeed.spmd.compile import SpmdPlan, can_dispatch, cuts
@@ -21,7 +20,7 @@ from tokenspeed.spmd.expert_placement import ExpertPlacement
 from tokenspeed.spmd.experts import Dispatched, Expert, Gathered, Slots
 from tokenspeed.spmd.group import Communicator, Group
 from tokenspeed.spmd.layout import moves, on_atoms
-from tokenspeed.spmd.placement import tokens
+from tokenspeed.spmd.placement import Partial, Shard, tokens
 from tokenspeed.spmd.program import Convert, Groups, Step, conversion
 from tokenspeed.spmd.stream import Arrival, StageEntry, StageExit, Stream, StreamNorm
 

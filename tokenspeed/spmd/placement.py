@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The words a module uses to say where its data lives. Knows no tensors and no communication.
 
-The placements are those of `torch.distributed.tensor`. A `Layout` names, for each mesh axis, the
-placement of one tensor; an axis that is not named replicates.
+The placements have the names and meanings of `torch.distributed.tensor`, whose import would take
+longer than loading a small model. A `Layout` names, for each mesh axis, the placement of one
+tensor; an axis that is not named replicates.
 
     Replicate()   every rank of the axis holds the whole tensor
     Shard(dim)    rank i holds the i-th piece along `dim`
@@ -13,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
-
 __all__ = [
     "REPLICATED",
     "Flow",
@@ -24,10 +23,39 @@ __all__ = [
     "ModuleSpec",
     "Part",
     "Partial",
+    "Placement",
     "Replicate",
     "Shard",
     "tokens",
 ]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a tensor lies on the ranks of one mesh axis."""
+
+
+@dataclass(frozen=True)
+class Replicate(Placement):
+    """Every rank holds the whole."""
+
+
+@dataclass(frozen=True)
+class Shard(Placement):
+    """Rank i holds the i-th piece along `dim`."""
+
+    dim: int
+
+
+@dataclass(frozen=True)
+class Partial(Placement):
+    """The tensor is what `reduce_op` makes of all ranks' tensors."""
+
+    reduce_op: str = "sum"
+
+    def __repr__(self) -> str:
+        return f"Partial({self.reduce_op})"
+
 
 Layout = Mapping[str, Placement]
 REPLICATED: Layout = {}

@@ -7,7 +7,7 @@ Knows the kinds of modules by their names; refuses to know how a module computes
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch.distributed.tensor.placement_types import Partial, Placement, Replicate, Shard
+from tokenspeed.spmd.placement import Partial, Placement, Replicate, Shard
 
 WHOLE, ROWS, COLUMNS, PARTIAL = Replicate(), Shard(0), Shard(1), Partial()
 TOKENS, FEATURES = Shard(0), Shard(1)  # of hidden states [tokens, features]

@@ -11,11 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from torch.distributed.tensor.placement_types import Partial, Shard
-
 from tokenspeed.spmd.layout import AtomLayout, on_atoms
 from tokenspeed.spmd.mesh import Mesh
-from tokenspeed.spmd.placement import Fused, Layout
+from tokenspeed.spmd.placement import Fused, Layout, Partial, Shard
 
 Region = tuple[int | slice, ...]  # of a whole weight
 
