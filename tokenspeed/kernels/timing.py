@@ -5,6 +5,7 @@ Backends run in turn, so that a busy machine slows all of them; what counts is t
 Weights and caches rotate through more memory than the processor's caches hold, as in a whole model.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from tokenspeed.kernels.cases.case import Arguments, Inputs, OpCases, Work, move
 from tokenspeed.kernels.cases.check import packed
 from tokenspeed.kernels.quant import QuantWeight
 
-COLD_BYTES = 128 << 20  # that arguments rotate through
+COLD_BYTES = 128 << 20  # that calls rotate through
+MOST_BYTES = 512 << 20  # of all copies
 MOST_COPIES = 32
 LARGE_BYTES = 1 << 16  # tensors above this are copied, smaller ones stay where they are
 FEWEST_RUNS = 4
@@ -59,7 +61,8 @@ def measure(
     plain = cases.sized(Inputs(ask.dtype), tokens, ask.shapes)
     plain = tuple(moved(argument, torch.device(ask.device)) for argument in plain)
     work = None if cases.work is None else cases.work(plain)
-    runs = {b.name: _runs(cases, b, plain) for b in backends}
+    touched = math.inf if work is None else work.bytes
+    runs = {b.name: _runs(cases, b, plain, touched) for b in backends}
     times: dict[str, list[float]] = {name: [] for name in runs}
     timed = _cuda_time if ask.device == "cuda" else _host_time
     order, turn = list(runs), 0
@@ -73,10 +76,11 @@ def measure(
     return Timing(ask, tokens, {name: _first_quintile(t) for name, t in times.items()}, work)
 
 
-def _runs(cases: OpCases, backend: Backend, arguments: Arguments) -> list[Run]:
-    """The call with copies of its large tensors, as many as fill `COLD_BYTES`."""
+def _runs(cases: OpCases, backend: Backend, arguments: Arguments, touched: float) -> list[Run]:
+    """The call with copies of its large tensors: what calls touch of them fills `COLD_BYTES`."""
     size = sum(_large(argument) for argument in arguments)
-    count = max(1, min(MOST_COPIES, COLD_BYTES // size if size else 1))
+    cold = int(COLD_BYTES / max(min(size, touched), 1)) if size else 1
+    count = max(1, min(MOST_COPIES, cold, MOST_BYTES // max(size, 1)))
     lists = [arguments, *(tuple(map(_copy, arguments)) for _ in range(count - 1))]
     return [partial(backend.kernel, *packed(cases, backend.pack, each)) for each in lists]
 

@@ -110,6 +110,14 @@ def _work(x: Tensor, *weights: QuantWeight) -> Work:
     return Work(float(held), 2.0 * len(x) * count)
 
 
+def _moe_work(arguments: Arguments) -> Work:
+    """Experts that nobody chose are not read."""
+    x, w13, w2, _, ids = arguments
+    each = _work(x, w13, w2)
+    used, of_all = len(torch.unique(ids)), w13.shape[0]
+    return Work(each.bytes * used / of_all, each.flops * ids.shape[1] / of_all)
+
+
 def _linear_work(arguments: Arguments) -> Work:
     return _work(arguments[0], arguments[1])
 
@@ -141,6 +149,7 @@ CASES = (
         floats(4e-2, 4e-2, "backends may hold x and the inner rows as int8, group by group"),
         weights=(1, 2),
         sized=_moe_sized,
+        work=_moe_work,
         examples=(_moe_shapes(1024, 512, 16, 32),),
     ),
     OpCases(
