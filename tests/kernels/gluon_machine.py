@@ -54,9 +54,9 @@ class Descriptor:
 
     def read(self, at: Sequence[Value]) -> Tensor:
         row, column = int(at[0]), int(at[1])
-        assert 0 <= row < len(self.base), "a tile outside of the tensor"
+        assert row >= 0, "a tile before the tensor"
         part = self.base[row : row + self.block[0], column : column + self.block[1]]
-        out = part.new_zeros(self.block)
+        out = part.new_zeros(self.block)  # also of a tile that lies behind the tensor
         out[: part.shape[0], : part.shape[1]] = part
         return out
 
@@ -238,7 +238,12 @@ class Machine:
         made.allocate_shared_memory = self.allocate
         made.warp_specialize = self.specialize
         made.NVMMASharedLayout = _SharedLayout
-        for layout in ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout"):
+        for layout in (
+            "BlockedLayout",
+            "DotOperandLayout",
+            "SliceLayout",
+            "NVMMADistributedLayout",
+        ):
             setattr(made, layout, nothing)
         return made
 
@@ -257,8 +262,7 @@ def _product(a: Any, b: Shared, acc: Any, *, use_acc: bool = True, is_async: boo
     return made if is_async else made.value()
 
 
-def _wait(outstanding: int, deps: Sequence[Any]) -> Any:
-    assert outstanding == 0
+def _wait(_: int, deps: Sequence[Any]) -> Any:
     values = [x.value() if isinstance(x, Product) else x for x in deps]
     return values[0] if len(values) == 1 else tuple(values)
 
