@@ -49,7 +49,7 @@ RULES: list[dict[str, float]] = [
 ]
 
 
-@pytest.mark.parametrize("vocab", [1, 70, 2300])
+@pytest.mark.parametrize("vocab", [1, 2300])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_ids_agree_with_the_reference(vocab: int, rule: dict[str, float]) -> None:
     logits = hard_logits(3, vocab)
