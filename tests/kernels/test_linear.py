@@ -7,26 +7,6 @@ import torch
 from tokenspeed import _cpu
 from tokenspeed.kernels import select
 
-SHAPES = [(1, 1, 8, 3), (1, 16, 128, 512), (3, 5, 33, 17), (16, 4, 64, 32), (17, 4, 64, 33)]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES, (70, 8, 32, 64), (200, 2, 40, 100)])
-def test_head_linear(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    tokens, heads, size, out = shape
-    weight = torch.randn(heads, out, size).to(dtype)
-    # Queries are the front part of longer heads; what lies behind them must not be read.
-    x = torch.full((tokens, heads, size + 7), torch.nan).to(dtype)
-    x[..., :size] = torch.randn(tokens, heads, size).to(dtype)
-    kernel = select("head_linear", dtype=dtype, backend="cpu")
-    expected = torch.einsum("thk,hnk->thn", x[..., :size].double(), weight.double())
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    found = kernel(x[..., :size], weight)
-    assert found.shape == (tokens, heads, out)
-    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
-    reference = select("head_linear", dtype=dtype, backend="reference")(x[..., :size], weight)
-    torch.testing.assert_close(reference.double(), expected, rtol=tolerance, atol=tolerance)
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_does_not_depend_on_the_rows_beside_it(isa: str, dtype: torch.dtype) -> None:

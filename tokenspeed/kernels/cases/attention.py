@@ -95,6 +95,7 @@ def gqa_cases() -> Iterator[Case]:
         (16, 5, 1, 24, 20),
         (1, 9, 3, 7, 5),
         (64, 2, 2, 40, 192),
+        (16, 4, 2, 56, 64),
     ):
         sizes = _gqa_shapes(heads, kv_heads, dim, page) | {"value_dim": value_dim}
         name = f"{heads}/{kv_heads}x{dim}/{value_dim} page {page}"
