@@ -164,8 +164,7 @@ def flash_rows(
     if TAIL > 0:
         tails = source * tail_token + head * tail_head
         query_tail = load_folded(q_tail, tails, there, TAIL, TAIL).to(WIDE)
-    most = tl.full([ROWS], _LEAST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    most, total = tl.full([ROWS], _LEAST, tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, VALUE], tl.float32)
     position = length - q_len + token
     final = tl.minimum((block * ROWS + ROWS - 1) // GROUP, q_len - 1)
