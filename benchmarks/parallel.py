@@ -35,9 +35,11 @@ from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.ranks import muster
 from tokenspeed.engine.ranks.wires import make_communicator
+from tokenspeed.execution.recorders import CpuRecorder, Graph, Outputs
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.step_message import encode_step
 from tokenspeed.kernels.registry import Ask, Kernel, Registry
+from tokenspeed.layers import layer
 from tokenspeed.models.build import build_model
 from tokenspeed.spmd.collectives import Variant
 from tokenspeed.spmd.compile import compile_model
@@ -71,13 +73,14 @@ class Clock:
     def kernel(self, call: Callable[..., Any]) -> Callable[..., Any]:
         now = time.perf_counter
 
-        def timed(*arguments: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> Any:
             begin = now()
-            result = call(*arguments)
+            result = call(*arguments, **named)
             self.kernels += now() - begin
             self.calls += 1
             return result
 
+        timed.__wrapped__ = call  # type: ignore[attr-defined]
         return timed
 
     def fused_kernel(self, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,19 +134,28 @@ class TimedCommunicator:
 
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
-    """Kernels chosen and communicators made inside are on the clock."""
+    """Kernels chosen, communicators made and steps captured inside are on the clock."""
     select, make = Registry.select, make_communicator
+    pack_of, capture = layer.pack_of, CpuRecorder.capture
+
+    def timed_capture(self: CpuRecorder, body: Callable[[], Outputs]) -> Graph:
+        graph = capture(self, body)
+        return Graph(clock.kernel(graph.replay), graph.outputs)
 
     def timed_select(self: Registry, ask: Ask, backend: str | None = None) -> Kernel:
         wrap = clock.fused_kernel if "reduce" in ask.op else clock.kernel
         return wrap(select(self, ask, backend))
 
     Registry.select = timed_select  # type: ignore[method-assign]
+    CpuRecorder.capture = timed_capture  # type: ignore[method-assign]
+    vars(layer)["pack_of"] = lambda kernel: pack_of(getattr(kernel, "__wrapped__", kernel))
     vars(muster)["make_communicator"] = lambda *a: TimedCommunicator(make(*a), clock)
     try:
         yield
     finally:
         Registry.select = select  # type: ignore[method-assign]
+        CpuRecorder.capture = capture  # type: ignore[method-assign]
+        vars(layer)["pack_of"] = pack_of
         vars(muster)["make_communicator"] = make
 
 
