@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 DType = Literal["auto", "float32", "bfloat16"]
+CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantizations = Literal["none", "int8", "int4", "fp8", "mxfp4", "nvfp4"]
 Launcher = Literal["local", "torchrun", "ray"]
@@ -52,7 +53,7 @@ class ModelOptions:
 class CacheOptions:
     """The paged KV cache. `kv_cache_dtype` changes answers, the rest performance."""
 
-    kv_cache_dtype: DType = option("auto", "of keys and values; auto: the model's")
+    kv_cache_dtype: CacheDType = option("auto", "of keys and values; auto: the model's")
     page_size: int = option(64, "tokens in a page", "--block-size", low=1)
     num_pages: int | None = option(None, "pages of KV", "--num-gpu-blocks-override", low=1)
     kv_cache_memory_bytes: int | None = option(None, "bytes of KV, if num_pages is unset", low=1)
@@ -196,7 +197,8 @@ def check_options(group: Any) -> None:
     """Refuses values out of range: `ValueError` naming the option, before anything is allocated."""
     for f in dataclasses.fields(group):
         value, low = getattr(group, f.name), f.metadata.get("low")
-        if f.type in (DType, Device, Launcher, Communication) and value not in get_args(f.type):
+        listed = f.type in (DType, CacheDType, Device, Launcher, Communication)
+        if listed and value not in get_args(f.type):
             raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
         if low is None or value is None:
             continue

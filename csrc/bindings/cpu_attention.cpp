@@ -16,6 +16,13 @@ using namespace nb::literals;
 namespace tokenspeed::cpu {
 namespace {
 
+// A row of int8 features ends with their float32 scale (tokenspeed/kernels/kv_int8.py).
+constexpr int64_t kScaleBytes = 4;
+
+DType cache_type(const Tensor& cache, const char* name) {
+    return cache.is(python::kUInt8) ? DType::kInt8Row : float_type(cache, name);
+}
+
 RopeParams rope_params(const Tensor& x, const char* name, const Tensor& cos_sin,
                        const Tensor& positions, bool interleaved) {
     RopeParams p{};
@@ -56,25 +63,44 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
     expect_shape(k, "k", {q.size(0), kAny, q.size(2)}, 2);
     RopeParams rotate_k = rope_params(k, "k", cos_sin, positions, interleaved);
     expect_shape(v, "v", {q.size(0), k.size(1), kAny}, 1);
-    expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2)});
+    const DType kept = cache_type(key_cache, "key_cache");
+    const int64_t extra = kept == DType::kInt8Row ? kScaleBytes : 0;
+    expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2) + extra});
     expect_shape(value_cache, "value_cache",
-                 {key_cache.size(0), key_cache.size(1), v.size(1), v.size(2)});
+                 {key_cache.size(0), key_cache.size(1), v.size(1), v.size(2) + extra});
+    expect(extra == 0 || cache_type(value_cache, "value_cache") == kept, "value_cache",
+           "its dtype differs from key_cache's");
     Tensor out = q.empty_like();
     rotate_q.out_dtype = rotate_q.dtype;
     rotate_q.out = out.data<void>();
     rotate_q.out_stride = rotate_q.num_heads * rotate_q.head_dim;
-    rotate_k.out_dtype = float_type(key_cache, "key_cache");
+    rotate_k.out_dtype = kept;
     rotate_k.out = key_cache.data<void>();
     rotate_k.out_stride = rotate_k.num_heads * rotate_k.head_dim;
     rotate_k.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, q.size(0),
                                           key_cache.size(0) * key_cache.size(1));
     AppendParams append_v = append_params(v, "v", v.size(1) * v.size(2));
-    append_v.out_dtype = float_type(value_cache, "value_cache");
+    append_v.out_dtype = cache_type(value_cache, "value_cache");
     append_v.out = value_cache.data<void>();
-    append_v.out_stride = append_v.size;
+    append_v.out_stride = v.size(1) * (v.size(2) + extra);
     append_v.out_index = rotate_k.out_index;
     run(kernels().rope, rotate_q);
-    run(kernels().rope, rotate_k);
+    if (kept == DType::kInt8Row) {
+        // Rotated keys are rounded to their own dtype first, as the reference does.
+        Tensor turned = k.empty_like();
+        AppendParams append_k = append_params(turned, "k", k.size(1) * k.size(2));
+        append_k.out_dtype = kept;
+        append_k.out = rotate_k.out;
+        append_k.out_stride = k.size(1) * (k.size(2) + extra);
+        append_k.out_index = rotate_k.out_index;
+        rotate_k.out_dtype = rotate_k.dtype;
+        rotate_k.out = turned.data<void>();
+        rotate_k.out_index = nullptr;
+        run(kernels().rope, rotate_k);
+        run(kernels().append, append_k);
+    } else {
+        run(kernels().rope, rotate_k);
+    }
     run(kernels().append, append_v);
     return out.object();
 }
@@ -127,13 +153,6 @@ void check_rows(const AttentionParams& p) {
         expect(p.kv_len[r] >= length && p.kv_len[r] <= p.max_pages * p.page_size, "kv_len",
                "must be at least the row's queries and fit its pages");
     }
-}
-
-// A row of int8 features ends with their float32 scale (tokenspeed/kernels/kv_int8.py).
-constexpr int64_t kScaleBytes = 4;
-
-DType cache_type(const Tensor& cache, const char* name) {
-    return cache.is(python::kUInt8) ? DType::kInt8Row : float_type(cache, name);
 }
 
 // Fills what both attentions share. q: [T, H, D], queries or their first part.

@@ -115,7 +115,47 @@ void rope(const RopeParams& p) {
     });
 }
 
+namespace {
+
+// Features of a token and head as int8, and the scale after them: largest magnitude / 127.
+template <typename T>
+void quantize_row(const T* x, int64_t size, char* out) {
+    float largest = 0.0f;
+    for (int64_t i = 0; i < size; ++i) {
+        largest = max_of(largest, __builtin_fabsf(load_one(x + i)));
+    }
+    const float scale = largest / 127.0f;
+    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
+    for (int64_t i = 0; i < size; ++i) {
+        const float code = __builtin_rintf(load_one(x + i) * inverse);
+        out[i] = static_cast<char>(static_cast<int>(max_of(-127.0f, min_of(127.0f, code))));
+    }
+    __builtin_memcpy(out + size, &scale, sizeof(scale));
+}
+
+// A cache row holds a scale for every head: that many bytes more than features.
+template <typename T>
+void append_int8(const AppendParams& p) {
+    const int64_t heads = (p.out_stride - p.size) / static_cast<int64_t>(sizeof(float));
+    const int64_t size = p.size / heads;
+    parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            const T* const x = static_cast<const T*>(p.x) + token * p.x_stride;
+            char* const out = static_cast<char*>(p.out) + p.out_index[token] * p.out_stride;
+            for (int64_t head = 0; head < heads; ++head) {
+                quantize_row(x + head * size, size,
+                             out + head * (size + static_cast<int64_t>(sizeof(float))));
+            }
+        }
+    });
+}
+
+}  // namespace
+
 void append(const AppendParams& p) {
+    if (p.out_dtype == DType::kInt8Row) {
+        return with_type(p.dtype, [&](auto from) { append_int8<decltype(from)>(p); });
+    }
     with_type(p.dtype, [&](auto from) {
         with_type(p.out_dtype, [&](auto to) {
             using T = decltype(from);

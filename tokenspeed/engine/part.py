@@ -27,6 +27,7 @@ from tokenspeed.spmd.group import Communicator
 from tokenspeed.spmd.mesh import Mesh
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+CACHE_DTYPES = DTYPES | {"int8": torch.uint8}  # rows of int8 features and their scales are bytes
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def assemble_part(
     mesh = mesh_of(config)
     seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
     device = model.target.device
-    specs = model.cache_specs(DTYPES[config.cache.kv_cache_dtype])
+    specs = model.cache_specs(CACHE_DTYPES[config.cache.kv_cache_dtype])
     longest = config.model.max_model_len or model.max_position
     fits = choose_num_pages(
         config.cache,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed.kernels.kv_fp8 import pack_fp8
+from tokenspeed.kernels.kv_int8 import pack_int8
 from tokenspeed.kernels.registry import define
 
 
@@ -42,11 +43,13 @@ def rope_append_gqa(
     """Rotates q[T,Hq,D] and k[T,Hk,D]; writes k and v[T,Hk,Dv] into the caches; returns q'.
 
     positions[T] int32, cache_index[T] int64, key_cache [num_pages, page_size, Hk, D], value_cache
-    [num_pages, page_size, Hk, Dv], of any dtype. q, k, v may be strided over tokens.
+    [num_pages, page_size, Hk, Dv], of any float dtype, or uint8 with rows of D + 4 and Dv + 4
+    (`kv_int8.py`). q, k, v may be strided over tokens.
     """
     turned = rotate(k, cos_sin, positions, interleaved)
-    key_cache.view(-1, *key_cache.shape[2:])[cache_index] = turned.to(key_cache.dtype)
-    value_cache.view(-1, *value_cache.shape[2:])[cache_index] = v.to(value_cache.dtype)
+    for rows, cache in ((turned, key_cache), (v, value_cache)):
+        held = pack_int8(rows) if cache.dtype == torch.uint8 else rows.to(cache.dtype)
+        cache.view(-1, *cache.shape[2:])[cache_index] = held
     return rotate(q, cos_sin, positions, interleaved)
 
 

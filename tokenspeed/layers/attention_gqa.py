@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenspeed.kernels.kv_int8 import SCALE_BYTES
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Target
@@ -94,7 +95,13 @@ class GqaAttention(Layer):
         self.attend = self.target.kernel("attention_gqa", **sizes)
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
-        rows = (self.heads()[1], self.shape.head_dim)
+        """`dtype` uint8: int8 features and a scale for each head (`kernels/kv_int8.py`)."""
+        head = self.shape.head_dim
+        if dtype == torch.uint8:
+            if self.target.device.type != "cpu":
+                raise ValueError("kv_cache_dtype int8 is for device cpu: take auto or bfloat16")
+            head += SCALE_BYTES
+        rows = (self.heads()[1], head)
         return CacheSpec((rows, rows), dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
@@ -120,6 +127,7 @@ class GqaAttention(Layer):
             batch.q_start,
             batch.kv_len,
             self.scale,
+            max_q_len=batch.max_q_len,
         )
         out: Tensor = self.o_proj(y.flatten(1))
         return out

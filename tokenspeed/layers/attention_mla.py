@@ -167,6 +167,11 @@ class MlaAttention(Layer):
         self.merge = self.target.kernel("merge_state")
 
     def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
+        if dtype == torch.uint8:
+            raise ValueError(
+                "kv_cache_dtype int8 is for grouped-query attention; latents stay as they are: "
+                "take auto, bfloat16 or float32"
+            )
         return CacheSpec(((self.shape.kv_lora_rank + self.shape.rope_dim,),), dtype)
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:

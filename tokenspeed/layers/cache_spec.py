@@ -10,7 +10,8 @@ import torch
 class CacheSpec:
     """One layer's cache: a tuple of tensors, each [num_pages, page_size, *shape].
 
-    Grouped-query attention keeps (keys, values) of shape (num_kv_heads, head_dim); multi-head
+    Grouped-query attention keeps (keys, values) of shape (num_kv_heads, head_dim), of int8 those
+    and a scale as bytes (`kernels/kv_int8.py`); multi-head
     latent attention keeps one tensor of shape (kv_lora_rank + qk_rope_head_dim,).
     """
 
