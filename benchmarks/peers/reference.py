@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-LENGTHS = (32, 128, 512)
+LENGTHS = (32, 64, 96, 128, 256, 512)
 SEED = 4
 
 
@@ -24,7 +24,7 @@ def prompts() -> list[list[int]]:
 
 def logits(model: Path) -> list[list[float]]:
     """For each prompt the logits of the token after it."""
-    out = model / "reference_logits.json"
+    out = model / f"reference-{SEED}-{'-'.join(map(str, LENGTHS))}.json"
     if not out.exists():
         command = [sys.executable, __file__, str(model), str(out)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
