@@ -237,6 +237,8 @@ def merge_state(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Ten
 
 
 def _requires(ask: Ask) -> str | None:
+    if ask.shapes.get("kv_bits") == 8:
+        return "keys and values in floating point, not in 8 bits"
     dim = ask.shapes.get("head_dim", 128)
     return None if dim <= _MOST_FEATURES else f"head_dim up to {_MOST_FEATURES}, not {dim}"
 

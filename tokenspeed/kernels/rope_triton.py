@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.kv_fp8 import GROUP, LATENT, ROPE, ROW_BYTES
+from tokenspeed.kernels.registry import Ask
 from tokenspeed.kernels.triton_launch import (
     pdl_options,
     pdl_release,
@@ -389,5 +390,11 @@ def specimens(arch: str) -> Iterator[Specimen]:
         )
 
 
-register_triton("rope_append_gqa", rope_append_gqa)
+def _requires(ask: Ask) -> str | None:
+    if ask.shapes.get("kv_bits") == 8:
+        return "keys and values in floating point, not in 8 bits"
+    return None
+
+
+register_triton("rope_append_gqa", rope_append_gqa, requires=_requires)
 register_triton("rope_append_mla", rope_append_mla)
