@@ -30,6 +30,7 @@ from peers.figures import MEASURES, logits_error
 from peers.lineup import Lineup
 from peers.roofs import BITS, Roofs
 from peers.setup import Home
+from peers.worker import Worker
 
 LOGITS = "logits"
 MB = 1e6
@@ -170,14 +171,21 @@ def run_round(
         engines = lineup.ready
         shift = index % max(1, len(engines))
         for name in engines[shift:] + engines[:shift]:
-            rng = random.Random(f"{options.seed} {index} {measure}")
-            with lineup.turn(name) as worker:
-                figures = MEASURES[measure](worker.generate, rng)
+            prompts = random.Random(f"{options.seed} {index} {measure}")
+
+            def work(worker: Worker) -> None:
+                figures = MEASURES[measure](worker.generate, prompts)  # noqa: B023
                 if index >= 0:
-                    for key, value in figures.items():
-                        found[name].setdefault(key, []).append(value)
+                    note(found[worker.name], figures)
                     said = ", ".join(f"{k} {v:.4g}" for k, v in figures.items())
-                    print(f"round {index + 1} {name}: {said}", flush=True)
+                    print(f"round {index + 1} {worker.name}: {said}", flush=True)
+
+            lineup.turn(name, work)
+
+
+def note(found: dict[str, list[float]], figures: dict[str, float]) -> None:
+    for key, value in figures.items():
+        found.setdefault(key, []).append(value)
 
 
 def last_words(
@@ -186,16 +194,17 @@ def last_words(
     expected: list[list[float]] | None,
 ) -> None:
     """Memory after everything, then the errors of logits."""
+
+    def work(worker: Worker) -> None:
+        memory, own = worker.memory(), found[worker.name]
+        note(own, {"memory": memory.pss / MB, "memory_anonymous": memory.anonymous / MB})
+        note(own, {"memory_mapped": memory.mapped / MB})
+        for prompt, row in zip(reference.prompts(), expected or (), strict=False):
+            rms, largest = logits_error(worker.logits(prompt), row)
+            note(own, {"error_rms": rms, "error_max": largest})
+
     for name in lineup.ready:
-        with lineup.turn(name) as worker:
-            memory = worker.memory()
-            found[name]["memory"] = [memory.pss / MB]
-            found[name]["memory_anonymous"] = [memory.anonymous / MB]
-            found[name]["memory_mapped"] = [memory.mapped / MB]
-            for prompt, row in zip(reference.prompts(), expected or (), strict=False):
-                rms, largest = logits_error(worker.logits(prompt), row)
-                found[name].setdefault("error_rms", []).append(rms)
-                found[name].setdefault("error_max", []).append(largest)
+        lineup.turn(name, work)
 
 
 def conclude(group: dict[str, Any], measured: Roofs) -> None:

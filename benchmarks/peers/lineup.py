@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The workers of one model and weight type, one awake at a time. Knows no measures.
 
-All of them stay alive, stopped, if the machine's memory holds them; otherwise each is started for
-its turn and ended after it. What cannot be set up or started is left out, and `left_out` says why.
+All of them stay alive, stopped, if the machine's memory holds them; otherwise those that start fast
+are started for each turn and ended after it. What cannot be set up, start or answer is left out
+from then on, and `left_out` says why.
 """
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from peers.setup import Home, SetupError
 from peers.worker import WORKERS, Worker, WorkerError
 
 SLOW_START_S = 20.0  # such an engine is started once
-NEEDED_BYTES = 4 << 30  # of memory, a worker
+NEEDED_BYTES = 7 << 29  # of memory, a worker
 
 
 @dataclass
@@ -57,24 +57,22 @@ class Lineup:
         self.keep = NEEDED_BYTES * len(self.ready) < _available_bytes()
         for turn in range(num_starts):
             for name in self.ready:
-                slow = turn and self.starts[name][0] > SLOW_START_S
-                if not slow:
+                if not self._slow(name):
                     self._restart(name, last=turn == num_starts - 1)
 
-    @contextmanager
-    def turn(self, name: str) -> Iterator[Worker]:
-        """The engine's worker, awake, and the only one. If it fails it is left out from now on."""
+    def turn(self, name: str, work: Callable[[Worker], None]) -> None:
+        """Gives `work` the engine's worker, the only one that is awake."""
         try:
             worker = self._workers.get(name) or self._start(name)
             worker.resume()
-            yield worker
-        except WorkerError as error:
+            work(worker)
+        except (WorkerError, ValueError) as error:
             self.leave_out(name, error)
+            return
+        if self.keep or self._slow(name):
+            worker.pause()
         else:
-            if self.keep:
-                worker.pause()
-            else:
-                self._end(name)
+            self._end(name)
 
     def leave_out(self, name: str, error: Exception) -> None:
         """Ends the engine for this line-up, and says so."""
@@ -87,13 +85,18 @@ class Lineup:
             self._end(name)
 
     def _restart(self, name: str, last: bool) -> None:
-        self._end(name)
-        with self.turn(name) as worker:
+        def note(worker: Worker) -> None:
             self.starts.setdefault(name, []).append(worker.start_s)
             self.versions[name] = worker.versions
-        slow = name in self.starts and self.starts[name][0] > SLOW_START_S
-        if not last and not slow:
+
+        self._end(name)
+        self.turn(name, note)
+        if not last and not self._slow(name):
             self._end(name)
+
+    def _slow(self, name: str) -> bool:
+        """Whether the engine is known to start slowly."""
+        return name in self.starts and self.starts[name][0] > SLOW_START_S
 
     def _start(self, name: str) -> Worker:
         engine, log = ENGINES[name], f"worker-{name}-{self.model}-{self.weights}.log"

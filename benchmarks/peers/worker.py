@@ -110,28 +110,28 @@ class Worker:
     def _ask(self, request: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         stdin = self._process.stdin
         if stdin is None:
-            raise WorkerError(f"{self.name}: no pipe")
+            raise WorkerError("no pipe")
         try:
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
         except (OSError, ValueError) as error:  # the pipe is broken, or closed
-            raise WorkerError(f"{self.name}: ended: {error}; see {self._log}") from error
+            raise WorkerError(f"ended: {error}; see {self._log}") from error
         return self._read(timeout_s)
 
     def _read(self, timeout_s: float) -> dict[str, Any]:
         stdout = self._process.stdout
         if stdout is None:
-            raise WorkerError(f"{self.name}: no pipe")
+            raise WorkerError("no pipe")
         with selectors.DefaultSelector() as selector:
             selector.register(stdout, selectors.EVENT_READ)
             if not selector.select(timeout_s):
-                raise WorkerError(f"{self.name}: no answer within {timeout_s} s; see {self._log}")
+                raise WorkerError(f"no answer within {timeout_s} s; see {self._log}")
         line = stdout.readline()
         if not line:
-            raise WorkerError(f"{self.name}: ended; see {self._log}")
+            raise WorkerError(f"ended; see {self._log}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise WorkerError(f"{self.name}: {answer['error']}; see {self._log}")
+            raise WorkerError(f"{answer['error']}; see {self._log}")
         return answer
 
     def _members(self) -> list[int]:

@@ -98,6 +98,37 @@ def test_a_paused_worker_runs_no_further_and_has_memory(tmp_path: Path) -> None:
         engine.close()
 
 
+def test_who_cannot_start_or_answer_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE.format(workers=str(worker.WORKERS)))
+    home = importlib.import_module("peers.setup").Home(tmp_path)
+    line = lineup.Lineup(home, "dense", "bf16", 2, [])
+    for name, options in (("good", {}), ("broken", {"broken": True}), ("unlucky", {})):
+        monkeypatch.setitem(lineup.ENGINES, name, engines.Engine(name, "", None, {}))
+        line._commands[name] = [sys.executable, str(script), json.dumps(options)]
+    answered = []
+
+    def work(one: Any) -> None:
+        answered.append(one.generate([[13 if one.name == "unlucky" else 1]], 2))
+
+    try:
+        line.start(2)
+        assert line.ready == ["good", "unlucky"]
+        assert {name: len(found) for name, found in line.starts.items()} == {
+            "good": 2,
+            "unlucky": 2,
+        }
+        for name in line.ready:
+            line.turn(name, work)
+    finally:
+        line.close()
+    assert len(answered) == 1
+    assert line.left_out["broken"].startswith("ValueError: no such model")
+    assert line.left_out["unlucky"].startswith("RuntimeError: unlucky")
+
+
 def test_times_become_rates() -> None:
     asked: list[tuple[int, ...]] = []
 
