@@ -1,10 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Two kernels in NumPy, on the tensors' own memory. They know ops, no registry.
+"""A TokenSpeed kernel plug-in: the backend `numpy` of two ops, for float32 on a CPU.
 
-The calls are those of the references; see `tokenspeed kernels list`.
+TokenSpeed finds `register_kernels` through the entry point in pyproject.toml and calls it once,
+when a kernel is first asked for. The kernels work on the tensors' own memory; their calls are those
+of `tokenspeed kernels list`.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import torch
 from torch import Tensor, from_numpy
 
 MAX_SIZE = 1 << 16  # features of a row
@@ -28,3 +34,23 @@ def silu_mul(x: Tensor) -> Tensor:
     small = np.exp(-np.abs(gate))
     sigmoid = np.where(gate >= 0, 1.0, small) / (1.0 + small)
     return from_numpy((gate * sigmoid * up).astype(np.float32))
+
+
+def _fits(ask: Any) -> str | None:
+    """The reason that `tokenspeed kernels explain` prints, or None."""
+    size = ask.shapes.get("size", 0)
+    return f"size up to {MAX_SIZE}, not {size}" if size > MAX_SIZE else None
+
+
+def register_kernels(register: Callable[..., None]) -> None:
+    """Adds the backend. Priority -5: compiled kernels come first unless numpy is asked for."""
+    for op, kernel in (("rms_norm", rms_norm), ("silu_mul", silu_mul)):
+        register(
+            op,
+            "numpy",
+            kernel,
+            devices=("cpu",),
+            dtypes=(torch.float32,),
+            requires=_fits,
+            priority=-5,
+        )
