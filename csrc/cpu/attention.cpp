@@ -128,7 +128,7 @@ template <typename Q, typename KV>
 void attend(const AttentionParams& p, AttentionShape& s) {
     const int64_t enough = 2 * num_threads();
     const int64_t spans = count_spans(p);
-    s.max_rows = 4 * kPitch;
+    s.max_rows = 3 * kPitch;
     while (s.max_rows > kLanes && count_items(p, s) * spans < 4 * enough) {
         s.max_rows = max_of<int64_t>(kLanes, s.max_rows / 2);
     }

@@ -9,7 +9,7 @@
 namespace tokenspeed::cpu::TS_ISA {
 
 #if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16) || defined(TS_ISA_neon)
-inline constexpr int kPitchVecs = 3;  // vectors of lanes in a panel of flat rows
+inline constexpr int kPitchVecs = 4;  // vectors of lanes in a panel of flat rows
 #else
 inline constexpr int kPitchVecs = 2;
 #endif
@@ -17,7 +17,10 @@ inline constexpr int64_t kPitch = kPitchVecs * kLanes;
 
 // Sums of a tile: rows of keys or of features, times vectors of lanes.
 template <int kVecs>
-inline constexpr int kTile = kPitchVecs == 3 ? (kVecs == 1 ? 16 : 8) : (kVecs == 1 ? 8 : 4);
+inline constexpr int kTile = kPitchVecs == 4 ? (kVecs == 1   ? 16
+                                                : kVecs == 4 ? 4
+                                                             : 8)
+                                             : (kVecs == 1 ? 8 : 4);
 
 // c[m][lane] (+)= sum over k of word(m, k) * b[k][lane], m < kTile<kVecs>. b, c: kPitch apart.
 template <class P, int kVecs, typename Word>
@@ -27,25 +30,25 @@ inline void lane_tile(const Word& word, const uint32_t* b, int64_t words, float*
     Vec sums[kRows][kVecs];
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) {
             sums[m][v] = accumulate ? load(c + m * kPitch + v * kLanes) : Vec{};
         }
     }
     for (int64_t k = 0; k < words; ++k) {
         VecU right[kVecs];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) right[v] = load_raw<VecU>(b + k * kPitch + v * kLanes);
 #pragma GCC unroll 16
         for (int m = 0; m < kRows; ++m) {
             const VecU left = splat(word(m, k));
-#pragma GCC unroll 3
+#pragma GCC unroll 4
             for (int v = 0; v < kVecs; ++v) sums[m][v] = P::mac(sums[m][v], left, right[v]);
         }
     }
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 3
+#pragma GCC unroll 4
         for (int v = 0; v < kVecs; ++v) store(c + m * kPitch + v * kLanes, sums[m][v]);
     }
 }
@@ -55,7 +58,10 @@ template <typename Body>
 inline void with_vecs(int64_t vecs, const Body& body) {
     if (vecs == 1) return body(std::integral_constant<int, 1>{});
     if (vecs == 2) return body(std::integral_constant<int, 2>{});
-    if constexpr (kPitchVecs == 3) body(std::integral_constant<int, 3>{});
+    if constexpr (kPitchVecs == 4) {
+        if (vecs == 3) return body(std::integral_constant<int, 3>{});
+        body(std::integral_constant<int, 4>{});
+    }
 }
 
 template <typename Q, typename KV>
@@ -133,7 +139,11 @@ class LaneWorker {
         const int64_t start = span * kSpan, count = min_of(last - start, kSpan);
         locate(p_, item_.row, start, count, keys_, values_);
         for (int64_t at = 0; at < count; at += kBlock) {
-            block(start + at, keys_ + at, values_ + at, min_of(kBlock, count - at), partial);
+            const int64_t size = min_of(kBlock, count - at);
+            next_keys_ = keys_ + at + size;
+            next_values_ = values_ + at + size;
+            num_next_ = min_of(kBlock, count - at - size);
+            block(start + at, keys_ + at, values_ + at, size, partial);
         }
     }
 
@@ -236,6 +246,14 @@ class LaneWorker {
         }
     }
 
+    // Rows scattered over pages defeat the hardware's prefetching: asks for those of the next block
+    // while this one is packed and multiplied, a few at a time.
+    void fetch(const KV* const* rows, int64_t offset, int64_t size, int64_t first,
+               int64_t count) const {
+        const int64_t end = min_of(first + count, num_next_);
+        for (int64_t i = first; i < end; ++i) prefetch(rows[i] + offset, size);
+    }
+
     // Rows past the last key repeat it: their weights are 0.
     void place_keys(const KV* const* keys, int64_t count, const uint32_t** rows) {
         bool as_they_stand = false;
@@ -265,6 +283,7 @@ class LaneWorker {
     void pack_values(const KV* const* values, int64_t count) {
         const int64_t offset = item_.head * p_.value_head_stride;
         for (int64_t k = 0; k < count; k += kPerWord) {
+            fetch(next_keys_, item_.head * p_.key_head_stride, s_.key_dim, k, kPerWord);
             uint32_t* const to = values_words_ + k / kPerWord * value_pitch_;
             const KV* const even = values[k] + offset;
             const KV* const odd = kPerWord == 2 && k + 1 < count ? values[k + 1] + offset : nullptr;
@@ -286,6 +305,9 @@ class LaneWorker {
         constexpr int kRows = kTile<kVecs>;
         const uint32_t* const queries = queries_ + panel * key_words_ * kPitch;
         for (int64_t n = 0; n < count; n += kRows) {
+            if (panel == 0 && p_.values != p_.keys) {
+                fetch(next_values_, item_.head * p_.value_head_stride, p_.value_dim, n, kRows);
+            }
             const uint32_t* tile[kRows];
             for (int m = 0; m < kRows; ++m) tile[m] = rows[n + m];
             lane_tile<P, kVecs>([&](int m, int64_t k) { return load_raw<uint32_t>(tile[m] + k); },
@@ -385,6 +407,9 @@ class LaneWorker {
     int32_t* limits_;         // of each flat row: the key after the last one that it sees
     int32_t* lows_;           // and the first
     Element* value_pair_;     // two rows of values that were int8
+    const KV* const* next_keys_ = nullptr;  // of the block after the one in work
+    const KV* const* next_values_ = nullptr;
+    int64_t num_next_ = 0;
     const KV* keys_[kSpan];
     const KV* values_[kSpan];
 };
