@@ -80,6 +80,7 @@ def gather_latent(
     num_rows: int,
     dtype: torch.dtype,
 ) -> Tensor: ...
+def prefer_huge_pages(memory: Tensor) -> None: ...  # of a cache: fewer misses of the TLB
 def route(
     logits: Tensor,
     bias: Tensor | None,

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "cpu_arguments.h"
+#include "huge_pages.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -377,6 +378,13 @@ nb::object gather_latent(const Tensor& cache, const Tensor& page_table, const Te
     return out.object();
 }
 
+void prefer_huge_pages(const Tensor& memory) {
+    int64_t count = 1;
+    for (int axis = 0; axis < memory.ndim(); ++axis) count *= memory.size(axis);
+    expect(memory.dense_from(0), "memory", "must be contiguous");
+    advise_huge_pages(memory.data<void>(), static_cast<size_t>(count * memory.element_bytes()));
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -394,6 +402,7 @@ void bind_attention(nb::module_& m) {
     m.def("merge_state", &merge_state, "a"_a, "lse_a"_a, "b"_a, "lse_b"_a);
     m.def("gather_latent", &gather_latent, "cache"_a, "page_table"_a, "slots"_a, "first"_a,
           "starts"_a, "num_rows"_a, "dtype"_a);
+    m.def("prefer_huge_pages", &prefer_huge_pages, "memory"_a);
 }
 
 }  // namespace tokenspeed::cpu

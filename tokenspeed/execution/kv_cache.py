@@ -33,6 +33,11 @@ class KVCache:
             )
             for spec in specs
         ]
+        if device.type == "cpu":
+            from tokenspeed import _cpu
+
+            for tensor in (tensor for tensors in self.layers for tensor in tensors):
+                _cpu.prefer_huge_pages(tensor)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages of every layer; both [n] int64."""
