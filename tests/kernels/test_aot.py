@@ -23,6 +23,13 @@ def test_every_kernel_compiles(arch: str) -> None:
     assert {report["name"]: report["faults"] for report in reports if report["faults"]} == {}
 
 
+@pytest.mark.full
+def test_every_kernel_compiles_for_launches_of_one() -> None:
+    """Triton makes a constant of an integer that is 1: a batch of one token must compile too."""
+    reports = compile_elsewhere("--ones", "--arch", "sm_90", "--arch", "gfx950")
+    assert {report["name"]: report["faults"] for report in reports if report["faults"]} == {}
+
+
 def test_faults_are_found() -> None:
     """A kernel that spills, takes too much shared memory and has no matrix instruction."""
     reports = compile_elsewhere("--module", "tests.kernels.faulty_kernel", "--arch", "sm_120")

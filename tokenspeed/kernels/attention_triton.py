@@ -169,7 +169,7 @@ def attention_ragged(
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _merge(
     a,
     lse_a,

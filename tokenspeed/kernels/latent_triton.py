@@ -107,7 +107,7 @@ def _check(q_latent: Tensor, q_pe: Tensor, cache: Tensor) -> None:
         raise ValueError(f"attention_mla: cache {tuple(cache.shape)} is not rows of {width}")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "table_stride"])
 def _gather(
     cache,
     page_table,

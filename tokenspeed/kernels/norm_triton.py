@@ -26,7 +26,7 @@ _TILE = 2048  # features that a program holds, if rows are shorter than that
 _MAX_SIZE = 1 << 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm(
     x,
     residual,

@@ -255,7 +255,9 @@ def _attend_block(
 
 
 # fmt: off
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_rows", "num_tokens", "table_stride", "blocks", "many", "window"]
+)
 def attend_rows(
     q, q_tail, keys, values, page_table, slots, q_start, kv_len, out, lse, scale, num_rows,
     num_tokens, table_stride, blocks, many, window, q_token, q_head, tail_token, tail_head,
@@ -298,7 +300,7 @@ def attend_rows(
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tokens", "spans", "blocks", "many"])
 def combine_spans(
     parts, lse, out, q_start, num_rows, num_tokens, spans, blocks, many,
     HEADS: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, SPANS: tl.constexpr,

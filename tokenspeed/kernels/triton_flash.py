@@ -117,7 +117,7 @@ def _store(sums, total, out, target, there, DV: tl.constexpr, VALUE: tl.constexp
 
 
 # fmt: off
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "table_stride", "min_q_len", "window"])
 def flash_rows(
     q, q_tail, keys, key_tail, values, page_table, slots, q_start, key_bounds, out, lse,
     scale, num_rows, table_stride, min_q_len, window, q_token, q_head, tail_token, tail_head,
