@@ -74,7 +74,7 @@ def test_file_sizes() -> None:
 def test_functions_fit_a_screen(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            # The parameters of a device kernel do not count: it can take no object that groups them.
+            # A device kernel takes no object that groups parameters: they do not count.
             names = (ast.unparse(name).partition("(")[0] for name in node.decorator_list)
             jitted = any(name.endswith(".jit") for name in names)
             first = node.body[0].lineno if jitted else node.lineno
