@@ -134,7 +134,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     model, _ = build_model(folder, None, CPU)
-    shapes = {n: s.shape for part in wanted_sources(model, "") for n, s in part.items()}
+    shapes = {n: s.shape for part in wanted_sources(model, "").values() for n, s in part.items()}
     tensors = {n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
     save_file(tensors, folder / "model.safetensors")
 

@@ -136,7 +136,7 @@ class TimedCommunicator:
 def timed(clock: Clock) -> Iterator[None]:
     """Kernels chosen, communicators made and steps captured inside are on the clock."""
     select, make = Registry.select, make_communicator
-    pack_of, capture = layer.pack_of, CpuRecorder.capture
+    pack_of, capture = vars(layer)["pack_of"], CpuRecorder.capture
 
     def timed_capture(self: CpuRecorder, body: Callable[[], Outputs]) -> Graph:
         graph = capture(self, body)

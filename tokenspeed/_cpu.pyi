@@ -68,9 +68,7 @@ def attention_ragged(
     q_tail: Tensor | None = None,
     k_tail: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
-def merge_state(
-    a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]: ...
+def merge_state(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]: ...
 def gather_latent(
     cache: Tensor,
     page_table: Tensor,

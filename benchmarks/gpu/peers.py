@@ -94,7 +94,11 @@ class FlashAttention3:
 
     def prepare(self, problem: MlaProblem) -> Prepared:
         op, shape = torch.ops._vllm_fa3_C.fwd.default, problem.shape
-        values = {"q": problem.q_pe, "q_v": problem.q_latent, "cu_seqlens_q": problem.q_start}
+        values: dict[str, Any] = {
+            "q": problem.q_pe,
+            "q_v": problem.q_latent,
+            "cu_seqlens_q": problem.q_start,
+        }
         values |= {"seqused_k": problem.kv_len, "page_table": problem.page_table}
         values |= {"max_seqlen_q": shape.q_len, "max_seqlen_k": shape.kv_len, "is_causal": True}
         values |= {"softmax_scale": problem.scale, "window_size_left": -1, "window_size_right": -1}

@@ -21,7 +21,7 @@ REPEATS = 30
 
 def capture(work: Callable[[], object]) -> Any:
     """A graph of the work, warmed up first."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -37,12 +37,13 @@ def replay_s(graph: Any, repeats: int = REPEATS) -> float:
     """The median time of a replay, in seconds."""
     times = []
     for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # type: ignore[no-untyped-call]
+        event: Any = torch.cuda.Event
+        start, end = (event(enable_timing=True) for _ in range(2))
+        start.record()
         graph.replay()
-        end.record()  # type: ignore[no-untyped-call]
-        end.synchronize()  # type: ignore[no-untyped-call]
-        times.append(start.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        times.append(float(start.elapsed_time(end)) / 1e3)
     return statistics.median(times)
 
 

@@ -6,10 +6,19 @@ import torch
 from torch import Tensor
 
 from tests.kernels.ragged import close
-from tests.kernels.test_moe import ROUTES
 from tokenspeed.kernels import select
 from tokenspeed.kernels.cases import check
 from tokenspeed.kernels.quant import QuantFormat, quantize
+
+ROUTES = [
+    # experts, top_k, scoring, n_group, topk_group, group_score, norm, scale, biased
+    (8, 2, "softmax", 1, 1, "max", True, 1.0, False),
+    (61, 6, "softmax", 1, 1, "max", False, 16.0, False),
+    (16, 4, "sigmoid", 4, 2, "top2", True, 2.5, True),
+    (24, 3, "softmax", 3, 1, "max", False, 1.0, False),
+    (256, 8, "sigmoid", 8, 4, "top2", True, 2.5, True),
+    (4, 4, "sigmoid", 1, 1, "top2", True, 1.0, True),
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16]

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 LATENT, ROPE, GROUP = 512, 64, 128
-ROW_BYTES = LATENT + 4 * (LATENT // GROUP) + 2 * ROPE  # 656
+PARTS = [LATENT, 4 * (LATENT // GROUP), 2 * ROPE]  # bytes of codes, scales, rope
+ROW_BYTES = sum(PARTS)  # 656
 LARGEST_CODE = 448.0
 
 
 def pack_fp8(latent: Tensor, rope: Tensor) -> Tensor:
     """latent [..., 512], rope [..., 64] -> uint8 [..., 656]."""
-    groups = latent.float().unflatten(-1, (-1, GROUP))
+    groups = latent.float().reshape(*latent.shape[:-1], LATENT // GROUP, GROUP)
     scales = groups.abs().amax(-1, keepdim=True) / LARGEST_CODE
     scales = torch.where(scales > 0, scales, 1.0)
     codes = (groups / scales).clamp(-LARGEST_CODE, LARGEST_CODE).to(torch.float8_e4m3fn)
@@ -26,7 +27,8 @@ def pack_fp8(latent: Tensor, rope: Tensor) -> Tensor:
 
 def unpack_fp8(rows: Tensor) -> Tensor:
     """uint8 [..., 656] -> float32 [..., 576], the latent first."""
-    codes, scales, rope = rows.split((LATENT, 4 * (LATENT // GROUP), 2 * ROPE), dim=-1)
-    groups = codes.contiguous().view(torch.float8_e4m3fn).float().unflatten(-1, (-1, GROUP))
+    codes, scales, rope = torch.split_with_sizes(rows, PARTS, -1)
+    values = codes.contiguous().view(torch.float8_e4m3fn).float()
+    groups = values.reshape(*values.shape[:-1], LATENT // GROUP, GROUP)
     latent = groups * scales.contiguous().view(torch.float32)[..., None]
     return torch.cat([latent.flatten(-2), rope.contiguous().view(torch.bfloat16).float()], dim=-1)

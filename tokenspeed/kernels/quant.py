@@ -103,7 +103,7 @@ def dequantize(weight: QuantWeight) -> Tensor:
     if weight.format == "mxfp4":
         scales = torch.exp2(scales.float() - 127)
     scales = scales.float() * weight.overall
-    return (values.unflatten(-1, (-1, weight.group)) * scales.unsqueeze(-1)).flatten(-2)
+    return (_grouped(values, weight.group) * scales.unsqueeze(-1)).flatten(-2)
 
 
 def quantize_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def quantize_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tens
     int8: the scale is the largest magnitude / 127, rounded up to bfloat16. int4: among twelve
     scales, which map the largest magnitude to -6.5 ... -9.25, that of least squared error.
     """
-    grouped = weight.float().unflatten(-1, (-1, group))
+    grouped = _grouped(weight.float(), group)
     if bits == 8:
         exact = grouped.abs().amax(-1) / 127
         scales = ((exact.view(torch.int32) + 0xFFFF) >> 16).to(torch.int16).view(torch.bfloat16)
@@ -132,6 +132,11 @@ def quantize_groups(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tens
     return codes[..., ::2] | codes[..., 1::2] << 4, scales
 
 
+def _grouped(x: Tensor, group: int) -> Tensor:
+    """[..., in] -> [..., in / group, group]"""
+    return x.reshape(*x.shape[:-1], x.shape[-1] // group, group)
+
+
 def _inverse(step: Tensor) -> Tensor:
     return torch.where(step != 0, 1 / step, 0.0)
 
@@ -147,7 +152,7 @@ def _quantize_fp8(weight: Tensor) -> QuantWeight:
         (*weight.shape[:-2], rows * FP8_BLOCK, columns * FP8_BLOCK), device=weight.device
     )
     padded[..., :out, :inputs] = weight
-    blocks = padded.unflatten(-1, (columns, FP8_BLOCK)).unflatten(-3, (rows, FP8_BLOCK))
+    blocks = padded.reshape(*weight.shape[:-2], rows, FP8_BLOCK, columns, FP8_BLOCK)
     scales = blocks.abs().amax((-3, -1)) / E4M3_MAX
     codes = blocks * _inverse(scales)[..., :, None, :, None]
     whole = codes.flatten(-2).flatten(-3, -2)[..., :out, :inputs]
@@ -160,7 +165,7 @@ def _e2m1(codes: Tensor) -> Tensor:
 
 
 def _quantize_e2m1(weight: Tensor, form: QuantFormat, group: int) -> QuantWeight:
-    grouped = weight.float().unflatten(-1, (-1, group))
+    grouped = _grouped(weight.float(), group)
     top, overall = grouped.abs().amax(-1), 1.0
     if form == "mxfp4":
         exponent = torch.floor(torch.log2(top.clamp(min=2.0**-125))) - 2

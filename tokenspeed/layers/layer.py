@@ -89,8 +89,8 @@ class Layer(nn.Module):
 
     def give_up(self, parameter: str) -> None:
         """Frees a parameter that is held in another form now; its shape stays."""
-        shape = self._parameters[parameter]
-        meta = nn.Parameter(torch.empty_like(shape, device="meta"), requires_grad=False)
+        whole = self.get_parameter(parameter)
+        meta = nn.Parameter(torch.empty_like(whole, device="meta"), requires_grad=False)
         self.register_parameter(parameter, meta)
         self.__dict__[parameter] = meta
 
