@@ -49,6 +49,8 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.kv_dtype = cache_type(cache, cache_name);
     p.page_size = cache.size(1);
     p.keys = cache.data<void>();
+    p.key_page_stride = cache.stride(0);
+    p.key_stride = cache.stride(1);
     expect_type(page_table, "page_table", python::kInt32);
     expect_shape(page_table, "page_table", {kAny, kAny});
     p.page_table = page_table.data<int32_t>();
@@ -69,9 +71,9 @@ nb::object attention_gqa(const Tensor& q, const Tensor& key_cache, const Tensor&
                          const Tensor& kv_len, double scale, int64_t window, int64_t) {
     expect_shape(q, "q", {kAny, kAny, kAny}, 2);
     const int64_t extra = key_cache.is(python::kUInt8) ? kScaleBytes : 0;
-    expect_shape(key_cache, "key_cache", {kAny, kAny, kAny, q.size(2) + extra});
+    expect_shape(key_cache, "key_cache", {kAny, kAny, kAny, q.size(2) + extra}, 3);
     expect_shape(value_cache, "value_cache",
-                 {key_cache.size(0), key_cache.size(1), key_cache.size(2), kAny});
+                 {key_cache.size(0), key_cache.size(1), key_cache.size(2), kAny}, 3);
     expect(value_cache.size(3) >= extra, "value_cache", "its rows have no room for a scale");
     expect(window >= 0, "window", "must not be negative");
     AttentionParams p =
@@ -84,10 +86,10 @@ nb::object attention_gqa(const Tensor& q, const Tensor& key_cache, const Tensor&
     p.value_dim = value_cache.size(3) - extra;
     p.values = value_cache.data<void>();
     p.window = window;
-    p.key_head_stride = key_cache.size(3);
-    p.value_head_stride = value_cache.size(3);
-    p.key_stride = p.num_kv_heads * p.key_head_stride;
-    p.value_stride = p.num_kv_heads * p.value_head_stride;
+    p.key_head_stride = key_cache.stride(2);
+    p.value_page_stride = value_cache.stride(0);
+    p.value_stride = value_cache.stride(1);
+    p.value_head_stride = value_cache.stride(2);
     Tensor out = q.empty({p.num_tokens, p.num_heads, p.value_dim});
     p.out = out.data<void>();
     run(kernels().attention, p);
@@ -111,7 +113,8 @@ nb::object attention_mla(const Tensor& q_latent, const Tensor& q_pe, const Tenso
     p.q_tail_head_stride = q_pe.stride(1);
     p.value_dim = p.q_dim;
     p.values = p.keys;
-    p.key_stride = p.value_stride = cache.size(2);
+    p.value_page_stride = p.key_page_stride;
+    p.value_stride = p.key_stride;
     Tensor out = q_latent.empty({p.num_tokens, p.num_heads, p.value_dim});
     p.out = out.data<void>();
     run(kernels().attention, p);

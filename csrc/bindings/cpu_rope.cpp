@@ -36,11 +36,12 @@ RopeParams rope_params(const Tensor& x, const char* name, const Tensor& cos_sin,
     return p;
 }
 
-AppendParams append_params(const Tensor& x, const char* name, int64_t size) {
+AppendParams append_params(const Tensor& x, const char* name) {
     AppendParams p{};
     p.dtype = float_type(x, name);
     p.num_tokens = x.size(0);
-    p.size = size;
+    p.num_heads = x.ndim() == 3 ? x.size(1) : 1;
+    p.size = x.size(x.ndim() - 1);
     p.x = x.data<void>();
     p.x_stride = x.stride(0);
     return p;
@@ -55,36 +56,37 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
     expect_shape(v, "v", {q.size(0), k.size(1), kAny}, 1);
     const DType kept = cache_type(key_cache, "key_cache");
     const int64_t extra = kept == DType::kInt8Row ? kScaleBytes : 0;
-    expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2) + extra});
+    expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2) + extra}, 3);
     expect_shape(value_cache, "value_cache",
-                 {key_cache.size(0), key_cache.size(1), v.size(1), v.size(2) + extra});
+                 {key_cache.size(0), key_cache.size(1), v.size(1), v.size(2) + extra}, 3);
     expect(extra == 0 || cache_type(value_cache, "value_cache") == kept, "value_cache",
            "its dtype differs from key_cache's");
     Tensor out = q.empty_like();
     rotate_q.out_dtype = rotate_q.dtype;
     rotate_q.out = out.data<void>();
-    rotate_q.out_stride = rotate_q.num_heads * rotate_q.head_dim;
+    rotate_q.out_rows = dense_rows(rotate_q.num_heads, rotate_q.head_dim);
     rotate_k.out_dtype = kept;
     rotate_k.out = key_cache.data<void>();
-    rotate_k.out_stride = rotate_k.num_heads * rotate_k.head_dim;
+    rotate_k.out_rows = rows_of(key_cache);
     rotate_k.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, q.size(0),
                                           key_cache.size(0) * key_cache.size(1));
-    AppendParams append_v = append_params(v, "v", v.size(1) * v.size(2));
+    AppendParams append_v = append_params(v, "v");
     append_v.out_dtype = cache_type(value_cache, "value_cache");
     append_v.out = value_cache.data<void>();
-    append_v.out_stride = v.size(1) * (v.size(2) + extra);
+    append_v.out_rows = rows_of(value_cache);
     append_v.out_index = rotate_k.out_index;
     run(kernels().rope, rotate_q);
     if (kept == DType::kInt8Row) {
         // Rotated keys are rounded to their own dtype first, as the reference does.
         Tensor turned = k.empty_like();
-        AppendParams append_k = append_params(turned, "k", k.size(1) * k.size(2));
+        AppendParams append_k = append_params(turned, "k");
         append_k.out_dtype = kept;
         append_k.out = rotate_k.out;
-        append_k.out_stride = k.size(1) * (k.size(2) + extra);
+        append_k.out_rows = rotate_k.out_rows;
         append_k.out_index = rotate_k.out_index;
         rotate_k.out_dtype = rotate_k.dtype;
         rotate_k.out = turned.data<void>();
+        rotate_k.out_rows = dense_rows(rotate_k.num_heads, rotate_k.head_dim);
         rotate_k.out_index = nullptr;
         run(kernels().rope, rotate_k);
         run(kernels().append, append_k);
@@ -107,12 +109,12 @@ nb::object rope_append_mla(const Tensor& q_pe, const Tensor& k_pe, const Tensor&
     Tensor out = q_pe.empty_like();
     rotate_q.out_dtype = rotate_q.dtype;
     rotate_q.out = out.data<void>();
-    rotate_q.out_stride = rotate_q.num_heads * rope_dim;
+    rotate_q.out_rows = dense_rows(rotate_q.num_heads, rope_dim);
     RopeParams rotate_k = rotate_q;
-    AppendParams append_latent = append_params(latent, "latent", latent.size(1));
+    AppendParams append_latent = append_params(latent, "latent");
     append_latent.out_dtype = float_type(cache, "cache");
     append_latent.out = cache.data<void>();
-    append_latent.out_stride = row;
+    append_latent.out_rows = rows_of(cache);
     append_latent.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, tokens,
                                                cache.size(0) * cache.size(1));
     rotate_k.dtype = float_type(k_pe, "k_pe");
@@ -123,7 +125,7 @@ nb::object rope_append_mla(const Tensor& q_pe, const Tensor& k_pe, const Tensor&
     rotate_k.out_dtype = append_latent.out_dtype;
     const int64_t element = rotate_k.out_dtype == DType::kFloat32 ? 4 : 2;
     rotate_k.out = static_cast<char*>(append_latent.out) + latent.size(1) * element;
-    rotate_k.out_stride = row;
+    rotate_k.out_rows = append_latent.out_rows;
     rotate_k.out_index = append_latent.out_index;
     run(kernels().rope, rotate_q);
     run(kernels().rope, rotate_k);

@@ -75,20 +75,20 @@ void locate(const AttentionParams& p, int64_t row, int64_t start, int64_t count,
             const KV** values) {
     const KV* const all_keys = static_cast<const KV*>(p.keys);
     const KV* const all_values = static_cast<const KV*>(p.values);
-    const auto put = [&](int64_t token, int64_t i, int64_t end) {
-        const KV* key = all_keys + token * p.key_stride;
-        const KV* value = all_values + token * p.value_stride;
+    const auto put = [&](int64_t page, int64_t token, int64_t i, int64_t end) {
+        const KV* key = all_keys + page * p.key_page_stride + token * p.key_stride;
+        const KV* value = all_values + page * p.value_page_stride + token * p.value_stride;
         for (; i < end; ++i, key += p.key_stride, value += p.value_stride) {
             keys[i] = key;
             values[i] = value;
         }
     };
-    if (p.k_start != nullptr) return put(p.k_start[row] + start, 0, count);
+    if (p.k_start != nullptr) return put(0, p.k_start[row] + start, 0, count);
     const int32_t* const pages = p.page_table + p.slots[row] * p.max_pages;
     int64_t page = start / p.page_size, offset = start % p.page_size;
     for (int64_t i = 0; i < count; ++page, offset = 0) {
         const int64_t end = min_of(count, i + p.page_size - offset);
-        put(pages[page] * p.page_size + offset, i, end);
+        put(pages[page], offset, i, end);
         i = end;
     }
 }

@@ -239,7 +239,9 @@ class StreamWorker {
 
     template <int kRows>
     void values(const KV* const* values, int64_t count, float* partial) {
-        constexpr int kVecs = kRows == 8 ? 2 : 4;
+        constexpr int kVecs = kRows == 8   ? 2
+                              : kRows == 4 ? 4
+                                           : 8;  // as many sums as registers hold
         int64_t n = 0;
         for (; n + kVecs * kLanes <= p_.value_dim; n += kVecs * kLanes) {
             few_values<kRows, kVecs>(values, count, n, partial);
@@ -274,7 +276,7 @@ class StreamWorker {
             if (column == 0) fetch(k, 2);
             const KV* const even = values[k] + offset;
             const KV* const odd = k + 1 < count ? values[k + 1] + offset : nullptr;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int v = 0; v < kVecs; v += 2) {
                 const VecHH a = value_halves(even, column, v);
                 const VecHH b = odd != nullptr ? value_halves(odd, column, v) : VecHH{};

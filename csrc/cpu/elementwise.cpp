@@ -90,7 +90,7 @@ void rope_token(const RopeParams& p, int64_t token) {
     const int64_t row = p.out_index != nullptr ? p.out_index[token] : token;
     for (int64_t head = 0; head < p.num_heads; ++head) {
         const T* const x = static_cast<const T*>(p.x) + token * p.x_stride + head * p.x_head_stride;
-        To* const out = static_cast<To*>(p.out) + row * p.out_stride + head * p.head_dim;
+        To* const out = static_cast<To*>(p.out) + p.out_rows.at(row, head);
         if (p.interleaved) {
             rotate_pairs(x, cos, cos + half, half, out);
         } else {
@@ -133,39 +133,33 @@ void quantize_row(const T* x, int64_t size, char* out) {
     __builtin_memcpy(out + size, &scale, sizeof(scale));
 }
 
-// A cache row holds a scale for every head: that many bytes more than features.
-template <typename T>
-void append_int8(const AppendParams& p) {
-    const int64_t heads = (p.out_stride - p.size) / static_cast<int64_t>(sizeof(float));
-    const int64_t size = p.size / heads;
-    parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; ++token) {
-            const T* const x = static_cast<const T*>(p.x) + token * p.x_stride;
-            char* const out = static_cast<char*>(p.out) + p.out_index[token] * p.out_stride;
-            for (int64_t head = 0; head < heads; ++head) {
-                quantize_row(x + head * size, size,
-                             out + head * (size + static_cast<int64_t>(sizeof(float))));
-            }
-        }
-    });
+// Calls put(from, to) for each head of each token; To is char for int8 rows.
+template <typename T, typename To, typename Put>
+void append_heads(const AppendParams& p, const Put& put) {
+    parallel_for(p.num_tokens, rows_per_task(p.num_heads * p.size),
+                 [&](int64_t begin, int64_t end) {
+                     for (int64_t token = begin; token < end; ++token) {
+                         const T* const x = static_cast<const T*>(p.x) + token * p.x_stride;
+                         for (int64_t head = 0; head < p.num_heads; ++head) {
+                             put(x + head * p.size,
+                                 static_cast<To*>(p.out) + p.out_rows.at(p.out_index[token], head));
+                         }
+                     }
+                 });
 }
 
 }  // namespace
 
 void append(const AppendParams& p) {
-    if (p.out_dtype == DType::kInt8Row) {
-        return with_type(p.dtype, [&](auto from) { append_int8<decltype(from)>(p); });
-    }
     with_type(p.dtype, [&](auto from) {
+        using T = decltype(from);
+        if (p.out_dtype == DType::kInt8Row) {
+            return append_heads<T, char>(
+                p, [&](const T* x, char* out) { quantize_row(x, p.size, out); });
+        }
         with_type(p.out_dtype, [&](auto to) {
-            using T = decltype(from);
             using To = decltype(to);
-            parallel_for(p.num_tokens, rows_per_task(p.size), [&](int64_t begin, int64_t end) {
-                for (int64_t token = begin; token < end; ++token) {
-                    copy(static_cast<const T*>(p.x) + token * p.x_stride, p.size,
-                         static_cast<To*>(p.out) + p.out_index[token] * p.out_stride);
-                }
-            });
+            append_heads<T, To>(p, [&](const T* x, To* out) { copy(x, p.size, out); });
         });
     });
 }

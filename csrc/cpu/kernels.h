@@ -25,6 +25,16 @@ struct NormParams {
     void* sum;  // [num_tokens, size], or null without residual
 };
 
+// Where the heads of a token stand in a cache whose pages and heads may lie in any order, or, with
+// pages of one row, in an array.
+struct CacheRows {
+    int64_t page_size, page_stride, stride, head_stride;
+
+    int64_t at(int64_t row, int64_t head) const {
+        return row / page_size * page_stride + row % page_size * stride + head * head_stride;
+    }
+};
+
 // Rotates `num_heads` heads a token and puts them in `out`, or in the rows of a cache.
 struct RopeParams {
     DType dtype, out_dtype;
@@ -33,20 +43,20 @@ struct RopeParams {
     int64_t x_stride, x_head_stride;
     const float* cos_sin;      // [P, rot]
     const int32_t* positions;  // [num_tokens]
-    void* out;                 // row r: num_heads * head_dim elements, out_stride apart
-    int64_t out_stride;
-    const int64_t* out_index;  // [num_tokens] rows of out, or null for r = token
+    void* out;                 // [rows, num_heads] of head_dim elements
+    CacheRows out_rows;
+    const int64_t* out_index;  // [num_tokens] rows of out, or null for the token's own
     bool interleaved;
 };
 
-// Copies `size` elements a token into the rows of a cache.
+// Copies the heads of a token into the rows of a cache.
 struct AppendParams {
     DType dtype, out_dtype;
-    int64_t num_tokens, size;
-    const void* x;  // [num_tokens, size], rows x_stride apart
+    int64_t num_tokens, num_heads, size;
+    const void* x;  // [num_tokens, num_heads, size], rows x_stride apart
     int64_t x_stride;
-    void* out;
-    int64_t out_stride;
+    void* out;                 // [rows, num_heads] of size elements; int8: and of a scale
+    CacheRows out_rows;        // of int8: bytes
     const int64_t* out_index;  // [num_tokens]
 };
 
@@ -61,9 +71,10 @@ struct AttentionParams {
     int64_t q_stride, q_head_stride;
     const void* q_tail;  // [num_tokens, num_heads, q_tail_dim]
     int64_t q_tail_stride, q_tail_head_stride;
-    const void* keys;    // token t of a page (or in line): + t * key_stride, head h as well
+    const void* keys;  // page + token t of it (or t in line) * key_stride + head * key_head_stride
     const void* values;  // the same; strides of int8 rows count bytes
-    int64_t key_stride, key_head_stride, value_stride, value_head_stride;
+    int64_t key_page_stride, key_stride, key_head_stride;
+    int64_t value_page_stride, value_stride, value_head_stride;
     const void* k_tail;  // [keys, q_tail_dim] of all heads, or null
     int64_t k_tail_stride;
     int64_t page_size, max_pages;

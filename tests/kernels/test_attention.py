@@ -88,7 +88,7 @@ def test_wrong_arguments_are_named() -> None:
         (0, "q", q[:, :3]),
         (0, "q", q.double()),
         (1, "key_cache", keys[..., :16]),
-        (1, "key_cache", keys.transpose(0, 1)),
+        (1, "key_cache", keys.transpose(2, 3).contiguous().transpose(2, 3)),
         (2, "value_cache", keys.bfloat16()),
         (3, "page_table", batch.page_table.long()),
         (4, "slots", batch.slots + 100),

@@ -47,6 +47,35 @@ def test_int8_rows(isa: str, heads: int, kv_heads: int, dim: int, dtype: torch.d
     close(_cpu.attention_gqa(q, *caches, *batch.tables(), dim**-0.5), expected, dtype)
 
 
+def by_head(cache: Tensor) -> Tensor:
+    """The same cache, each head's rows of a page one after the other."""
+    return cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.uint8])
+def test_heads_may_lie_apart(isa: str, held: torch.dtype) -> None:
+    """Same bits, and rows are appended to the same places, by kernel and reference."""
+    dtype, dim = torch.float32 if held == torch.float32 else torch.bfloat16, 64
+    batch = ragged(ROWS, 16)
+    pages = [batch.cache(2, dim, dtype=dtype, seed=s) for s in (2, 3)]
+    if held == torch.uint8:
+        pages = [packed(cache) for cache in pages]
+    q, k, v = (rand(3, heads, dim, dtype=dtype, seed=heads) for heads in (4, 2, 2))
+    angles, positions = rand(9, 16, dtype=torch.float32), torch.tensor([0, 3, 8]).int()
+    index = torch.arange(3) * 17  # pages and places of all kinds
+    for append in (_cpu.rope_append_gqa, rope_append_gqa):
+        dense, apart = [cache.clone() for cache in pages], [by_head(cache) for cache in pages]
+        for caches in (dense, apart):
+            append(q, k, v, angles, positions, index, *caches, False)
+        for one, other, before in zip(dense, apart, pages, strict=True):
+            assert not other.is_contiguous()
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+            assert not torch.equal(one[0, 0], before[0, 0])
+    q = rand(batch.num_tokens, 4, dim, dtype=dtype)
+    found = _cpu.attention_gqa(q, *(by_head(cache) for cache in pages), *batch.tables(), 0.125)
+    assert torch.equal(found, _cpu.attention_gqa(q, *pages, *batch.tables(), 0.125))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_append_is_the_references(isa: str, dtype: torch.dtype) -> None:
     """Codes may differ by one where products of the rotation were rounded otherwise."""

@@ -15,7 +15,11 @@ FREE_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
 
 
 class KVCache:
-    """One tuple of tensors per layer, each [num_pages, page_size, *shape]; contents undefined."""
+    """One tuple of tensors per layer, each [num_pages, page_size, *shape]; contents undefined.
+
+    On a CPU the rows of a head lie one after the other in a page: a core reads a few long stretches
+    of memory faster than many short ones.
+    """
 
     def __init__(
         self,
@@ -27,17 +31,21 @@ class KVCache:
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
         self.layers = [
-            tuple(
-                torch.empty((num_pages, page_size, *shape), dtype=spec.dtype, device=device)
-                for shape in spec.shapes
-            )
-            for spec in specs
+            tuple(self._pages(shape, spec.dtype, device) for shape in spec.shapes) for spec in specs
         ]
-        if device.type == "cpu":
-            from tokenspeed import _cpu
 
-            for tensor in (tensor for tensors in self.layers for tensor in tensors):
-                _cpu.prefer_huge_pages(tensor)
+    def _pages(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        if device.type != "cpu":
+            size = (self.num_pages, self.page_size, *shape)
+            return torch.empty(size, dtype=dtype, device=device)
+        from tokenspeed import _cpu
+
+        *heads, features = shape
+        pages = torch.empty((self.num_pages, *heads, self.page_size, features), dtype=dtype)
+        _cpu.prefer_huge_pages(pages)
+        return pages.transpose(1, 2) if heads else pages
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages of every layer; both [n] int64."""

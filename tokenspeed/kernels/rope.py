@@ -44,12 +44,14 @@ def rope_append_gqa(
 
     positions[T] int32, cache_index[T] int64, key_cache [num_pages, page_size, Hk, D], value_cache
     [num_pages, page_size, Hk, Dv], of any float dtype, or uint8 with rows of D + 4 and Dv + 4
-    (`kv_int8.py`). q, k, v may be strided over tokens.
+    (`kv_int8.py`); the caches' pages, rows and heads may lie in any order. q, k, v may be strided
+    over tokens.
     """
     turned = rotate(k, cos_sin, positions, interleaved)
+    page, place = cache_index // key_cache.shape[1], cache_index % key_cache.shape[1]
     for rows, cache in ((turned, key_cache), (v, value_cache)):
         held = pack_int8(rows) if cache.dtype == torch.uint8 else rows.to(cache.dtype)
-        cache.view(-1, *cache.shape[2:])[cache_index] = held
+        cache[page, place] = held
     return rotate(q, cos_sin, positions, interleaved)
 
 
