@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenspeed.kernels.registry import pack_of
+from tokenspeed.kernels.registry import Kernel, pack_of
 from tokenspeed.layers.batch import ForwardBatch, LongRows, RowSet
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Source, Target
@@ -73,23 +73,26 @@ class AbsorbedKv(Layer):
     def pack_weights(self) -> None:
         """Keeps kv_b_proj itself too, for keys and values of all heads in one product."""
         whole = torch.cat([self.w_uk.transpose(1, 2), self.w_uv], dim=1).flatten(0, 1)
-        pack = pack_of(self.make)
-        self.w_kv: Any = whole if pack is None else pack(whole)
+        self.packed_kv = _packed(self.make, whole)
+        self.packed_uk, self.packed_uv = _packed(self.up, self.w_uk), _packed(self.down, self.w_uv)
+        for name, packed in (("w_uk", self.packed_uk), ("w_uv", self.packed_uv)):
+            if packed is not self.get_parameter(name):
+                self.give_up(name)
 
     def absorb_query(self, q_nope: Tensor) -> Tensor:
         """[T, H, nope] -> [T, H, latent]"""
-        y: Tensor = self.up(q_nope, self.w_uk)
+        y: Tensor = self.up(q_nope, self.packed_uk)
         return y
 
     def expand_value(self, latent: Tensor) -> Tensor:
         """[T, H, latent] -> [T, H, value]"""
-        y: Tensor = self.down(latent, self.w_uv)
+        y: Tensor = self.down(latent, self.packed_uv)
         return y
 
     def make_keys(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """[S, latent] -> keys without position [S, H, nope], values [S, H, value]"""
         heads, _, nope = self.w_uk.shape
-        both = self.make(latent, self.w_kv, None).view(len(latent), heads, -1)
+        both = self.make(latent, self.packed_kv, None).view(len(latent), heads, -1)
         return both[..., :nope], both[..., nope:]
 
     def sources(self) -> Iterator[Source]:
@@ -105,6 +108,12 @@ class AbsorbedKv(Layer):
         both = tensor.view(heads, -1, latent)
         self.w_uk.copy_(both[:, :nope].transpose(1, 2))
         self.w_uv.copy_(both[:, nope:])
+
+
+def _packed(kernel: Kernel, weight: Tensor) -> Any:
+    """A weight that is never quantised, as its kernel wants it."""
+    pack = pack_of(kernel)
+    return weight if pack is None else pack(weight)
 
 
 class MlaAttention(Layer):
