@@ -2,9 +2,10 @@
 // Matrix products on small tiles, for every kernel that multiplies. Knows memory layouts, no op.
 //
 // Two ways to form C[m][n] = sum over k of A[m][k] * B[n][k]:
-//   dots:   both are read as they stand, along k. For weights, whatever the number of rows.
-//   panels: B is repacked so that kPanel values of n stand side by side, then A's elements are
-//           broadcast. For keys and values, where many rows share one packing.
+//   dots:   both are read as they stand, along k. For a few queries, and for weights that are also
+//           read otherwise (a tied embedding), whatever the number of rows.
+//   panels: kPanel values of n stand side by side, and A's elements are broadcast. For values of a
+//           cache (attention_lanes.h), and for weights that are packed as they load (packed.h).
 // Each way sums over k in one order of its own, in float32, whatever the number of rows: a row of C
 // never depends on the rows beside it. Every product with a weight goes the same way, so a token's
 // numbers depend on no batch.
@@ -91,89 +92,6 @@ inline VecU words_part(const From* from, int64_t left) {
 }
 
 // ---- Panels ----------------------------------------------------------------------------------
-
-// C[m][0 : kPanel] (+)= A[m][...] * panel. A: words [rows][words], a_stride words apart; panel:
-// words [words][kPanel]; C: c_stride floats apart.
-template <class P, int kRows>
-inline void panel_tile(const uint32_t* a, int64_t a_stride, const uint32_t* panel, int64_t words,
-                       float* c, int64_t c_stride, bool accumulate) {
-    Vec sums[kRows][kPanelVecs];
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kPanelVecs; ++n) {
-            sums[m][n] = accumulate ? load(c + m * c_stride + n * kLanes) : Vec{};
-        }
-    }
-    for (int64_t k = 0; k < words; ++k) {
-        VecU b[kPanelVecs];
-#pragma GCC unroll 4
-        for (int n = 0; n < kPanelVecs; ++n) b[n] = load_raw<VecU>(panel + k * kPanel + n * kLanes);
-#pragma GCC unroll 8
-        for (int m = 0; m < kRows; ++m) {
-            const VecU word = splat(load_raw<uint32_t>(a + m * a_stride + k));
-#pragma GCC unroll 4
-            for (int n = 0; n < kPanelVecs; ++n) sums[m][n] = P::mac(sums[m][n], word, b[n]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < kRows; ++m) {
-#pragma GCC unroll 4
-        for (int n = 0; n < kPanelVecs; ++n) store(c + m * c_stride + n * kLanes, sums[m][n]);
-    }
-}
-
-template <class P>
-inline void panel_product(int64_t rows, const uint32_t* a, int64_t a_stride, const uint32_t* panel,
-                          int64_t words, float* c, int64_t c_stride, bool accumulate) {
-    int64_t m = 0;
-    for (; m + kTileRows <= rows; m += kTileRows) {
-        panel_tile<P, kTileRows>(a + m * a_stride, a_stride, panel, words, c + m * c_stride,
-                                 c_stride, accumulate);
-    }
-    const uint32_t* const rest = a + m * a_stride;
-    float* const out = c + m * c_stride;
-    switch (rows - m) {
-        case 1:
-            return panel_tile<P, 1>(rest, a_stride, panel, words, out, c_stride, accumulate);
-        case 2:
-            return panel_tile<P, 2>(rest, a_stride, panel, words, out, c_stride, accumulate);
-        case 3:
-            return panel_tile<P, 3>(rest, a_stride, panel, words, out, c_stride, accumulate);
-        case 4:
-            return panel_tile<P, 4>(rest, a_stride, panel, words, out, c_stride, accumulate);
-        case 5:
-            return panel_tile<P, 5>(rest, a_stride, panel, words, out, c_stride, accumulate);
-    }
-}
-
-// Packs `count` <= kLanes rows (row(i) is the address of row i's first element) of `size` elements
-// as lanes `lane` and up of a panel: word k of row i goes to panel[k * kPanel + lane + i]. Missing
-// rows and elements up to a whole word are zero.
-template <class P, typename From, typename Row>
-inline void pack_lanes(const Row& row, int64_t count, int64_t size, uint32_t* panel, int64_t lane) {
-    constexpr int64_t kStep = kLanes * P::kPerWord;  // elements a vector of words holds
-    for (int64_t k = 0; k < size; k += kStep) {
-        VecU words_of[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-            if (i >= count) {
-                words_of[i] = VecU{};
-            } else {
-                words_of[i] =
-                    k + kStep <= size ? words<P>(row(i) + k) : words_part<P>(row(i) + k, size - k);
-            }
-        }
-        transpose(words_of);
-        const int64_t first = k / P::kPerWord;
-        const int64_t left = div_ceil(size - k, P::kPerWord);
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-            if (i >= left) break;
-            __builtin_memcpy(panel + (first + i) * kPanel + lane, &words_of[i], sizeof(VecU));
-        }
-    }
-}
 
 // Packs rows as successive k: `a` (even k) and `b` (odd k; null for zeros; unused for Floats) of
 // `size` elements are spread over panels of kPanel columns, `panel_words` apart. Columns past
