@@ -32,6 +32,12 @@ void check_rows(const AttentionParams& p) {
     }
 }
 
+// Of scores: the largest product must make the largest score.
+float scale_of(double scale) {
+    expect(scale > 0.0, "scale", "must be positive");
+    return static_cast<float>(scale);
+}
+
 // Fills what both attentions share. q: [T, H, D], queries or their first part.
 AttentionParams attention_params(const Tensor& q, const char* name, const Tensor& cache,
                                  const char* cache_name, const Tensor& page_table,
@@ -60,7 +66,7 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
     p.kv_len = vector_of<int32_t>(kv_len, "kv_len", python::kInt32, p.num_rows);
-    p.scale = static_cast<float>(scale);
+    p.scale = scale_of(scale);
     p.causal = true;
     check_values([p] { check_rows(p); });
     return p;
@@ -180,7 +186,7 @@ nb::tuple attention_ragged(const Tensor& q, const Tensor& k, const Tensor& v, co
         check_bounds(p.q_start, p.num_rows, p.num_tokens, "q_start");
         check_bounds(p.k_start, p.num_rows, keys, "k_start");
     });
-    p.scale = static_cast<float>(scale);
+    p.scale = scale_of(scale);
     p.causal = causal;
     Tensor out = q.empty({p.num_tokens, p.num_heads, p.value_dim});
     Tensor lse = q.empty({p.num_tokens, p.num_heads}, python::kFloat32);

@@ -45,8 +45,8 @@ Item* list_row(const AttentionParams& p, const AttentionShape& s, int64_t row, I
 
 template <typename Worker>
 void whole_item(Worker& worker, const AttentionParams& p, const AttentionShape& s, const Item& item,
-                float* total, float* next) {
-    worker.open(item);
+                const Item* following, float* total, float* next) {
+    worker.open(item, following);
     const Spans spans(p, s, item);
     if (spans.first == spans.last) worker.clear(total);
     for (int64_t span = spans.first; span < spans.last; ++span) {
@@ -74,14 +74,26 @@ void with_worker(const AttentionParams& p, const AttentionShape& s, const Item& 
     body(worker);
 }
 
+// Short streamed items in a row, so that a thread knows what it reads next; others one by one, so
+// that threads end together.
+int64_t items_at_once(const AttentionParams& p, const Item* items, int64_t num_items) {
+    constexpr int64_t kSpansAtOnce = 8;
+    for (int64_t i = 0; i < num_items; ++i) {
+        if (!items[i].streamed) return 1;
+    }
+    const int64_t most = num_items / (2 * num_threads());
+    return max_of<int64_t>(1, min_of(kSpansAtOnce / count_spans(p), most));
+}
+
 template <typename Q, typename KV>
 void whole_items(const AttentionParams& p, const AttentionShape& s, const Item* items,
                  int64_t num_items) {
-    parallel_for(num_items, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(num_items, items_at_once(p, items, num_items), [&](int64_t begin, int64_t end) {
         float* const memory = scratch_of<float>(1, 2 * s.partial_floats);
         for (int64_t i = begin; i < end; ++i) {
+            const Item* const following = i + 1 < end ? items + i + 1 : nullptr;
             with_worker<Q, KV>(p, s, items[i], [&](auto& worker) {
-                whole_item(worker, p, s, items[i], memory, memory + s.partial_floats);
+                whole_item(worker, p, s, items[i], following, memory, memory + s.partial_floats);
             });
         }
     });
@@ -100,7 +112,7 @@ void split_items(const AttentionParams& p, const AttentionShape& s, const Item* 
             const int64_t item = task / max_spans, place = task % max_spans;
             const Spans spans(p, s, items[item]);
             with_worker<Q, KV>(p, s, items[item], [&](auto& worker) {
-                worker.open(items[item]);
+                worker.open(items[item], nullptr);
                 if (spans.first + place < spans.last) {
                     worker.attend(spans.first + place, partial(item, place));
                 } else if (place == 0) {
@@ -113,7 +125,7 @@ void split_items(const AttentionParams& p, const AttentionShape& s, const Item* 
         for (int64_t i = begin; i < end; ++i) {
             const Spans spans(p, s, items[i]);
             with_worker<Q, KV>(p, s, items[i], [&](auto& worker) {
-                worker.open(items[i]);
+                worker.open(items[i], nullptr);
                 for (int64_t place = 1; place < spans.last - spans.first; ++place) {
                     worker.merge(partial(i, 0), partial(i, place));
                 }

@@ -120,11 +120,12 @@ struct Operands<Q, Int8Row> {
     using P = Product<Q, Q>;
 };
 
+// What is taken from scores of which `top` is the largest: finite, so that a row that sees no key
+// gets weights of 0.
+inline Vec shift_of(Vec top) { return top == -kInfinity ? Vec{} : top; }
+
 // 2^(a - b) where b is the larger of the two or both are -infinity (then 1 for the new sum 0).
-inline Vec share(Vec score, Vec top) {
-    const Vec shift = top == -kInfinity ? Vec{} : top;
-    return exp2(score - shift);
-}
+inline Vec share(Vec score, Vec top) { return exp2(score - shift_of(top)); }
 
 // Two weights of successive keys as a word of a product, in each lane.
 template <class P>

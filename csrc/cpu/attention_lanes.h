@@ -106,7 +106,7 @@ class LaneWorker {
     }
 
     // Packs the item's queries; attend() then refers to it.
-    void open(const Item& item) {
+    void open(const Item& item, const Item*) {
         item_ = item;
         for (int64_t i = 0; i < div_ceil(item.count, kPitch) * kPitch; ++i) {
             const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
@@ -125,25 +125,22 @@ class LaneWorker {
 
     void clear(float* partial) const {
         for (int64_t panel = 0; panel * kPitch < item_.count; ++panel) {
-            float* const out = panel_of(partial, panel);
-            __builtin_memset(out, 0, static_cast<size_t>((value_rows_ + 2) * kPitch) * 4);
-            float* const top = out + value_rows_ * kPitch;
-            for (int64_t lane = 0; lane < kPitch; ++lane) top[lane] = -kInfinity;
+            clear_panel(panel_of(partial, panel));
         }
     }
 
-    // The item over the keys of one span.
+    // The item over the keys of one span. Overwrites `partial`.
     void attend(int64_t span, float* partial) {
-        clear(partial);
         const int64_t last = visible(p_, s_, item_.row, item_.first + item_.count - 1);
         const int64_t start = span * kSpan, count = min_of(last - start, kSpan);
-        locate(p_, item_.row, start, count, keys_, values_);
+        const int64_t located = min_of(last - start, kSpan + kBlock);
+        locate(p_, item_.row, start, located, keys_, values_);
         for (int64_t at = 0; at < count; at += kBlock) {
             const int64_t size = min_of(kBlock, count - at);
             next_keys_ = keys_ + at + size;
             next_values_ = values_ + at + size;
-            num_next_ = min_of(kBlock, count - at - size);
-            block(start + at, keys_ + at, values_ + at, size, partial);
+            num_next_ = min_of(kBlock, located - at - size);
+            block(start + at, keys_ + at, values_ + at, size, at == 0, partial);
         }
     }
 
@@ -195,6 +192,12 @@ class LaneWorker {
         return partial + panel * (value_rows_ + 2) * kPitch;
     }
 
+    void clear_panel(float* out) const {
+        __builtin_memset(out, 0, static_cast<size_t>((value_rows_ + 2) * kPitch) * 4);
+        float* const top = out + value_rows_ * kPitch;
+        for (int64_t lane = 0; lane < kPitch; ++lane) top[lane] = -kInfinity;
+    }
+
     Q* out_row(int64_t i) const {
         const int64_t flat = item_.first + i;
         const int64_t token = p_.q_start[item_.row] + flat / s_.group;
@@ -232,15 +235,20 @@ class LaneWorker {
         }
     }
 
+    // `fresh`: nothing stands in `partial` yet.
     void block(int64_t start, const KV* const* keys, const KV* const* values, int64_t count,
-               float* partial) {
+               bool fresh, float* partial) {
         const uint32_t* rows[kBlock];
         place_keys(keys, count, rows);
         pack_values(values, count);
         for (int64_t panel = 0; panel * kPitch < item_.count; ++panel) {
-            const int64_t left = item_.count - panel * kPitch;
+            const int64_t first = panel * kPitch, left = item_.count - first;
+            if (!sees(first, min_of(left, kPitch), start, count)) {
+                if (fresh) clear_panel(panel_of(partial, panel));
+                continue;
+            }
             with_vecs(div_ceil(min_of(left, kPitch), kLanes), [&](auto vecs) {
-                attend_panel<decltype(vecs)::value>(panel, start, rows, count,
+                attend_panel<decltype(vecs)::value>(panel, start, rows, count, fresh,
                                                     panel_of(partial, panel));
             });
         }
@@ -301,7 +309,7 @@ class LaneWorker {
 
     template <int kVecs>
     void attend_panel(int64_t panel, int64_t start, const uint32_t* const* rows, int64_t count,
-                      float* out) {
+                      bool fresh, float* out) {
         constexpr int kRows = kTile<kVecs>;
         const uint32_t* const queries = queries_ + panel * key_words_ * kPitch;
         for (int64_t n = 0; n < count; n += kRows) {
@@ -313,13 +321,9 @@ class LaneWorker {
             lane_tile<P, kVecs>([&](int m, int64_t k) { return load_raw<uint32_t>(tile[m] + k); },
                                 queries, key_words_, scores_ + n * kPitch, false);
         }
-        bool moved = false;
         Vec shrink[kVecs];
-        for (int v = 0; v < kVecs; ++v) {
-            float* const state = out + value_rows_ * kPitch + v * kLanes;
-            moved |=
-                soften(panel * kPitch + v * kLanes, v * kLanes, start, count, state, shrink[v]);
-        }
+        hide(panel * kPitch, kVecs * kLanes, start, count);
+        const bool moved = soften(count, fresh, out + value_rows_ * kPitch, shrink) && !fresh;
         const int64_t words = div_ceil(count, kPerWord);
         for (int64_t n = 0; n < value_rows_; n += kRows) {
             float* const c = out + n * kPitch;
@@ -331,48 +335,69 @@ class LaneWorker {
             }
             const uint32_t* const from = values_words_ + n;
             lane_tile<P, kVecs>([&](int m, int64_t k) { return from[k * value_pitch_ + m]; },
-                                weights_, words, c, true);
+                                weights_, words, c, !fresh);
         }
     }
 
-    // Scores of kLanes flat rows -> weights. `shrink` is what their results so far must be
-    // multiplied with; false if that is 1 everywhere.
-    bool soften(int64_t i, int64_t lane, int64_t start, int64_t count, float* state, Vec& shrink) {
-        const float factor = p_.scale * kLog2E;
-        const VecI limit = load_raw<VecI>(limits_ + i) - static_cast<int32_t>(start);
-        const VecI low = load_raw<VecI>(lows_ + i) - static_cast<int32_t>(start);
+    // Whether any of the flat rows [i, i + rows) sees one of `count` keys from `start` on.
+    bool sees(int64_t i, int64_t rows, int64_t start, int64_t count) const {
+        return limits_[i + rows - 1] > start && lows_[i] < start + count;
+    }
+
+    // Takes out the scores of keys that flat rows [i, i + lanes) do not see.
+    void hide(int64_t i, int64_t lanes, int64_t start, int64_t count) {
         const int64_t even = div_ceil(count, kPerWord) * kPerWord;
-        const Vec old_top = load(state);
-        Vec top = old_top;
-        if (limits_[i] - start >= even && lows_[i + kLanes - 1] <= start) {
-            for (int64_t n = 0; n < even; ++n) {
-                float* const at = scores_ + n * kPitch + lane;
-                const Vec score = load(at) * factor;
-                store(at, score);
-                top = max_of(top, score);
-            }
-        } else {
+        if (limits_[i] - start >= even && lows_[i + lanes - 1] <= start) return;
+        for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+            const VecI limit = load_raw<VecI>(limits_ + i + lane) - static_cast<int32_t>(start);
+            const VecI low = load_raw<VecI>(lows_ + i + lane) - static_cast<int32_t>(start);
             for (int64_t n = 0; n < even; ++n) {
                 float* const at = scores_ + n * kPitch + lane;
                 const VecI key = VecI{} + static_cast<int32_t>(n);
-                const VecI hidden = (key >= limit) | (key < low);
-                const Vec score = hidden ? splat(-kInfinity) : load(at) * factor;
-                store(at, score);
-                top = max_of(top, score);
+                store(at, (key >= limit) | (key < low) ? splat(-kInfinity) : load(at));
             }
         }
-        shrink = share(old_top, top);
-        Vec sum = load(state + kPitch) * shrink;
-        for (int64_t n = 0; n < even; n += kPerWord) {
-            const float* const at = scores_ + n * kPitch + lane;
-            const VecU word = weight_words<P>(share(load(at), top),
-                                              share(load(at + (kPerWord - 1) * kPitch), top));
-            __builtin_memcpy(weights_ + n / kPerWord * kPitch + lane, &word, sizeof(word));
-            sum = P::mac(sum, word, one_words<P>());
+    }
+
+    // Scores -> weights. `shrink` is what the results so far must be multiplied with; false if that
+    // is 1 everywhere.
+    template <int kVecs>
+    bool soften(int64_t count, bool fresh, float* state, Vec (&shrink)[kVecs]) {
+        const float factor = p_.scale * kLog2E;
+        const int64_t even = div_ceil(count, kPerWord) * kPerWord;
+        Vec tops[kVecs], shifts[kVecs], sums[kVecs];
+        for (int v = 0; v < kVecs; ++v) {
+            tops[v] = fresh ? splat(-kInfinity) : load(state + v * kLanes);
         }
-        store(state, top);
-        store(state + kPitch, sum);
-        return any(shrink != 1.0f);
+        for (int64_t n = 0; n < even; ++n) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) {
+                tops[v] = max_of(tops[v], load(scores_ + n * kPitch + v * kLanes) * factor);
+            }
+        }
+        bool moved = false;
+        for (int v = 0; v < kVecs; ++v) {
+            float* const top = state + v * kLanes;
+            shifts[v] = shift_of(tops[v]);
+            shrink[v] = fresh ? Vec{} : share(load(top), tops[v]);
+            sums[v] = fresh ? Vec{} : load(top + kPitch) * shrink[v];
+            store(top, tops[v]);
+            moved |= any(shrink[v] != 1.0f);
+        }
+        for (int64_t n = 0; n < even; n += kPerWord) {
+#pragma GCC unroll 4
+            for (int v = 0; v < kVecs; ++v) {
+                const float* const at = scores_ + n * kPitch + v * kLanes;
+                const Vec first = exp2(load(at) * factor - shifts[v]);
+                const Vec second = exp2(load(at + (kPerWord - 1) * kPitch) * factor - shifts[v]);
+                const VecU word = weight_words<P>(first, second);
+                __builtin_memcpy(weights_ + n / kPerWord * kPitch + v * kLanes, &word,
+                                 sizeof(word));
+                sums[v] = P::mac(sums[v], word, one_words<P>());
+            }
+        }
+        for (int v = 0; v < kVecs; ++v) store(state + kPitch + v * kLanes, sums[v]);
+        return moved;
     }
 
     static bool any(VecI mask) {
@@ -410,8 +435,8 @@ class LaneWorker {
     const KV* const* next_keys_ = nullptr;  // of the block after the one in work
     const KV* const* next_values_ = nullptr;
     int64_t num_next_ = 0;
-    const KV* keys_[kSpan];
-    const KV* values_[kSpan];
+    const KV* keys_[kSpan + kBlock];
+    const KV* values_[kSpan + kBlock];
 };
 
 }  // namespace tokenspeed::cpu::TS_ISA

@@ -37,8 +37,10 @@ class StreamWorker {
         return kStreamed * (p.value_dim + 2);
     }
 
-    void open(const Item& item) {
+    // `following`: the item that this worker's thread takes next, if it is known.
+    void open(const Item& item, const Item* following) {
         item_ = item;
+        following_ = following;
         rows_ = item.count <= 2 ? item.count : item.count <= 4 ? 4 : 8;
         for (int64_t i = 0; i < rows_; ++i) {
             const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
@@ -60,7 +62,9 @@ class StreamWorker {
         clear(partial);
         const int64_t last = visible(p_, s_, item_.row, item_.first + item_.count - 1);
         const int64_t start = span * kSpan, count = min_of(last - start, kSpan);
-        locate(p_, item_.row, start, count, keys_, values_);
+        int64_t located = min_of(last - start, kSpan + kBlock);
+        locate(p_, item_.row, start, located, keys_, values_);
+        if (located <= kSpan && following_ != nullptr) located += locate_following(located);
         for (int64_t at = 0; at < count; at += kBlock) {
             const int64_t size = min_of(kBlock, count - at);
             with_rows([&](auto rows) {
@@ -70,7 +74,7 @@ class StreamWorker {
                     scores<kRows>(keys_ + at + n, min_of<int64_t>(kLanes, size - n), n);
                 }
                 for (int i = 0; i < kRows; ++i) soften(i, start + at, size, partial);
-                ahead_of(keys_ + at + size, min_of(kBlock, count - at - size),
+                ahead_of(keys_ + at + size, min_of(kBlock, located - at - size),
                          item_.head * p_.key_head_stride, s_.key_dim);
                 values<kRows>(values_ + at, size, partial);
             });
@@ -114,6 +118,18 @@ class StreamWorker {
     const float* top_of(const float* partial) const { return partial + rows_ * p_.value_dim; }
     float* sum_of(float* partial) const { return top_of(partial) + rows_; }
     const float* sum_of(const float* partial) const { return top_of(partial) + rows_; }
+
+    // Puts the first block of the following item behind `located` keys; returns how many it has.
+    int64_t locate_following(int64_t located) {
+        const Item& next = *following_;
+        const int64_t end = visible(p_, s_, next.row, next.first + next.count - 1);
+        const int64_t start = Spans(p_, s_, next).first * kSpan;
+        const int64_t count = min_of(kBlock, end - start);
+        locate(p_, next.row, start, count, keys_ + located, values_ + located);
+        const int64_t heads = next.head - item_.head;
+        for (int64_t i = 0; i < count; ++i) keys_[located + i] += heads * p_.key_head_stride;
+        return max_of<int64_t>(count, 0);
+    }
 
     template <typename Body>
     void with_rows(const Body& body) {
@@ -214,20 +230,22 @@ class StreamWorker {
         const float factor = p_.scale * kLog2E;
         Vec largest = splat(-kInfinity);
         for (int64_t n = 0; n < count; n += kLanes) {
-            Vec score = load(scores + n) * factor;
-            for (int64_t lane = 0; lane < kLanes; ++lane) {
-                if (n >= low && n + kLanes <= limit) break;
-                if (n + lane < low || n + lane >= limit) score[lane] = -kInfinity;
+            Vec score = load(scores + n);
+            if (n < low || n + kLanes > limit) {
+                for (int64_t lane = 0; lane < kLanes; ++lane) {
+                    if (n + lane < low || n + lane >= limit) score[lane] = -kInfinity;
+                }
+                store(scores + n, score);
             }
-            store(scores + n, score);
-            largest = max_of(largest, score);
+            largest = max_of(largest, score * factor);
         }
         const Vec old_top = splat(top_of(partial)[i]);
         const Vec top = splat(max_of(old_top[0], reduce_max(largest)));
         const float shrink = share(old_top, top)[0];
+        const Vec shift = shift_of(top);
         Vec sum{};
         for (int64_t n = 0; n < count; n += kLanes) {
-            const Vec weight = share(load(scores + n), top);
+            const Vec weight = exp2(load(scores + n) * factor - shift);
             sum += weight;
             store(weights + n, weight);
         }
@@ -315,6 +333,7 @@ class StreamWorker {
     const AttentionShape& s_;
     const int64_t key_words_;
     Item item_{};
+    const Item* following_ = nullptr;
     int64_t rows_ = 1;                  // of each head, those past item_.count repeat the last
     uint32_t* queries_;                 // [rows][key_words]
     float* scores_;                     // [rows][kBlock]
@@ -323,8 +342,8 @@ class StreamWorker {
     bf16* staged_;                      // [kLanes][key_dim]: keys that were int8
     const KV* const* ahead_ = nullptr;  // rows that come after those in work
     int64_t num_ahead_ = 0, ahead_offset_ = 0, ahead_size_ = 0;
-    const KV* keys_[kSpan];
-    const KV* values_[kSpan];
+    const KV* keys_[kSpan + kBlock];
+    const KV* values_[kSpan + kBlock];
 };
 
 }  // namespace tokenspeed::cpu::TS_ISA

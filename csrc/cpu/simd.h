@@ -159,23 +159,31 @@ inline void store_at(T* to, int64_t i, int64_t n, Vec value) {
     }
 }
 
-// 2^x, within 2e-7 of the value; 0 below 2^-126; NaN stays. REQUIRES: x < 128 or NaN.
+// 2^x, within 2e-7 of the value; below 2^-126 that or 0; NaN stays. REQUIRES: x < 128 or NaN.
 inline Vec exp2(Vec x) {
+    const auto power = [](Vec f) {  // f in [-0.5, 0.5]
+        Vec p = splat(1.5403530e-4f);
+        p = p * f + 1.3333558e-3f;
+        p = p * f + 9.6181291e-3f;
+        p = p * f + 5.5504109e-2f;
+        p = p * f + 2.4022651e-1f;
+        p = p * f + 6.9314718e-1f;
+        return p * f + 1.0f;
+    };
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16)
+    // The scaling makes 0 of -infinity, whatever stands beside it.
+    const __m512 whole = _mm512_roundscale_ps(bit_cast<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+    const Vec p = power(x - bit_cast<Vec>(whole));
+    return bit_cast<Vec>(_mm512_scalef_ps(bit_cast<__m512>(p), whole));
+#else
     const Vec low = splat(-150.0f);
     x = x < low ? low : x;
     const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
     const Vec shifted = x + magic;
-    const Vec f = x - (shifted - magic);  // in [-0.5, 0.5]
     const VecI exponent = bit_cast<VecI>(shifted) - bit_cast<int32_t>(magic);
-    Vec p = splat(1.5403530e-4f);
-    p = p * f + 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.0f;
-    const Vec scaled = p * bit_cast<Vec>((exponent + 127) << 23);
+    const Vec scaled = power(x - (shifted - magic)) * bit_cast<Vec>((exponent + 127) << 23);
     return x < -126.0f ? Vec{} : scaled;
+#endif
 }
 
 inline Vec exp(Vec x) { return exp2(x * kLog2E); }
