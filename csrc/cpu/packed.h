@@ -21,6 +21,8 @@
 namespace tokenspeed::cpu::TS_ISA {
 
 inline constexpr int64_t kBlockBytes = 32768;  // of a panel, kept in the first cache
+inline constexpr int64_t kSmallBlockBytes = 8192;
+inline constexpr int64_t kSmallBlockRows = 24;
 inline constexpr int64_t kAheadBytes = 4096;
 inline constexpr int64_t kLine = 64;
 inline constexpr int64_t kRowLines = kPanelOut * 4 / kLine;  // of a panel's row of words
@@ -29,6 +31,14 @@ inline constexpr int64_t kScaleBytes = kPanelOut * 2;
 static_assert(kPanelOut % (kColumnVecs * kLanes) == 0);
 
 // ---- Memory ------------------------------------------------------------------------------------
+
+// Of a panel, between two turns of the tiles. Memory is waited for with up to kSmallBlockRows rows:
+// a small block stays beside the next one, which comes in meanwhile. More rows are computed longer
+// than that takes (those of int4 twice as long for a byte), and turns cost loads and stores of
+// sums; a single tile needs no turns.
+inline int64_t block_bytes(int64_t rows, int64_t tiles) {
+    return tiles > 1 && rows <= kSmallBlockRows ? kSmallBlockBytes : kBlockBytes;
+}
 
 // What the `index`-th of `count` passes over a block of a panel asks for: a single one what comes
 // soon, several their shares of the next block, so that memory works while they multiply.
@@ -286,12 +296,12 @@ inline void row_tiles(int64_t rows, const Tile& tile) {
 template <bool kPair, typename A>
 inline void plain_panel(int64_t rows, const A* a, int64_t a_stride, const char* panel, int64_t in,
                         float* c) {
-    constexpr int64_t kDepth = kBlockBytes / (kPanelOut * 4);
     constexpr int kPer = kPair ? 2 : 1;
     const int64_t depth = kPair ? div_ceil(in, 2) : in, tiles = num_tiles<kTileRows>(rows);
+    const int64_t step = block_bytes(rows, tiles) / (kPanelOut * 4);
     const uint32_t* const words = reinterpret_cast<const uint32_t*>(panel);
-    for (int64_t k = 0; k < depth; k += kDepth) {
-        const int64_t count = min_of(kDepth, depth - k);
+    for (int64_t k = 0; k < depth; k += step) {
+        const int64_t count = min_of(step, depth - k);
         int64_t index = 0;
         row_tiles<kTileRows>(rows, [&](auto size, int64_t first) {
             const Fetch fetch(panel + k * kPanelOut * 4, count * kPanelOut * 4, index++, tiles);
@@ -317,8 +327,9 @@ template <int kBits>
 inline void code_panel(int64_t rows, const Codes& a, const char* panel, int64_t group, float* c) {
     constexpr int kMany = kPanelVecs == 4 ? 6 : 2, kFew = kPanelVecs == 4 ? 3 : 1;
     const int64_t group_bytes = group * kBits / 32 * kPanelOut * 4 + kScaleBytes;
-    const int64_t step = max_of<int64_t>(1, kBlockBytes / group_bytes);
     const bool few = rows <= kFew;
+    const int64_t step =
+        max_of<int64_t>(1, block_bytes(kBits == 4 ? 2 * rows : rows, few ? 1 : 2) / group_bytes);
     for (int64_t g = 0; g < a.groups; g += step) {
         const int64_t end = min_of(g + step, a.groups);
         const char* const block = panel + g * group_bytes;
