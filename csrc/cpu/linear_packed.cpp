@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t kBlockRows = 192;
 constexpr int64_t kFewRows = 4;  // encoded by the caller's thread alone
+constexpr int64_t kChunks = 16;  // of panels, for each thread
 
 // Row m of c plus the bias into the output.
 template <typename A, typename Out>
@@ -79,7 +80,10 @@ void products(const PackedLinearParams& given) {
     }
     const int64_t blocks = div_ceil(p.num_tokens, kBlockRows), panels = w.num_panels();
     const int64_t block = div_ceil(p.num_tokens, max_of<int64_t>(blocks, 1));
-    parallel_for(heads * panels * blocks, 1, [&](int64_t begin, int64_t end) {
+    // What a panel asks for ahead is the next one's: a thread takes some in a row.
+    const int64_t in_a_row =
+        blocks > 1 ? 1 : max_of<int64_t>(1, heads * panels / (kChunks * num_threads()));
+    parallel_for(heads * panels * blocks, in_a_row, [&](int64_t begin, int64_t end) {
         float* const c = scratch_of<float>(0, block * kPanelOut);
         for (int64_t task = begin; task < end; ++task) {
             const int64_t first = task % blocks * block, head = task / blocks / panels;
