@@ -9,7 +9,8 @@ the reference of logits, and matplotlib for the plot.
 
     python benchmarks/cpu_peers.py [--models dense,mla-moe] [--weights bf16,int8,int4]
         [--engines tokenspeed,llama.cpp,...] [--measures short,long,streams,warm,logits]
-        [--rounds 5] [--peers-dir FOLDER] [--setup-only] [--out FILE]
+        [--kv-bits 16] [--rounds 5]
+        [--peers-dir FOLDER] [--setup-only] [--out FILE]
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 from peers import reference, report, roofs, summary
 from peers.checkpoints import CONFIGS
-from peers.engines import DEFAULT_ENGINES, ENGINES, KV_TOKENS, MODELS
+from peers.engines import ENGINES, KV_TOKENS, MODELS
 from peers.figures import MEASURES, logits_error
 from peers.lineup import Lineup
 from peers.roofs import BITS, Roofs
@@ -50,7 +51,7 @@ def main() -> None:
             latest = roofs.measure(options.threads)  # a roof is what is reached at any time
             measured = Roofs(*map(max, zip(_tuple(measured), _tuple(latest), strict=True)))
     for group in groups:
-        conclude(group, measured)
+        conclude(group, measured, options.kv_bits)
         show(group)
     results |= {"roofs": dataclasses.asdict(measured), "groups": groups}
     if options.out:
@@ -77,7 +78,8 @@ def parse() -> argparse.Namespace:
     every = [*MEASURES, LOGITS]
     parser.add_argument("--models", type=names(list(MODELS)), default=list(MODELS))
     parser.add_argument("--weights", type=names(list(BITS)), default=list(BITS))
-    parser.add_argument("--engines", type=names(list(ENGINES)), default=DEFAULT_ENGINES)
+    parser.add_argument("--engines", type=names(list(ENGINES)), default=list(ENGINES))
+    parser.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: who has them")
     parser.add_argument("--measures", type=names(every), default=every)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help="of engines that start in 20 s")
@@ -93,15 +95,17 @@ def set_up(home: Home, options: argparse.Namespace) -> None:
     """Makes everything that a run would need, and says what cannot be made."""
     for model in options.models:
         for weights in options.weights:
-            lineup = Lineup(home, model, weights, options.threads, wanted(model, weights, options))
+            lineup = line_up(home, model, weights, options)
             lineup.prepare()
         reference.logits(home.model(model))
 
 
-def wanted(model: str, weights: str, options: argparse.Namespace) -> list[str]:
-    """Those of the engines asked for that serve this model with these weights."""
+def line_up(home: Home, model: str, weights: str, options: argparse.Namespace) -> Lineup:
+    """Those of the engines asked for that serve this model with these weights and such KV."""
     engines = [ENGINES[name] for name in options.engines]
-    return [e.name for e in engines if weights in e.formats and model in e.models]
+    able = [e for e in engines if weights in e.formats and model in e.models]
+    names = [e.name for e in able if options.kv_bits == 16 or e.kv8]
+    return Lineup(home, model, weights, options.threads, names, options.kv_bits)
 
 
 def head(options: argparse.Namespace) -> dict[str, Any]:
@@ -122,6 +126,7 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads,
         "rounds": options.rounds,
         "kv_tokens": KV_TOKENS,
+        "kv_bits": options.kv_bits,
     }
 
 
@@ -129,7 +134,7 @@ def run_group(
     home: Home, model: str, weights: str, measured: Roofs, options: argparse.Namespace
 ) -> dict[str, Any]:
     """All rounds of one model with one weight type."""
-    lineup = Lineup(home, model, weights, options.threads, wanted(model, weights, options))
+    lineup = line_up(home, model, weights, options)
     lineup.prepare()
     found: dict[str, dict[str, list[float]]] = {name: {} for name in lineup.ready}
     errors = reference.logits(home.model(model)) if LOGITS in options.measures else None
@@ -207,16 +212,16 @@ def last_words(
         lineup.turn(name, work)
 
 
-def conclude(group: dict[str, Any], measured: Roofs) -> None:
+def conclude(group: dict[str, Any], measured: Roofs, kv_bits: int) -> None:
     """Adds medians, roofs, comparison and limits."""
     model, weights = group["model"], group["weights"]
     config = CONFIGS[model]
     middle = summary.medians(group["rounds"])
     lines = summary.compare(group["rounds"], model, weights)
     group["medians"] = middle
-    group["roof"] = roofs.at_most(config, weights, measured)
+    group["roof"] = roofs.at_most(config, weights, measured, kv_bits)
     group["comparison"] = [dataclasses.asdict(line) | {"met": line.met} for line in lines]
-    held = roofs.held_bytes(config, weights) + KV_TOKENS * roofs.kv_token_bytes(config)
+    held = roofs.held_bytes(config, weights) + KV_TOKENS * roofs.kv_token_bytes(config, kv_bits)
     group["limits"] = summary.limits(middle.get(summary.OURS, {}), group["roof"], held / MB)
 
 

@@ -2,11 +2,10 @@
 """The engines: which environment, which packages, which file formats, which options.
 
 Data only: `setup.py` makes the environments and files, `lineup.py` the processes. Paths are
-relative to the folder of peers; KV is held in 16 bits unless the engine's name says otherwise.
+relative to the folder of peers; KV is held in 16 bits unless 8 are asked for.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 KV_TOKENS = 8192  # of every engine's cache
 MAX_LEN = 4480  # of a request
@@ -30,8 +29,8 @@ class Engine:
     environment: str | None  # None: this Python
     formats: dict[str, str]
     models: tuple[str, ...] = MODELS
-    options: dict[str, Any] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)  # {environment}: its folder
+    kv8: str = ""  # its name for KV of 8 bits; empty: it has none, or no way to ask for it
     kind: str = ""  # of converter: "gguf", "openvino", "onnx"; empty reads the checkpoint
 
 
@@ -66,6 +65,7 @@ ENGINES = {
             "run_tokenspeed.py",
             None,
             {"bf16": "none", "int8": "int8", "int4": "int4"},
+            kv8="int8",
         ),
         Engine(
             "llama.cpp",
@@ -83,14 +83,7 @@ ENGINES = {
             "openvino",
             {"bf16": "bf16", "int8": "int8", "int4": "int4"},
             kind="openvino",
-        ),
-        Engine(
-            "openvino-kv8",
-            "run_openvino.py",
-            "openvino",
-            {"bf16": "bf16", "int8": "int8", "int4": "int4"},
-            options={"kv": "u8"},
-            kind="openvino",
+            kv8="u8",
         ),
         Engine(
             "onnxruntime",
@@ -102,4 +95,3 @@ ENGINES = {
         ),
     )
 }
-DEFAULT_ENGINES = [name for name in ENGINES if name != "openvino-kv8"]

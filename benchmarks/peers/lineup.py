@@ -32,6 +32,7 @@ class Lineup:
     weights: str
     threads: int
     engines: list[str]
+    kv_bits: int = 16
     keep: bool = True  # alive between turns
     left_out: dict[str, str] = field(default_factory=dict)
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class Lineup:
         engine = ENGINES[name]
         python = self.home.python(engine.environment)
         files = self.home.files(engine, self.model, self.weights)
-        options = worker_options(name, files, self.model, self.weights, self.threads)
+        options = worker_options(name, files, self.model, self.weights, self.threads, self.kv_bits)
         return [python, str(WORKERS / engine.script), json.dumps(options)]
 
 
@@ -127,7 +128,7 @@ def _available_bytes() -> int:
 
 
 def worker_options(
-    name: str, files: Path, model: str, weights: str, threads: int
+    name: str, files: Path, model: str, weights: str, threads: int, kv_bits: int = 16
 ) -> dict[str, Any]:
     """What the worker's script is told."""
     engine = ENGINES[name]
@@ -137,7 +138,7 @@ def worker_options(
         "threads": threads,
         "max_len": MAX_LEN,
         "kv_tokens": KV_TOKENS,
-        "kv_bytes": KV_TOKENS * roofs.kv_token_bytes(CONFIGS[model]),
+        "kv_bytes": KV_TOKENS * roofs.kv_token_bytes(CONFIGS[model], kv_bits),
         "vocab": VOCAB,
-        **engine.options,
+        **({"kv": engine.kv8} if kv_bits == 8 else {}),
     }

@@ -17,7 +17,6 @@ from peers.checkpoints import shapes
 from peers.worker import WORKERS
 
 BITS = {"bf16": 16.0, "int8": 8.0 + 16 / 32, "int4": 4.0 + 16 / 32}  # a scale for 32 weights
-KV_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,14 @@ def measure(threads: int) -> Roofs:
     return Roofs(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def at_most(config: dict[str, Any], weights: str, roofs: Roofs) -> dict[str, float]:
+def at_most(
+    config: dict[str, Any], weights: str, roofs: Roofs, kv_bits: int = 16
+) -> dict[str, float]:
     """The most that each rate can be, in tokens per second, by figure."""
-    read = roofs.read_gb_s * 1e9
+    read, kv_bytes = roofs.read_gb_s * 1e9, kv_token_bytes(config, kv_bits)
 
     def decode(batch: int, context: float) -> float:
-        step = weight_bytes(config, weights, batch) + batch * context * kv_token_bytes(config)
+        step = weight_bytes(config, weights, batch) + batch * context * kv_bytes
         return batch * read / step
 
     peak = {"bf16": roofs.bf16_tflop_s}.get(weights, max(roofs.int8_top_s, roofs.bf16_tflop_s))
@@ -83,14 +84,14 @@ def _share(config: dict[str, Any], name: str, batch: int) -> float:
     return float(1 - (1 - share) ** batch)
 
 
-def kv_token_bytes(config: dict[str, Any]) -> int:
-    """Bytes of KV a token in 16 bits, all layers."""
+def kv_token_bytes(config: dict[str, Any], kv_bits: int = 16) -> int:
+    """Bytes of KV a token, all layers; scales, where there are any, are not counted."""
     latent = config.get("kv_lora_rank")
     if latent:
         row = latent + config["qk_rope_head_dim"]
     else:
         row = 2 * config["num_key_value_heads"] * config["head_dim"]
-    return int(config["num_hidden_layers"] * row * KV_BYTES)
+    return int(config["num_hidden_layers"] * row * kv_bits // 8)
 
 
 def prompt_seconds(config: dict[str, Any], tokens: int, peak_tflop_s: float, roofs: Roofs) -> float:

@@ -10,7 +10,7 @@
 
 #include "cpu_arguments.h"
 #include "cpu_cache.h"
-#include "huge_pages.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -285,6 +285,7 @@ void bind_attention(nb::module_& m) {
     m.def("gather_latent", &gather_latent, "cache"_a, "page_table"_a, "slots"_a, "first"_a,
           "starts"_a, "num_rows"_a, "dtype"_a);
     m.def("prefer_huge_pages", &prefer_huge_pages, "memory"_a);
+    m.def("keep_freed_memory", &keep_freed_memory);
 }
 
 }  // namespace tokenspeed::cpu

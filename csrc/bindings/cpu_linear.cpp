@@ -9,7 +9,7 @@
 #include <string>
 
 #include "cpu_packed.h"
-#include "huge_pages.h"
+#include "memory.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -93,6 +93,10 @@ class CudaRecorder:
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses every torch op that computes or allocates: only kernels are recorded."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler to skip it: a second, at the first view
+
     def __torch_dispatch__(
         self,
         func: Any,

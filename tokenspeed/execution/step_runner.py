@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from tokenspeed import _cpu
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.logprobs import LogprobsReader
@@ -81,6 +82,8 @@ class StepRunner:
         self._spmd, self._has_logits = spmd, logits
         self._ahead, self._peers = ahead, peers
         self._balancer, self._graphs = balancer, graphs
+        if self.device.type == "cpu":
+            _cpu.keep_freed_memory()  # once weights are loaded: a step takes what the last one freed
 
     def run(self, step: Step) -> StepOutput | None:
         """The output, on the rank that samples."""

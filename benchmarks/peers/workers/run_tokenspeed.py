@@ -35,6 +35,7 @@ class TokenSpeed:
             skip_tokenizer_init=True,
             max_logprobs=options["vocab"],
             quantization=options["weights"],
+            kv_cache_dtype=options.get("kv", "auto"),
         )
         self.versions = versions_of("tokenspeed", "torch")
         self._engine = build_engine(config)

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: MIT
-// Asks for large memory pages under what is read from end to end. Knows memory, not what is in it.
+// What is asked of the operating system and the C library. Knows memory, not what is in it.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #ifdef __linux__
+#include <malloc.h>
 #include <sys/mman.h>
 #endif
 
 namespace tokenspeed::cpu {
 
-// A wish: nothing depends on its being granted. Memory under 4 MiB is left as it is.
+// Large memory pages under what is read from end to end. A wish: nothing depends on its being
+// granted. Memory under 4 MiB is left as it is.
 inline void advise_huge_pages(void* memory, size_t bytes) {
 #ifdef __linux__
     constexpr uintptr_t kHuge = uintptr_t{2} << 20;
@@ -23,6 +25,15 @@ inline void advise_huge_pages(void* memory, size_t bytes) {
 #else
     (void)memory;
     (void)bytes;
+#endif
+}
+
+// What a step frees the next one allocates again: memory that went back in between would be cleared
+// and mapped anew, page by page. Of the whole process; blocks over 32 MiB still go back.
+inline void keep_freed_memory() {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 32 << 20);
+    mallopt(M_TRIM_THRESHOLD, 512 << 20);
 #endif
 }
 
