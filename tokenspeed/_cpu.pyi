@@ -78,7 +78,7 @@ def gather_latent(
     num_rows: int,
     dtype: torch.dtype,
 ) -> Tensor: ...
-def prefer_huge_pages(memory: Tensor) -> None: ...  # of a cache: fewer misses of the TLB
+def prefer_huge_pages(memory: Tensor) -> None: ...  # fewer faults and misses of the TLB
 def keep_freed_memory() -> None: ...  # in this process, for what is allocated next
 def route(
     logits: Tensor,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tokenspeed import _cpu
 from tokenspeed.config import CacheOptions
 from tokenspeed.layers.cache_spec import CacheSpec
 
@@ -40,8 +41,6 @@ class KVCache:
         if device.type != "cpu":
             size = (self.num_pages, self.page_size, *shape)
             return torch.empty(size, dtype=dtype, device=device)
-        from tokenspeed import _cpu
-
         *heads, features = shape
         pages = torch.empty((self.num_pages, *heads, self.page_size, features), dtype=dtype)
         _cpu.prefer_huge_pages(pages)

@@ -83,7 +83,7 @@ class StepRunner:
         self._ahead, self._peers = ahead, peers
         self._balancer, self._graphs = balancer, graphs
         if self.device.type == "cpu":
-            _cpu.keep_freed_memory()  # once weights are loaded: a step takes what the last one freed
+            _cpu.keep_freed_memory()  # weights are loaded: a step takes what the last one freed
 
     def run(self, step: Step) -> StepOutput | None:
         """The output, on the rank that samples."""

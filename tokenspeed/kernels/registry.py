@@ -190,6 +190,8 @@ def force_backends(by_op: Mapping[str, str]) -> Iterator[None]:
 
 def forced_by(options: Sequence[str]) -> dict[str, str]:
     """`OP=BACKEND` texts by op; the op * is every op. `ValueError`: no such op or backend."""
+    if not options:
+        return {}
     REGISTRY.load()
     forced: dict[str, str] = {}
     for text in options:

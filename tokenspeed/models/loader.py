@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tokenspeed import _cpu
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.layers.layer import Layer, Source
 from tokenspeed.models.causal_lm import CausalLM
@@ -143,10 +144,13 @@ def _allocate(model: CausalLM) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             try:
-                empty = torch.empty_like(parameter, device=model.target.device)
+                shape, dtype = parameter.shape, parameter.dtype  # empty_like of a meta tensor
+                empty = torch.empty(shape, dtype=dtype, device=model.target.device)  # loads sympy
             except (RuntimeError, MemoryError) as error:
                 needs = f"the weights need {num_bytes / 2**30:.1f} GiB"
                 raise ModelLoadError(f"out of memory on {model.target.device}: {needs}") from error
+            if empty.device.type == "cpu":
+                _cpu.prefer_huge_pages(empty)
             setattr(module, name, nn.Parameter(empty, requires_grad=False))
     for module in model.modules():
         if isinstance(module, Layer):
