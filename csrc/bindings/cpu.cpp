@@ -141,25 +141,25 @@ std::vector<std::string> available_isas() {
 
 NB_MODULE(_cpu, m) {
     m.doc() = "CPU kernels. Calls, shapes and meanings are those of tokenspeed.kernels.";
-    m.def("rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a);
-    m.def("add_rms_norm", &add_rms_norm, "x"_a, "residual"_a, "weight"_a, "eps"_a);
-    m.def("silu_mul", &silu_mul, "x"_a);
+    def_op(m, "rms_norm", &rms_norm, "x"_a, "weight"_a, "eps"_a);
+    def_op(m, "add_rms_norm", &add_rms_norm, "x"_a, "residual"_a, "weight"_a, "eps"_a);
+    def_op(m, "silu_mul", &silu_mul, "x"_a);
     bind_elementwise(m);
     bind_attention(m);
     bind_recording(m);
     bind_linear(m);
     bind_moe(m);
-    m.def("sample", &sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a,
-          "position"_a);
-    m.def("apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,
-          "output_count"_a, "repetition"_a, "presence"_a, "frequency"_a);
+    def_op(m, "sample", &sample, "logits"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a,
+           "seed"_a, "position"_a);
+    def_op(m, "apply_penalties", &apply_penalties, "logits"_a, "slots"_a, "prompt_seen"_a,
+           "output_count"_a, "repetition"_a, "presence"_a, "frequency"_a);
     m.def("isa", [] { return std::string(kernels().isa); });
     m.def("compiler", [] { return std::string(__VERSION__); });
     m.def("available_isas", &available_isas);
     m.def(
         "set_isa",
         [](const std::string& name) {
-            if (!set_isa(name.c_str())) refuse("name", "unknown here: " + name);
+            if (!set_isa(name.c_str())) throw std::invalid_argument("name: unknown here: " + name);
         },
         "name"_a);
     m.def("num_threads", &num_threads);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Checks of a kernel's tensors: each raises ValueError naming the argument. Knows no kernel.
+// Checks of a kernel's tensors: each raises ValueError naming op and argument. Knows no kernel.
 //
 // Shapes and types are checked once; what depends on values in memory goes through `check_values`,
 // so that a replayed step is checked as well. Kernels go through `run`. Neither may read a value
@@ -7,6 +7,7 @@
 #pragma once
 
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 
 #include "dlpack_tensor.h"
@@ -25,8 +26,32 @@ void bind_recording(nanobind::module_& m);
 using python::Tensor;
 using python::Type;
 
+// The op whose arguments this thread checks.
+inline thread_local const char* checked_op = "";
+class OpScope {
+  public:
+    explicit OpScope(const char* op) : before_(checked_op) { checked_op = op; }
+    ~OpScope() { checked_op = before_; }
+    OpScope(const OpScope&) = delete;
+    OpScope& operator=(const OpScope&) = delete;
+
+  private:
+    const char* before_;
+};
+
 [[noreturn]] inline void refuse(const char* name, const std::string& why) {
-    throw nanobind::value_error((std::string(name) + ": " + why).c_str());
+    throw std::invalid_argument(std::string(checked_op) + ": " + name + ": " + why);
+}
+
+// The function in Python, with what it refuses in the op's name.
+template <typename Result, typename... Arguments, typename... Extra>
+void def_op(nanobind::module_& m, const char* op, Result (*function)(Arguments...),
+            const Extra&... extra) {
+    const auto named = [op, function](Arguments... arguments) -> Result {
+        const OpScope scope(op);
+        return function(static_cast<Arguments&&>(arguments)...);
+    };
+    m.def(op, named, extra...);
 }
 
 // A failure's text is composed only when it is needed: these run in every call.
@@ -57,13 +82,13 @@ inline void expect_shape(const Tensor& t, const char* name, std::initializer_lis
 }
 
 inline void expect_type(const Tensor& t, const char* name, const Type& type) {
-    if (!t.is(type)) refuse(name, std::string("expected ") + type.name);
+    if (!t.is(type)) refuse(name, std::string("expected ") + type.name + ", got " + t.type_text());
 }
 
 inline DType float_type(const Tensor& t, const char* name) {
     if (t.is(python::kFloat32)) return DType::kFloat32;
-    expect(t.is(python::kBFloat16), name, "expected float32 or bfloat16");
-    return DType::kBFloat16;
+    if (t.is(python::kBFloat16)) return DType::kBFloat16;
+    refuse(name, "expected float32 or bfloat16, got " + t.type_text());
 }
 
 inline void expect_same(const Tensor& t, const char* name, DType dtype) {
@@ -73,7 +98,10 @@ inline void expect_same(const Tensor& t, const char* name, DType dtype) {
 // `check` throws what is wrong with values in memory; it must own all it needs but that memory.
 template <typename Check>
 void check_values(Check&& check) {
-    perform(std::forward<Check>(check));
+    perform([check = std::forward<Check>(check), op = checked_op] {
+        const OpScope scope(op);
+        check();
+    });
 }
 
 template <typename T>

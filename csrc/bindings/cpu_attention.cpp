@@ -222,7 +222,7 @@ nb::tuple merge_state(const Tensor& a, const Tensor& lse_a, const Tensor& b, con
 void check_gather(const GatherParams& p, int64_t num_pages) {
     check_bounds(p.starts, p.num_rows, p.num_out, "starts");
     for (int64_t r = 0; r < p.num_rows; ++r) {
-        const int64_t end = p.first[r] + p.starts[r + 1] - p.starts[r];
+        const int64_t end = int64_t{p.first[r]} + p.starts[r + 1] - p.starts[r];
         expect(p.first[r] >= 0 && end <= p.max_pages * p.page_size, "first",
                "a position is not in the row's pages");
         const int32_t* const pages = p.page_table + p.slots[r] * p.max_pages;
@@ -274,17 +274,18 @@ void prefer_huge_pages(const Tensor& memory) {
 
 void bind_attention(nb::module_& m) {
     bind_rope(m);
-    m.def("attention_gqa", &attention_gqa, "q"_a, "key_cache"_a, "value_cache"_a, "page_table"_a,
-          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "window"_a = 0, "max_q_len"_a = 0);
-    m.def("attention_mla", &attention_mla, "q_latent"_a, "q_pe"_a, "cache"_a, "page_table"_a,
-          "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "max_q_len"_a = 0);
-    m.def("attention_ragged", &attention_ragged, "q"_a, "k"_a, "v"_a, "q_start"_a, "k_start"_a,
-          "scale"_a, "causal"_a = true, "q_tail"_a.none() = nb::none(),
-          "k_tail"_a.none() = nb::none());
-    m.def("merge_state", &merge_state, "a"_a, "lse_a"_a, "b"_a, "lse_b"_a);
-    m.def("gather_latent", &gather_latent, "cache"_a, "page_table"_a, "slots"_a, "first"_a,
-          "starts"_a, "num_rows"_a, "dtype"_a);
-    m.def("prefer_huge_pages", &prefer_huge_pages, "memory"_a);
+    def_op(m, "attention_gqa", &attention_gqa, "q"_a, "key_cache"_a, "value_cache"_a,
+           "page_table"_a, "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "window"_a = 0,
+           "max_q_len"_a = 0);
+    def_op(m, "attention_mla", &attention_mla, "q_latent"_a, "q_pe"_a, "cache"_a, "page_table"_a,
+           "slots"_a, "q_start"_a, "kv_len"_a, "scale"_a, "max_q_len"_a = 0);
+    def_op(m, "attention_ragged", &attention_ragged, "q"_a, "k"_a, "v"_a, "q_start"_a, "k_start"_a,
+           "scale"_a, "causal"_a = true, "q_tail"_a.none() = nb::none(),
+           "k_tail"_a.none() = nb::none());
+    def_op(m, "merge_state", &merge_state, "a"_a, "lse_a"_a, "b"_a, "lse_b"_a);
+    def_op(m, "gather_latent", &gather_latent, "cache"_a, "page_table"_a, "slots"_a, "first"_a,
+           "starts"_a, "num_rows"_a, "dtype"_a);
+    def_op(m, "prefer_huge_pages", &prefer_huge_pages, "memory"_a);
     m.def("keep_freed_memory", &keep_freed_memory);
 }
 

@@ -48,8 +48,8 @@ nb::object add(const Tensor& x, const Tensor& y) {
 }  // namespace
 
 void bind_elementwise(nb::module_& m) {
-    m.def("embedding", &embedding, "ids"_a, "weight"_a, "first"_a);
-    m.def("add", &add, "x"_a, "y"_a);
+    def_op(m, "embedding", &embedding, "ids"_a, "weight"_a, "first"_a);
+    def_op(m, "add", &add, "x"_a, "y"_a);
 }
 
 }  // namespace tokenspeed::cpu

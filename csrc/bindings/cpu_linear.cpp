@@ -165,6 +165,7 @@ nb::object linear(const Tensor& x, const Tensor& weight, const std::optional<Ten
     expect_shape(x, "x", {kAny, kAny}, 1);
     p.num_tokens = x.size(0);
     p.in = x.size(1);
+    expect(p.in > 0, "x", "has no inputs");
     expect_same(weight, "weight", p.dtype);
     expect_shape(weight, "weight", {kAny, p.in});
     p.num_heads = 1;
@@ -191,6 +192,7 @@ nb::object head_linear(const Tensor& x, const Tensor& weight) {
     p.num_tokens = x.size(0);
     p.num_heads = x.size(1);
     p.in = x.size(2);
+    expect(p.in > 0, "x", "has no inputs");
     expect_same(weight, "weight", p.dtype);
     expect_shape(weight, "weight", {p.num_heads, kAny, p.in});
     p.out_size = weight.size(1);
@@ -213,14 +215,14 @@ void bind_linear(nb::module_& m) {
         .def_prop_ro("data", [](const Packed& p) { return p.data; })
         .def_prop_ro("num_bytes",
                      [](const Packed& p) { return p.weight.count * p.weight.bytes_each(); });
-    m.def("pack", &pack, "weight"_a);
-    m.def("pack_codes", &pack_codes, "codes"_a, "scales"_a, "bits"_a, "group"_a);
-    m.def("quantize", &quantize, "weight"_a, "bits"_a, "group"_a);
-    m.def("linear", &linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none(), "wide"_a = false);
-    m.def("linear", &linear_packed, "x"_a, "weight"_a, "bias"_a.none() = nb::none(),
-          "wide"_a = false);
-    m.def("head_linear", &head_linear, "x"_a, "weight"_a);
-    m.def("head_linear", &head_linear_packed, "x"_a, "weight"_a);
+    def_op(m, "pack", &pack, "weight"_a);
+    def_op(m, "pack_codes", &pack_codes, "codes"_a, "scales"_a, "bits"_a, "group"_a);
+    def_op(m, "quantize", &quantize, "weight"_a, "bits"_a, "group"_a);
+    def_op(m, "linear", &linear, "x"_a, "weight"_a, "bias"_a.none() = nb::none(), "wide"_a = false);
+    def_op(m, "linear", &linear_packed, "x"_a, "weight"_a, "bias"_a.none() = nb::none(),
+           "wide"_a = false);
+    def_op(m, "head_linear", &head_linear, "x"_a, "weight"_a);
+    def_op(m, "head_linear", &head_linear_packed, "x"_a, "weight"_a);
 }
 
 }  // namespace tokenspeed::cpu

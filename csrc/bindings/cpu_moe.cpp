@@ -96,9 +96,9 @@ nb::object moe(const Tensor& x, const Packed& w13, const Packed& w2, const Tenso
 }  // namespace
 
 void bind_moe(nb::module_& m) {
-    m.def("route", &route, "logits"_a, "bias"_a.none(), "top_k"_a, "scoring"_a, "n_group"_a,
-          "topk_group"_a, "group_score"_a, "norm"_a, "scale"_a);
-    m.def("moe", &moe, "x"_a, "w13"_a, "w2"_a, "weights"_a, "ids"_a, "addend"_a = nb::none());
+    def_op(m, "route", &route, "logits"_a, "bias"_a.none(), "top_k"_a, "scoring"_a, "n_group"_a,
+           "topk_group"_a, "group_score"_a, "norm"_a, "scale"_a);
+    def_op(m, "moe", &moe, "x"_a, "w13"_a, "w2"_a, "weights"_a, "ids"_a, "addend"_a = nb::none());
 }
 
 }  // namespace tokenspeed::cpu

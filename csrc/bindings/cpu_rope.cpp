@@ -59,7 +59,7 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
     expect_shape(key_cache, "key_cache", {kAny, kAny, k.size(1), k.size(2) + extra}, 3);
     expect_shape(value_cache, "value_cache",
                  {key_cache.size(0), key_cache.size(1), v.size(1), v.size(2) + extra}, 3);
-    expect(extra == 0 || cache_type(value_cache, "value_cache") == kept, "value_cache",
+    expect(cache_type(value_cache, "value_cache") == kept, "value_cache",
            "its dtype differs from key_cache's");
     Tensor out = q.empty_like();
     rotate_q.out_dtype = rotate_q.dtype;
@@ -136,10 +136,10 @@ nb::object rope_append_mla(const Tensor& q_pe, const Tensor& k_pe, const Tensor&
 }  // namespace
 
 void bind_rope(nb::module_& m) {
-    m.def("rope_append_gqa", &rope_append_gqa, "q"_a, "k"_a, "v"_a, "cos_sin"_a, "positions"_a,
-          "cache_index"_a, "key_cache"_a, "value_cache"_a, "interleaved"_a);
-    m.def("rope_append_mla", &rope_append_mla, "q_pe"_a, "k_pe"_a, "latent"_a, "cos_sin"_a,
-          "positions"_a, "cache_index"_a, "cache"_a, "interleaved"_a);
+    def_op(m, "rope_append_gqa", &rope_append_gqa, "q"_a, "k"_a, "v"_a, "cos_sin"_a, "positions"_a,
+           "cache_index"_a, "key_cache"_a, "value_cache"_a, "interleaved"_a);
+    def_op(m, "rope_append_mla", &rope_append_mla, "q_pe"_a, "k_pe"_a, "latent"_a, "cos_sin"_a,
+           "positions"_a, "cache_index"_a, "cache"_a, "interleaved"_a);
 }
 
 }  // namespace tokenspeed::cpu

@@ -100,6 +100,16 @@ std::string Tensor::shape_text() const {
     return text + "]";
 }
 
+std::string Tensor::type_text() const {
+    for (const Type& type : {kInt32, kInt64, kFloat32, kBFloat16, kBool, kInt8, kUInt8}) {
+        if (is(type)) return type.name;
+    }
+    const char* const kinds[] = {"int", "uint", "float"};
+    const std::string bits = std::to_string(view_.dtype.bits);
+    return view_.dtype.code < 3 ? kinds[view_.dtype.code] + bits
+                                : "another type of " + bits + " bits";
+}
+
 Tensor Tensor::empty(std::initializer_list<int64_t> shape) const {
     return make(shape.begin(), static_cast<int>(shape.size()), view_.dtype);
 }

@@ -92,6 +92,7 @@ class Tensor {
     // Whether axes `first` and up lie without gaps in the usual order.
     bool dense_from(int first) const;
     std::string shape_text() const;
+    std::string type_text() const;
 
     template <typename T>
     T* data() const {

@@ -8,6 +8,8 @@
 namespace tokenspeed::cpu::TS_ISA {
 namespace {
 
+constexpr int64_t kSpansAhead = 32;  // for each thread, before they are merged
+
 int64_t items_of(const AttentionParams& p, const AttentionShape& s, int64_t row) {
     return div_ceil(p.query_len(row) * s.group, s.max_rows) * p.num_kv_heads;
 }
@@ -99,40 +101,47 @@ void whole_items(const AttentionParams& p, const AttentionShape& s, const Item* 
     });
 }
 
-// As whole_items, with every span a task of its own.
+// As whole_items, with every span a task of its own. Spans are merged in order, some of all items
+// at a time, so that their results take no more memory than threads need.
 template <typename Q, typename KV>
 void split_items(const AttentionParams& p, const AttentionShape& s, const Item* items,
                  int64_t num_items, int64_t max_spans) {
-    float* const memory = scratch_of<float>(3, num_items * max_spans * s.partial_floats);
-    const auto partial = [&](int64_t item, int64_t span) {
-        return memory + (item * max_spans + span) * s.partial_floats;
+    const int64_t width = min_of(max_spans, div_ceil(kSpansAhead * num_threads(), num_items));
+    float* const memory = scratch_of<float>(3, num_items * (width + 1) * s.partial_floats);
+    const auto partial = [&](int64_t item, int64_t i) {  // 0: the total
+        return memory + (item * (width + 1) + i) * s.partial_floats;
     };
-    parallel_for(num_items * max_spans, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t item = task / max_spans, place = task % max_spans;
-            const Spans spans(p, s, items[item]);
-            with_worker<Q, KV>(p, s, items[item], [&](auto& worker) {
-                worker.open(items[item], nullptr);
-                if (spans.first + place < spans.last) {
-                    worker.attend(spans.first + place, partial(item, place));
-                } else if (place == 0) {
-                    worker.clear(partial(item, place));
-                }
-            });
-        }
-    });
-    parallel_for(num_items, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) {
-            const Spans spans(p, s, items[i]);
-            with_worker<Q, KV>(p, s, items[i], [&](auto& worker) {
-                worker.open(items[i], nullptr);
-                for (int64_t place = 1; place < spans.last - spans.first; ++place) {
-                    worker.merge(partial(i, 0), partial(i, place));
-                }
-                worker.finish(partial(i, 0));
-            });
-        }
-    });
+    for (int64_t first = 0; first < max_spans; first += width) {
+        parallel_for(num_items * width, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t task = begin; task < end; ++task) {
+                const int64_t item = task / width, place = first + task % width;
+                const Spans spans(p, s, items[item]);
+                if (place > 0 && spans.first + place >= spans.last) continue;
+                with_worker<Q, KV>(p, s, items[item], [&](auto& worker) {
+                    worker.open(items[item], nullptr);
+                    float* const out = partial(item, place == 0 ? 0 : place - first + 1);
+                    if (spans.first + place < spans.last) {
+                        worker.attend(spans.first + place, out);
+                    } else {
+                        worker.clear(out);
+                    }
+                });
+            }
+        });
+        parallel_for(num_items, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const Spans spans(p, s, items[i]);
+                const int64_t last = min_of(spans.last - spans.first, first + width);
+                with_worker<Q, KV>(p, s, items[i], [&](auto& worker) {
+                    worker.take(items[i]);
+                    for (int64_t place = max_of<int64_t>(first, 1); place < last; ++place) {
+                        worker.merge(partial(i, 0), partial(i, place - first + 1));
+                    }
+                    if (first + width >= max_spans) worker.finish(partial(i, 0));
+                });
+            }
+        });
+    }
 }
 
 // Few items: smaller ones, and then single spans, so that every thread has work.
@@ -140,14 +149,18 @@ template <typename Q, typename KV>
 void attend(const AttentionParams& p, AttentionShape& s) {
     const int64_t enough = 2 * num_threads();
     const int64_t spans = count_spans(p);
-    s.max_rows = 3 * kPitch;
+    int64_t longest = 1;
+    for (int64_t r = 0; r < p.num_rows; ++r) longest = max_of(longest, p.query_len(r) * s.group);
+    s.max_rows = min_of(3 * kPitch, div_ceil(longest, kLanes) * kLanes);
     while (s.max_rows > kLanes && count_items(p, s) * spans < 4 * enough) {
         s.max_rows = max_of<int64_t>(kLanes, s.max_rows / 2);
     }
     s.partial_floats = LaneWorker<Q, KV>::partial_floats(p, s);
     if constexpr (kHasPairs && sizeof(Q) == 2 && sizeof(KV) <= 2) {
         s.streams = StreamWorker<KV>::serves(p);
-        s.partial_floats = max_of(s.partial_floats, StreamWorker<KV>::partial_floats(p));
+        const int64_t streamed = s.streams ? StreamWorker<KV>::partial_floats(p) : 0;
+        const bool all = s.streams && longest <= kStreamed;
+        s.partial_floats = all ? streamed : max_of(s.partial_floats, streamed);
     }
     const int64_t num_items = count_items(p, s);
     Item* const items = scratch_of<Item>(2, num_items);

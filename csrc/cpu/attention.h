@@ -11,7 +11,8 @@
 // Both take every sum in one order: scores along the features, results and sums of weights along
 // pairs of keys. Blocks and spans begin at fixed positions of the sequence, and a flat row never
 // looks at another: a result depends on no batch and no number of threads, to the bit. Nor on
-// chunking, except that one or two flat rows in bfloat16 sum their scores in another order.
+// chunking, except that one or two flat rows in bfloat16 sum their scores in another order, and
+// their weights before these are rounded.
 #pragma once
 
 #include "gemm.h"
@@ -40,12 +41,23 @@ struct Item {
     bool streamed;
 };
 
+struct Place {
+    int64_t token, head;  // of the queries
+};
+
 struct AttentionShape {
     int64_t group, key_dim;
     int64_t max_rows;  // of an item
     bool streams;      // items of up to kStreamed rows are
     int64_t partial_floats;
 };
+
+// Where flat row i of an item stands.
+inline Place place_of(const AttentionParams& p, const AttentionShape& s, const Item& item,
+                      int64_t i) {
+    const int64_t flat = item.first + i;
+    return {p.q_start[item.row] + flat / s.group, item.head * s.group + flat % s.group};
+}
 
 // Keys that a flat query row sees end before this one; they begin at `lowest_key`.
 inline int64_t visible(const AttentionParams& p, const AttentionShape& s, int64_t row,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// Attention of many flat rows of one key head: rows stand in the lanes of vectors, keys and values
-// are broadcast. Scores, weights and results are held by lane, so that softmax takes no step across
-// lanes; keys are multiplied as they stand in the cache, values once they are paired.
+// Attention of many flat rows of one key head, and of few where attention_stream.h does not serve:
+// rows stand in the lanes of vectors, keys and values are broadcast. Scores, weights and results
+// are held by lane, so that softmax takes no step across lanes; keys are multiplied as they stand
+// in the cache, values once they are paired.
 #pragma once
 
 #include "attention.h"
@@ -105,9 +106,12 @@ class LaneWorker {
         return div_ceil(s.max_rows, kPitch) * (div_ceil(p.value_dim, 16) * 16 + 2) * kPitch;
     }
 
+    // What merge() and finish() need.
+    void take(const Item& item) { item_ = item; }
+
     // Packs the item's queries; attend() then refers to it.
     void open(const Item& item, const Item*) {
-        item_ = item;
+        take(item);
         for (int64_t i = 0; i < div_ceil(item.count, kPitch) * kPitch; ++i) {
             const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
             const int64_t seen = visible(p_, s_, item.row, flat);
@@ -149,7 +153,8 @@ class LaneWorker {
         for (int64_t panel = 0; panel * kPitch < item_.count; ++panel) {
             float* const a = panel_of(total, panel);
             const float* const b = panel_of(next, panel);
-            for (int64_t lane = 0; lane < kPitch; lane += kLanes) merge_lanes(a + lane, b + lane);
+            const int64_t lanes = min_of(item_.count - panel * kPitch, kPitch);
+            for (int64_t lane = 0; lane < lanes; lane += kLanes) merge_lanes(a + lane, b + lane);
         }
     }
 
@@ -175,9 +180,7 @@ class LaneWorker {
             if (p_.lse == nullptr) continue;
             const Vec lse = sum > 0.0f ? top * kLn2 + log(sum) : splat(-kInfinity);
             for (int64_t lane = 0; lane < lanes; ++lane) {
-                const int64_t flat = item_.first + i + lane;
-                const int64_t token = p_.q_start[item_.row] + flat / s_.group;
-                const int64_t head = item_.head * s_.group + flat % s_.group;
+                const auto [token, head] = place_of(p_, s_, item_, i + lane);
                 p_.lse[token * p_.num_heads + head] =
                     sum[lane] != sum[lane] ? sum[lane] : lse[lane];
             }
@@ -199,17 +202,13 @@ class LaneWorker {
     }
 
     Q* out_row(int64_t i) const {
-        const int64_t flat = item_.first + i;
-        const int64_t token = p_.q_start[item_.row] + flat / s_.group;
-        const int64_t head = item_.head * s_.group + flat % s_.group;
+        const auto [token, head] = place_of(p_, s_, item_, i);
         return static_cast<Q*>(p_.out) + (token * p_.num_heads + head) * p_.value_dim;
     }
 
     // Flat row i of the item as elements, its parts one after the other.
     void query(int64_t i, Element* to) const {
-        const int64_t flat = item_.first + i;
-        const int64_t token = p_.q_start[item_.row] + flat / s_.group;
-        const int64_t head = item_.head * s_.group + flat % s_.group;
+        const auto [token, head] = place_of(p_, s_, item_, i);
         const int64_t padded = key_words_ * kPerWord;
         const Q* const q = static_cast<const Q*>(p_.q);
         copy_row(to, q + token * p_.q_stride + head * p_.q_head_stride, p_.q_dim, padded);

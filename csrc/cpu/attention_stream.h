@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Attention of a few flat rows: keys and values pass by as they stand, each read once. Sums are
-// those of attention_lanes.h in their order, but for the scores of one or two rows. For pairs of
-// bfloat16 only.
+// those of attention_lanes.h in their order, but for the scores of one or two rows and the sums of
+// their weights. For pairs of bfloat16 only.
 #pragma once
 
 #include "attention.h"
@@ -37,15 +37,18 @@ class StreamWorker {
         return kStreamed * (p.value_dim + 2);
     }
 
+    // What merge() and finish() need.
+    void take(const Item& item) {
+        item_ = item;
+        rows_ = item.count <= 2 ? item.count : item.count <= 4 ? 4 : 8;
+    }
+
     // `following`: the item that this worker's thread takes next, if it is known.
     void open(const Item& item, const Item* following) {
-        item_ = item;
+        take(item);
         following_ = following;
-        rows_ = item.count <= 2 ? item.count : item.count <= 4 ? 4 : 8;
         for (int64_t i = 0; i < rows_; ++i) {
-            const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
-            const int64_t token = p_.q_start[item.row] + flat / s_.group;
-            const int64_t head = item.head * s_.group + flat % s_.group;
+            const auto [token, head] = place_of(p_, s_, item, min_of<int64_t>(i, item.count - 1));
             const bf16* const q =
                 static_cast<const bf16*>(p_.q) + token * p_.q_stride + head * p_.q_head_stride;
             __builtin_memcpy(queries_ + i * key_words_, q, static_cast<size_t>(s_.key_dim) * 2);
@@ -100,9 +103,7 @@ class StreamWorker {
 
     void finish(const float* total) const {
         for (int64_t i = 0; i < item_.count; ++i) {
-            const int64_t flat = item_.first + i;
-            const int64_t token = p_.q_start[item_.row] + flat / s_.group;
-            const int64_t head = item_.head * s_.group + flat % s_.group;
+            const auto [token, head] = place_of(p_, s_, item_, i);
             bf16* const out =
                 static_cast<bf16*>(p_.out) + (token * p_.num_heads + head) * p_.value_dim;
             const Vec sum = splat(sum_of(total)[i]);

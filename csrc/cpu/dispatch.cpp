@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: MIT
+// The widest set of kernels that this CPU runs, found once. Knows no kernel by name.
 #include <atomic>
 #include <cstring>
 

@@ -117,14 +117,11 @@ void rope(const RopeParams& p) {
 
 namespace {
 
-// Features of a token and head as int8, and the scale after them: largest magnitude / 127.
+// Features of a token and head as int8, and the scale after them: largest magnitude / 127, NaN if
+// one is not finite.
 template <typename T>
 void quantize_row(const T* x, int64_t size, char* out) {
-    float largest = 0.0f;
-    for (int64_t i = 0; i < size; ++i) {
-        largest = max_of(largest, __builtin_fabsf(load_one(x + i)));
-    }
-    const float scale = largest / 127.0f;
+    const float scale = largest_magnitude(x, size) / 127.0f;
     const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
     for (int64_t i = 0; i < size; ++i) {
         const float code = __builtin_rintf(load_one(x + i) * inverse);

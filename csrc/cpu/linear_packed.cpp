@@ -33,11 +33,7 @@ Rows<A> rows_of(const PackedLinearParams& p, int64_t head, const CodesRoom& room
     const A* const x = static_cast<const A*>(p.x) + head * p.x_head_stride;
     Rows<A> rows{x, p.x_stride, {}};
     if (w.format != Format::kPlain) {
-        rows.codes = room.view(w);
-        const int64_t first = head * p.num_tokens;
-        rows.codes.codes += first * w.in;
-        rows.codes.scales += first * rows.codes.groups;
-        rows.codes.sums += first * rows.codes.groups;
+        rows.codes = room.view(w).from(head * p.num_tokens);
     }
     return rows;
 }

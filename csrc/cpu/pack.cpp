@@ -85,13 +85,7 @@ Vec round_even(Vec x) {
 
 template <typename T>
 void int8_group(const T* x, int64_t group, int8_t* codes, bf16* scale) {
-    Vec top{}, poison{};  // NaN and infinity shall show
-    for (int64_t k = 0; k < group; k += kLanes) {
-        const Vec v = load(x + k);
-        top = max_of(top, v < 0.0f ? -v : v);
-        poison += v * 0.0f;
-    }
-    *scale = round_up((reduce_max(top) + reduce_add(poison)) / 127.0f);
+    *scale = round_up(largest_magnitude(x, group) / 127.0f);
     const float step = load_one(scale), factor = step > 0.0f ? 1.0f / step : 0.0f;
     for (int64_t k = 0; k < group; k += kLanes) {
         const Vec code = round_even(load(x + k) * factor);

@@ -26,9 +26,8 @@ inline constexpr int64_t kSmallBlockRows = 24;
 inline constexpr int64_t kAheadBytes = 4096;
 inline constexpr int64_t kLine = 64;
 inline constexpr int64_t kRowLines = kPanelOut * 4 / kLine;  // of a panel's row of words
-inline constexpr int kColumnVecs = kPanelVecs;
 inline constexpr int64_t kScaleBytes = kPanelOut * 2;
-static_assert(kPanelOut % (kColumnVecs * kLanes) == 0);
+static_assert(kPanelOut % (kPanelVecs * kLanes) == 0);
 
 // ---- Memory ------------------------------------------------------------------------------------
 
@@ -148,6 +147,11 @@ struct Codes {
     const float* scales;  // [rows, groups]
     const int32_t* sums;  // [rows, groups] of the codes
     int64_t in, groups;   // in: a multiple of 4
+
+    // Of the rows from `row` on.
+    Codes from(int64_t row) const {
+        return {codes + row * in, scales + row * groups, sums + row * groups, in, groups};
+    }
 };
 
 // sum[lane] + the dot product of four unsigned and four signed bytes.
@@ -305,9 +309,9 @@ inline void plain_panel(int64_t rows, const A* a, int64_t a_stride, const char* 
         int64_t index = 0;
         row_tiles<kTileRows>(rows, [&](auto size, int64_t first) {
             const Fetch fetch(panel + k * kPanelOut * 4, count * kPanelOut * 4, index++, tiles);
-            for (int64_t n = 0; n < kPanelOut; n += kColumnVecs * kLanes) {
+            for (int64_t n = 0; n < kPanelOut; n += kPanelVecs * kLanes) {
                 const auto tile = [&](auto lines) {
-                    plain_tile<kPair, lines(), A, size(), kColumnVecs>(
+                    plain_tile<kPair, lines(), A, size(), kPanelVecs>(
                         a + first * a_stride + k * kPer, a_stride, words + k * kPanelOut + n, count,
                         c + first * kPanelOut + n, k != 0, fetch.from);
                 };
@@ -389,10 +393,7 @@ inline void panel_of(int64_t first, int64_t rows, const Rows<A>& a, const Packed
         }
         return plain_panel<false>(rows, x, a.stride, data, weight.in, c);
     }
-    Codes codes = a.codes;
-    codes.codes += first * codes.in;
-    codes.scales += first * codes.groups;
-    codes.sums += first * codes.groups;
+    const Codes codes = a.codes.from(first);
     if (weight.format == Format::kInt8) {
         code_panel<8>(rows, codes, data, weight.group, c);
     } else {
@@ -406,13 +407,7 @@ template <typename A>
 inline void encode_row(const A* x, int64_t in, int64_t group, int8_t* codes, float* scales,
                        int32_t* sums) {
     for (int64_t g = 0; g < in / group; ++g) {
-        Vec top{}, poison{};
-        for (int64_t k = 0; k < group; k += kLanes) {
-            const Vec v = load(x + g * group + k);
-            top = max_of(top, v < 0.0f ? -v : v);
-            poison += v * 0.0f;
-        }
-        const float most = reduce_max(top) + reduce_add(poison);
+        const float most = largest_magnitude(x + g * group, group);
         scales[g] = most / 127.0f;
         const float factor = most > 0.0f ? 127.0f / most : 0.0f;
         VecI sum{};

@@ -38,17 +38,6 @@ struct bf16 {
     uint16_t bits;
 };
 
-template <typename T>
-struct DTypeOf;
-template <>
-struct DTypeOf<float> {
-    static constexpr DType value = DType::kFloat32;
-};
-template <>
-struct DTypeOf<bf16> {
-    static constexpr DType value = DType::kBFloat16;
-};
-
 inline constexpr float kInfinity = __builtin_inff();
 inline constexpr float kLog2E = 1.4426950408889634f;
 
@@ -309,6 +298,18 @@ inline float reduce_max(Vec v) { return detail::max_lanes(v); }
 inline Vec reduce_add_all(Vec (&v)[kLanes]) {
     detail::fold<kLanes / 2>(v);
     return v[0];
+}
+
+// The largest magnitude of n elements; NaN if one of them is not finite.
+template <typename T>
+inline float largest_magnitude(const T* x, int64_t n) {
+    Vec top{}, poison{};
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Vec v = load_at(x, i, n);
+        top = max_of(top, v < 0.0f ? -v : v);
+        poison += v * 0.0f;
+    }
+    return reduce_max(top) + reduce_add(poison);
 }
 
 // rows[i][j] <-> rows[j][i].

@@ -43,7 +43,7 @@ int physical_cores();
 // Threads that work on a job, the caller included. The first use starts physical_cores() threads.
 int num_threads();
 
-// REQUIRES: count >= 1. Waits for a running job to end.
+// REQUIRES: count >= 1, and no job runs.
 void set_num_threads(int count);
 
 }  // namespace tokenspeed::cpu

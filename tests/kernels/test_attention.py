@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Of paged attention what cases do not say: threads, chunks, neighbours, wrong arguments."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor
@@ -20,19 +23,49 @@ def gqa(batch: Ragged, q: Tensor, keys: Tensor, values: Tensor, backend: str) ->
     return out
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = _cpu.num_threads()
+    _cpu.set_num_threads(count)
+    try:
+        yield
+    finally:
+        _cpu.set_num_threads(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_long_contexts_are_split_and_merged(isa: str, dtype: torch.dtype) -> None:
     """Several spans: alone (a task per span) and in a batch (spans in turn) agree bit for bit."""
-    rows = [(1, 1500), (3, 513), (40, 1100), (1, 512)] + [(1, 700)] * 8
+    rows = [(1, 1500), (3, 513), (40, 1100), (1, 512), (2, 9000)] + [(1, 700)] * 8
     batch = ragged(rows, 64)
     q = rand(batch.num_tokens, 2, 64, dtype=dtype)
     keys, values = (batch.cache(1, 64, dtype=dtype, seed=s) for s in (2, 3))
-    together = gqa(batch, q, keys, values, "cpu")
+    with threads(2):
+        together = gqa(batch, q, keys, values, "cpu")
     close(together, gqa(batch, q, keys, values, "reference"), dtype)
-    for index in range(4):
+    for index in range(5):
         first, last = int(batch.q_start[index]), int(batch.q_start[index + 1])
-        alone = gqa(batch.row(index), q[first:last], keys, values, "cpu")
-        assert torch.equal(alone, together[first:last])
+        for count in (1, 8):  # with 1 the spans of the longest are merged in two goes
+            with threads(count):
+                alone = gqa(batch.row(index), q[first:last], keys, values, "cpu")
+            assert torch.equal(alone, together[first:last])
+
+
+@pytest.mark.parametrize("heads", [2, 4, 6])
+def test_streamed_rows_do_not_depend_on_threads_or_the_batch(isa: str, heads: int) -> None:
+    """Decoding rows in bfloat16: short and long ones, many of them at a time."""
+    batch = ragged([(1, 700), (1, 63), (1, 1), (1, 3000), (1, 256)] * 4, 64)
+    q = rand(batch.num_tokens, 2 * heads, 64, dtype=torch.bfloat16)
+    keys, values = (batch.cache(2, 64, dtype=torch.bfloat16, seed=s) for s in (2, 3))
+    with threads(2):
+        together = gqa(batch, q, keys, values, "cpu")
+    close(together, gqa(batch, q, keys, values, "reference"), torch.bfloat16)
+    for count in (1, 3):
+        with threads(count):
+            assert torch.equal(gqa(batch, q, keys, values, "cpu"), together)
+            for index in range(5):
+                alone = gqa(batch.row(index), q[index : index + 1], keys, values, "cpu")
+                assert torch.equal(alone, together[index : index + 1])
 
 
 def test_results_do_not_depend_on_threads_or_chunking(isa: str) -> None:
@@ -40,13 +73,9 @@ def test_results_do_not_depend_on_threads_or_chunking(isa: str) -> None:
     q = rand(90, 6, 48, dtype=torch.float32)
     keys, values = (batch.cache(3, 48, dtype=torch.float32, seed=s) for s in (2, 3))
     whole = gqa(batch, q, keys, values, "cpu")
-    threads = _cpu.num_threads()
-    try:
-        for count in (1, 3):
-            _cpu.set_num_threads(count)
+    for count in (1, 3):
+        with threads(count):
             assert torch.equal(gqa(batch, q, keys, values, "cpu"), whole)
-    finally:
-        _cpu.set_num_threads(threads)
     for first in range(0, 90, 7):
         last = min(first + 7, 90)
         table, slots = batch.page_table, batch.slots

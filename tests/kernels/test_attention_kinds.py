@@ -24,7 +24,6 @@ def rand(*shape: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
 @pytest.mark.parametrize("window", [1, 5, 64, 257])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (4, 1), (6, 3), (12, 1)])
 def test_windows(isa: str, window: int, heads: int, kv_heads: int, dtype: torch.dtype) -> None:
-    """Pages that lie wholly before the window are not read: they are NaN here."""
     batch = ragged(ROWS, 16)
     q = rand(batch.num_tokens, heads, 64, dtype=dtype)
     keys, values = (batch.cache(kv_heads, 64, dtype=dtype, seed=s) for s in (2, 3))
@@ -95,6 +94,18 @@ def test_int8_append_is_the_references(isa: str, dtype: torch.dtype) -> None:
         untouched = torch.ones(16, dtype=torch.bool)
         untouched[index] = False
         assert (a[untouched] == 9).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_int8_append_shows_what_is_not_finite(isa: str, value: float) -> None:
+    q, k, v = (rand(2, 2, 24, dtype=torch.float32, seed=s) for s in (1, 2, 3))
+    v[1, 0, 5] = value
+    caches = [torch.zeros((1, 4, 2, 28), dtype=torch.uint8) for _ in "kv"]
+    angles, positions = torch.ones(2, 16), torch.zeros(2, dtype=torch.int32)
+    _cpu.rope_append_gqa(q, k, v, angles, positions, torch.tensor([0, 1]), *caches, False)
+    rows = unpack_int8(caches[1][0, :2])
+    assert not rows[1, 0].isfinite().any()
+    assert rows[1, 1].isfinite().all() and rows[0].isfinite().all()
 
 
 def in_line(batch: Ragged, extra: int) -> tuple[Tensor, Tensor]:

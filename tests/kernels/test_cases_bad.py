@@ -12,18 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import interpreting
 from tokenspeed.kernels.call_check import Argument, read_call
 from tokenspeed.kernels.cases import Case, all_cases, cases_of
 from tokenspeed.kernels.cases.check import packed
 from tokenspeed.kernels.plugins import GPU_BACKENDS
 from tokenspeed.kernels.registry import REGISTRY
 
+INTERPRETED = ("triton",) if interpreting() else ()
 
-def kernels() -> Iterator[tuple[str, str]]:
-    REGISTRY.load(gpu=False)
+
+def kernels(*more: str) -> Iterator[tuple[str, str]]:
+    REGISTRY.load(gpu=bool(more))
     for op in sorted(all_cases()):
         for backend in REGISTRY.of(op) if op in REGISTRY.ops else ():
-            if backend.name not in GPU_BACKENDS:
+            if backend.name not in GPU_BACKENDS or backend.name in more:
                 yield op, backend.name
 
 
@@ -54,7 +57,16 @@ def spoilt(arguments: tuple[Any, ...], op: str) -> Iterator[tuple[Argument, str,
             yield argument, way, (*arguments[:place], bad, *arguments[place + 1 :])
 
 
-@pytest.mark.parametrize(("op", "name"), list(kernels()))
+def names_op(error: Exception, op: str, backend: str) -> bool:
+    """Whether the text begins with the op; the compiled functions serve several."""
+    names = {op}
+    if backend != "reference":
+        names |= {op.removesuffix("_quant"), op.removeprefix("all_reduce_")}
+        names |= {op.removeprefix("reduce_scatter_")}
+    return str(error).startswith(tuple(name + mark for name in names for mark in (": ", "(")))
+
+
+@pytest.mark.parametrize(("op", "name"), list(kernels(*INTERPRETED)))
 def test_what_cannot_be_taken_is_named(op: str, name: str) -> None:
     backend, cases = REGISTRY.backends[op][name], cases_of(op)
     good = packed(cases, backend.pack, first_case(op).arguments(torch.float32))
@@ -65,14 +77,57 @@ def test_what_cannot_be_taken_is_named(op: str, name: str) -> None:
         try:
             backend.kernel(*arguments)
         except (ValueError, TypeError) as error:
-            names_op = name != "reference" or str(error).startswith(f"{op}: ")
-            if argument.name not in str(error) or not names_op:
+            if argument.name not in str(error) or not names_op(error, op, name):
                 silent.append(f"{argument.name}, {way}: {error}")
         except Exception as error:
             silent.append(f"{argument.name}, {way}: {type(error).__name__}: {error}")
         else:
             silent.append(f"{argument.name}, {way}: taken")
     assert silent == []
+
+
+def elsewhere(value: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The same values in memory laid out otherwise."""
+    doubled = torch.stack([value, value], dim=-1)
+    yield "every other element", doubled[..., 0]
+    odd = torch.empty(value.numel() + 1, dtype=value.dtype)[1:]
+    yield "an odd address", odd.view(value.shape).copy_(value)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in tensors_in(value)]
+    return []
+
+
+@pytest.mark.parametrize(("op", "name"), list(kernels()))
+def test_memory_laid_out_otherwise_is_read_right_or_refused(op: str, name: str) -> None:
+    backend, cases = REGISTRY.backends[op][name], cases_of(op)
+
+    def fresh() -> tuple[Any, ...]:
+        return packed(cases, backend.pack, first_case(op).arguments(torch.float32))
+
+    good = fresh()
+    expected = tensors_in(backend.kernel(*good)) + tensors_in(good)
+    wrong = []
+    for place, value in enumerate(good):
+        if not isinstance(value, Tensor):
+            continue
+        for way, _ in elsewhere(value):
+            arguments = list(fresh())
+            arguments[place] = dict(elsewhere(arguments[place]))[way]
+            try:
+                found = tensors_in(backend.kernel(*arguments)) + tensors_in(arguments)
+            except ValueError as error:
+                if not names_op(error, op, name):
+                    wrong.append(f"argument {place}, {way}: {error}")
+                continue
+            pairs = zip(found, expected, strict=True)
+            if not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs):
+                wrong.append(f"argument {place}, {way}: other values")
+    assert wrong == []
 
 
 @pytest.mark.parametrize(

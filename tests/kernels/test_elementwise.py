@@ -37,6 +37,12 @@ def test_wrong_arguments_are_named() -> None:
         _cpu.rms_norm(x, weight.bfloat16(), 1e-6)
     with pytest.raises(ValueError, match="residual"):
         _cpu.add_rms_norm(x, x[:1], weight, 1e-6)
+    q, caches = torch.ones(2, 1, 4), (torch.ones(1, 2, 1, 4), torch.ones(1, 2, 1, 4).byte())
+    places = (torch.zeros(2, dtype=torch.int32), torch.arange(2))
+    with pytest.raises(ValueError, match="rope_append_gqa: value_cache: its dtype differs"):
+        _cpu.rope_append_gqa(q, q, q, torch.ones(2, 4), *places, *caches, False)
+    with pytest.raises(ValueError, match="linear: x: has no inputs"):
+        _cpu.linear(torch.ones(2, 0), torch.ones(3, 0))
     with pytest.raises(ValueError, match="x"):
         _cpu.silu_mul(x[:, :3].contiguous())
     with pytest.raises(ValueError, match="weight"):

@@ -56,6 +56,10 @@ class Argument:
     optional: bool
     not_negative: bool
 
+    @property
+    def is_index(self) -> bool:
+        return self.dtypes in (DTYPES["int32"], DTYPES["int64"])
+
     def axes_of(self, ndim: int) -> tuple[Axis | None, ...]:
         """As many as a tensor of so many axes has, or those that it should have."""
         axes, behind = self.axes or (), self.behind
@@ -96,8 +100,13 @@ def _axis(text: str) -> Axis | None:
     return Axis(found[2], int(found[1] or 1), int(found[3] or 0)) if found else None
 
 
-def checked(op: str, call: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel` behind a check of its arguments: `ValueError` naming op, argument and value."""
+def checked(
+    op: str, call: str, kernel: Callable[..., Any], *, dense: bool = False
+) -> Callable[..., Any]:
+    """`kernel` behind a check of its arguments: `ValueError` naming op, argument and value.
+
+    `dense`: integer tensors must be contiguous.
+    """
     arguments = read_call(call)
     anywhere = "any device" in call
 
@@ -114,6 +123,9 @@ def checked(op: str, call: str, kernel: Callable[..., Any]) -> Callable[..., Any
                     raise ValueError(f"{op}: {argument.name} must be a tensor, is a {kind}")
                 continue
             _check_tensor(op, argument, value, sizes)
+            if dense and argument.is_index and not value.is_contiguous():
+                strides = f"strides {list(value.stride())}"
+                raise ValueError(f"{op}: {argument.name} has {strides}, must be contiguous")
             if device is not None and value.device != device and not anywhere:
                 raise ValueError(f"{op}: {argument.name} is on {value.device}, others on {device}")
             device = value.device
@@ -122,7 +134,7 @@ def checked(op: str, call: str, kernel: Callable[..., Any]) -> Callable[..., Any
         except (IndexError, RuntimeError) as error:
             if "out of bounds" not in str(error):
                 raise
-            whole = [a.name for a in arguments if a.dtypes in (DTYPES["int32"], DTYPES["int64"])]
+            whole = [a.name for a in arguments if a.is_index]
             raise ValueError(f"{op}: {' or '.join(whole) or 'an index'}: {error}") from error
 
     return run

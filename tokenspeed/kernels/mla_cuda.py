@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenspeed.kernels import cuda_driver, mla_gluon
-from tokenspeed.kernels.registry import Ask, register
+from tokenspeed.kernels.registry import REGISTRY, Ask, register
 
 NAME, ARCH = "mla_combine", "sm_90a"
 CLUSTER, THREADS, VALUE = 4, 256, 128
@@ -60,7 +60,7 @@ def _requires(ask: Ask) -> str | None:
 register(
     "attention_mla_up",
     "cuda",
-    attention_mla_up,
+    REGISTRY.documented("attention_mla_up", attention_mla_up),
     devices=("cuda",),
     dtypes=(torch.bfloat16,),
     archs=("sm_90",),

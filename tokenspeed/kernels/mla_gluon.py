@@ -23,7 +23,7 @@ from tokenspeed.kernels.mla_combine_gluon import mla_combine, mla_combine_up
 from tokenspeed.kernels.mla_decode_fp8_gluon import mla_decode_fp8
 from tokenspeed.kernels.mla_decode_gluon import mla_decode
 from tokenspeed.kernels.mla_shared_gluon import common_pages, walk_groups
-from tokenspeed.kernels.registry import Ask, Kernel, register
+from tokenspeed.kernels.registry import REGISTRY, Ask, Kernel, register
 from tokenspeed.kernels.triton_launch import num_units
 
 LATENT, ROPE, TILE = 512, 64, 64
@@ -335,7 +335,7 @@ for _op, _kernel in _OPS.items():
     register(
         _op,
         "gluon",
-        _kernel,
+        REGISTRY.documented(_op, _kernel),
         devices=("cuda",),
         dtypes=(torch.bfloat16,),
         archs=(ARCH,),

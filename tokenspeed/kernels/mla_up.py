@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Latent attention together with the value up-projection: signature and torch reference.
 
-A backend that merges partial results may bring them back from the latent in the same kernel; a
-layer asks for this op where a backend beside the reference serves it, else for the two it consists
-of. Knows no layers.
+A backend that merges partial results may bring them back from the latent in the same kernel. No
+layer asks for it yet. Knows no layers.
 """
 
 import torch

@@ -73,19 +73,19 @@ def _shape(size: int) -> tuple[int, int, int]:
     return block, rows, min(16, max(4, block * rows // 1024))
 
 
-def _check(x: Tensor, weight: Tensor) -> None:
+def _check(op: str, x: Tensor, weight: Tensor) -> None:
     if x.dim() not in (2, 3) or x.stride(-1) != 1:
-        raise ValueError(f"rms_norm: x {tuple(x.shape)} must be [T,D] or [T,H,D] of unit stride")
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be [T,D] or [T,H,D] of unit stride")
     if weight.shape != x.shape[-1:] or not weight.is_contiguous():
-        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} is not [{x.shape[-1]}]")
+        raise ValueError(f"{op}: weight {tuple(weight.shape)} is not [{x.shape[-1]}]")
     if x.shape[-1] > _MAX_SIZE:
-        raise ValueError(f"rms_norm: {x.shape[-1]} features, at most {_MAX_SIZE}")
+        raise ValueError(f"{op}: {x.shape[-1]} features, at most {_MAX_SIZE}")
 
 
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    _check(x, weight)
+    _check("rms_norm" if residual is None else "add_rms_norm", x, weight)
     size, heads = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = None if residual is None else torch.empty_like(out)

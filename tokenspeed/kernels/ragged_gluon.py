@@ -15,7 +15,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tokenspeed.kernels import mla_gluon
 from tokenspeed.kernels.mla_gluon import ARCH, LOG2E, Call
 from tokenspeed.kernels.ragged_attend_gluon import ragged_attend
-from tokenspeed.kernels.registry import Ask, register
+from tokenspeed.kernels.registry import REGISTRY, Ask, register
 from tokenspeed.kernels.triton_targets import Specimen
 
 HEAD, TAIL = 128, 64
@@ -117,7 +117,7 @@ def specimens(arch: str) -> Iterator[Specimen]:
 register(
     "attention_ragged",
     "gluon",
-    attention_ragged,
+    REGISTRY.documented("attention_ragged", attention_ragged),
     devices=("cuda",),
     dtypes=(torch.bfloat16,),
     archs=(ARCH,),

@@ -53,6 +53,7 @@ class Registry:
 
     ops: dict[str, Op] = field(default_factory=dict)
     backends: dict[str, dict[str, Backend]] = field(default_factory=dict)
+    packs: dict[int, Pack | None] = field(default_factory=dict)  # by the kernel's id
     sources: Sources = field(default_factory=Sources)
     tables: Tables = field(default_factory=Tables)
 
@@ -89,10 +90,20 @@ class Registry:
         limits = (_frozen(devices), _frozen(dtypes), requires, priority, _frozen(archs), pack)
         self._add(Backend(op, backend, kernel, *limits))
 
+    def documented(self, op: str, kernel: Kernel) -> Kernel:
+        """`kernel` behind a check of the op's documented call, for one that looks at no argument.
+
+        `ValueError` of the result: an argument's shape, dtype or device, or an index with gaps.
+        """
+        self.load(gpu=False)
+        return checked(op, self.ops[op].call, kernel, dense=True)
+
     def _add(self, backend: Backend) -> None:
         of_op = self.backends.setdefault(backend.op, {})
         if backend.name in of_op:
             raise ValueError(f"backend {backend.name} of {backend.op} is registered twice")
+        if self.packs.setdefault(id(backend.kernel), backend.pack) is not backend.pack:
+            raise ValueError(f"{backend.name} of {backend.op}: its kernel has another pack already")
         of_op[backend.name] = backend
 
     def load(self, *, gpu: bool = True) -> None:
@@ -152,8 +163,7 @@ class Registry:
         """The hook that packs weights for a selected kernel; None: it takes them as they are."""
         if isinstance(kernel, Dispatcher):
             return kernel.pack
-        every = (b for of_op in self.backends.values() for b in of_op.values())
-        return next((b.pack for b in every if b.kernel is kernel), None)
+        return self.packs.get(id(kernel))
 
 
 REGISTRY = Registry()

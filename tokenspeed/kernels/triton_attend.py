@@ -197,15 +197,6 @@ def _store(sums, total, out, target, there, DV: tl.constexpr, VALUE: tl.constexp
     tl.store(pointers, result.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _target(token, head, span, num_tokens, heads, SPLIT: tl.constexpr):
-    """The place of a token's head in [spans, T, H] or [T, H]."""
-    place = token.to(tl.int64) * heads + head
-    if SPLIT:
-        place += span.to(tl.int64) * num_tokens * heads
-    return place
-
-
 # fmt: off
 @triton.jit
 def _attend_block(

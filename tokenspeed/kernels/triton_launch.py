@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.device import arch_of
-from tokenspeed.kernels.registry import Ask, Kernel, Pack, register
+from tokenspeed.kernels.registry import REGISTRY, Ask, Kernel, Pack, register
 
 WIDE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -33,11 +33,11 @@ def register_triton(
     requires: Callable[[Ask], str | None] | None = None,
     pack: Pack | None = None,
 ) -> None:
-    """Registers the backend "triton" of an op."""
+    """Registers the backend "triton" of an op, behind the check of its documented call."""
     register(
         op,
         "triton",
-        kernel,
+        REGISTRY.documented(op, kernel),
         devices=_DEVICES,
         dtypes=dtypes,
         requires=requires,
