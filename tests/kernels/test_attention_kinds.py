@@ -105,7 +105,8 @@ def test_int8_append_shows_what_is_not_finite(isa: str, value: float) -> None:
     _cpu.rope_append_gqa(q, k, v, angles, positions, torch.tensor([0, 1]), *caches, False)
     rows = unpack_int8(caches[1][0, :2])
     assert not rows[1, 0].isfinite().any()
-    assert rows[1, 1].isfinite().all() and rows[0].isfinite().all()
+    assert rows[1, 1].isfinite().all()
+    assert rows[0].isfinite().all()
 
 
 def in_line(batch: Ragged, extra: int) -> tuple[Tensor, Tensor]:

@@ -125,7 +125,7 @@ def test_memory_laid_out_otherwise_is_read_right_or_refused(op: str, name: str) 
                     wrong.append(f"argument {place}, {way}: {error}")
                 continue
             pairs = zip(found, expected, strict=True)
-            if not all(torch.allclose(a, b, equal_nan=True) for a, b in pairs):
+            if not all(torch.allclose(a, b, 1e-3, 1e-4, equal_nan=True) for a, b in pairs):
                 wrong.append(f"argument {place}, {way}: other values")
     assert wrong == []
 

@@ -37,7 +37,7 @@ def _pack_quantised(weight: QuantWeight) -> Any:
     return _cpu.pack(dequantize(weight).to(torch.bfloat16))
 
 
-# Kernel and what brings its weights into its layout. A kernel has one such: `partial` makes another.
+# Kernel and what brings its weights into its layout. A kernel has one: `partial` makes another.
 _WEIGHTS: dict[str, tuple[Kernel, Callable[[Any], Any]]] = {
     "linear": (_cpu.linear, _cpu.pack),
     "linear_quant": (partial(_cpu.linear), _pack_quantised),
