@@ -108,6 +108,16 @@ def line_up(home: Home, model: str, weights: str, options: argparse.Namespace) -
     return Lineup(home, model, weights, options.threads, names, options.kv_bits)
 
 
+def command(arguments: list[str]) -> str:
+    """What was run, without the folders of this machine."""
+    words = ["python", *arguments]
+    for option in ("--peers-dir", "--out"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
+    return " ".join(words)
+
+
 def head(options: argparse.Namespace) -> dict[str, Any]:
     """The machine, the time and the command."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -122,7 +132,7 @@ def head(options: argparse.Namespace) -> dict[str, Any]:
             "load": [round(x, 2) for x in os.getloadavg()],
         },
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python", *sys.argv]),
+        "command": command(sys.argv),
         "threads": options.threads,
         "rounds": options.rounds,
         "kv_tokens": KV_TOKENS,

@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 DType = Literal["auto", "float32", "bfloat16"]
 CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
@@ -197,9 +197,10 @@ def check_options(group: Any) -> None:
     """Refuses values out of range: `ValueError` naming the option, before anything is allocated."""
     for f in dataclasses.fields(group):
         value, low = getattr(group, f.name), f.metadata.get("low")
-        listed = f.type in (DType, CacheDType, Device, Launcher, Communication)
-        if listed and value not in get_args(f.type):
+        if get_origin(f.type) is Literal and value not in get_args(f.type):
             raise ValueError(f"{f.name} must be one of {', '.join(get_args(f.type))}: {value!r}")
+        if f.type == tuple[str, ...] and not isinstance(value, list | tuple):
+            raise ValueError(f"{f.name} must be a list of texts: {value!r}")
         if low is None or value is None:
             continue
         number = isinstance(value, (int, float) if f.type is float else int)

@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from peers.figures import FIGURES
@@ -112,7 +113,7 @@ def _panel(axis: Any, group: Group) -> None:
         axis.bar(at, heights, width, label=engine, color="black" if engine == OURS else None)
     axis.axhline(1, color="black", linewidth=0.6)
     axis.set_xticks([i + 0.4 - width / 2 for i in range(len(names))])
-    axis.set_xticklabels([FIGURES[name].title for name in names], fontsize=7)
+    axis.set_xticklabels([fill(FIGURES[name].title, 18) for name in names], fontsize=7)
     axis.set_ylim(0, 2)
     axis.set_title(f"{title(group)}: speed beside TokenSpeed's (higher is better)", fontsize=9)
     axis.legend(fontsize=7, ncols=4)

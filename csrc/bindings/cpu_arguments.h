@@ -40,7 +40,8 @@ class OpScope {
 };
 
 [[noreturn]] inline void refuse(const char* name, const std::string& why) {
-    throw std::invalid_argument(std::string(checked_op) + ": " + name + ": " + why);
+    const std::string op = *checked_op == 0 ? "" : std::string(checked_op) + ": ";
+    throw std::invalid_argument(op + name + ": " + why);
 }
 
 // The function in Python, with what it refuses in the op's name.

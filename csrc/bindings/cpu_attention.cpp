@@ -34,7 +34,7 @@ void check_rows(const AttentionParams& p) {
 
 // Of scores: the largest product must make the largest score.
 float scale_of(double scale) {
-    expect(scale > 0.0, "scale", "must be positive");
+    expect(scale >= 1e-30 && scale <= 1e30, "scale", "must be positive, within [1e-30, 1e30]");
     return static_cast<float>(scale);
 }
 
@@ -173,6 +173,7 @@ nb::tuple attention_ragged(const Tensor& q, const Tensor& k, const Tensor& v, co
         expect_shape(*k_tail, "k_tail", {keys, q_tail->size(2)}, 1);
         p.q_tail_dim = q_tail->size(2);
         p.q_tail = q_tail->data<void>();
+        expect(k.stride(0) > 0, "k", "must not repeat a row where there are tails");
         p.q_tail_stride = q_tail->stride(0);
         p.q_tail_head_stride = q_tail->stride(1);
         p.k_tail = k_tail->data<void>();

@@ -80,7 +80,10 @@ bool Tensor::borrow(PyObject* object) {
         PyErr_Clear();
         return false;
     }
-    return view_.device_type == dlpack::kCpu && view_.strides != nullptr;
+    bool empty = false;
+    for (int axis = 0; axis < view_.ndim; ++axis) empty |= view_.shape[axis] == 0;
+    const bool there = view_.data != nullptr || empty;  // a fake tensor has no memory
+    return there && view_.device_type == dlpack::kCpu && view_.strides != nullptr;
 }
 
 bool Tensor::dense_from(int first) const {

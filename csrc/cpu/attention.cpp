@@ -163,6 +163,7 @@ void attend(const AttentionParams& p, AttentionShape& s) {
         s.partial_floats = all ? streamed : max_of(s.partial_floats, streamed);
     }
     const int64_t num_items = count_items(p, s);
+    if (num_items == 0) return;
     Item* const items = scratch_of<Item>(2, num_items);
     Item* last = items;
     for (int64_t r = 0; r < p.num_rows; ++r) last = list_row(p, s, r, last);

@@ -79,6 +79,7 @@ class LaneWorker {
           value_rows_(div_ceil(p.value_dim, 16) * 16),
           value_pitch_(div_ceil(value_rows_, kPanel) * kPanel),
           panels_(div_ceil(s.max_rows, kPitch)),
+          latent_(p.values == p.keys),
           // Copied rows a power of two apart would share a few sets of the first cache.
           row_words_(div_ceil(key_words_, kLanes) * kLanes + 16) {
         const int64_t limits = panels_ * kPitch;
@@ -201,6 +202,8 @@ class LaneWorker {
         for (int64_t lane = 0; lane < kPitch; ++lane) top[lane] = -kInfinity;
     }
 
+    int64_t key_offset() const { return item_.head * p_.key_head_stride; }
+
     Q* out_row(int64_t i) const {
         const auto [token, head] = place_of(p_, s_, item_, i);
         return static_cast<Q*>(p_.out) + (token * p_.num_heads + head) * p_.value_dim;
@@ -267,7 +270,7 @@ class LaneWorker {
         if constexpr (sizeof(KV) == sizeof(Element)) {
             as_they_stand = p_.k_start == nullptr && s_.key_dim % kPerWord == 0;
         }
-        const int64_t offset = item_.head * p_.key_head_stride;
+        const int64_t offset = key_offset();
         const int64_t size = p_.k_tail != nullptr ? p_.q_dim : s_.key_dim;
         for (int64_t i = 0; i < count; ++i) {
             if (as_they_stand) {
@@ -290,7 +293,7 @@ class LaneWorker {
     void pack_values(const KV* const* values, int64_t count) {
         const int64_t offset = item_.head * p_.value_head_stride;
         for (int64_t k = 0; k < count; k += kPerWord) {
-            fetch(next_keys_, item_.head * p_.key_head_stride, s_.key_dim, k, kPerWord);
+            if (!latent_) fetch(next_keys_, key_offset(), s_.key_dim, k, kPerWord);
             uint32_t* const to = values_words_ + k / kPerWord * value_pitch_;
             const KV* const even = values[k] + offset;
             const KV* const odd = kPerWord == 2 && k + 1 < count ? values[k + 1] + offset : nullptr;
@@ -312,7 +315,7 @@ class LaneWorker {
         constexpr int kRows = kTile<kVecs>;
         const uint32_t* const queries = queries_ + panel * key_words_ * kPitch;
         for (int64_t n = 0; n < count; n += kRows) {
-            if (panel == 0 && p_.values != p_.keys) {
+            if (panel == 0 && !latent_) {
                 fetch(next_values_, item_.head * p_.value_head_stride, p_.value_dim, n, kRows);
             }
             const uint32_t* tile[kRows];
@@ -331,6 +334,11 @@ class LaneWorker {
                     float* const at = c + m * kPitch + v * kLanes;
                     store(at, load(at) * shrink[v]);
                 }
+            }
+            if (panel == 0 && latent_) {  // large rows, and this takes longest
+                const int64_t at = n * kBlock / value_rows_;
+                const int64_t end = (n + kRows) * kBlock / value_rows_;
+                fetch(next_keys_, key_offset(), s_.key_dim, at, end - at);
             }
             const uint32_t* const from = values_words_ + n;
             lane_tile<P, kVecs>([&](int m, int64_t k) { return from[k * value_pitch_ + m]; },
@@ -421,7 +429,9 @@ class LaneWorker {
 
     const AttentionParams& p_;
     const AttentionShape& s_;
-    const int64_t key_words_, value_rows_, value_pitch_, panels_, row_words_;
+    const int64_t key_words_, value_rows_, value_pitch_, panels_;
+    const bool latent_;  // values are the keys' first features
+    const int64_t row_words_;
     Item item_{};
     uint32_t* queries_;       // [panels][key_words][kPitch]
     uint32_t* copied_;        // [kBlock][row_words]: keys that cannot be used as they stand

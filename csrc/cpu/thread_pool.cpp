@@ -38,15 +38,15 @@ inline void pause() {
 class Pool {
   public:
     explicit Pool(int threads) {
-        for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        try {
+            for (int i = 1; i < threads; ++i) workers_.emplace_back([this] { work(); });
+        } catch (...) {  // no more threads to be had
+            end();
+            throw;
+        }
     }
 
-    ~Pool() {
-        stop_.store(true);
-        epoch_.fetch_add(1);
-        epoch_.notify_all();
-        for (std::thread& worker : workers_) worker.join();
-    }
+    ~Pool() { end(); }
 
     int size() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -73,6 +73,13 @@ class Pool {
     }
 
   private:
+    void end() {
+        stop_.store(true);
+        epoch_.fetch_add(1);
+        epoch_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
     // Runs chunks of the open job until none is left.
     void help() {
         uint64_t ticket = ticket_.load(std::memory_order_acquire);

@@ -133,3 +133,20 @@ def test_wrong_arguments_are_named() -> None:
             _cpu.attention_gqa(*arguments)
     with pytest.raises(TypeError):
         _cpu.attention_gqa(None, *good[1:])
+
+
+def test_no_queries_over_long_contexts(isa: str) -> None:
+    table, none = torch.arange(8, dtype=torch.int32).view(1, 8), torch.tensor([0, 0]).int()
+    cache, rows = torch.zeros(8, 64, 2, 16), (torch.tensor([0]).int(), none)
+    run = _cpu.attention_gqa
+    assert (
+        run(torch.zeros(0, 4, 16), cache, cache, table, *rows, none[:1] + 300, 0.25).shape[0] == 0
+    )
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-46, float("nan"), float("inf")])
+def test_scales_that_order_no_scores(scale: float) -> None:
+    batch, q = ragged([(1, 9)], 16), torch.zeros(1, 2, 32)
+    cache = batch.cache(2, 32, dtype=torch.float32, seed=1)
+    with pytest.raises(ValueError, match="attention_gqa: scale: must be positive"):
+        _cpu.attention_gqa(q, cache, cache, *batch.tables(), scale)

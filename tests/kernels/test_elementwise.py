@@ -86,3 +86,10 @@ def test_no_tokens_are_no_work() -> None:
 def test_nan_gates_stay_nan(isa: str) -> None:
     for dtype in DTYPES:
         assert _cpu.silu_mul(torch.full((1, 4), float("nan"), dtype=dtype)).isnan().all()
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    x = torch.ones(5, 16)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="silu_mul"):
+        _cpu.silu_mul(x)

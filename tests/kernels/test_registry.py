@@ -18,7 +18,7 @@ from tokenspeed.cli.main import main
 from tokenspeed.kernels import explain, force_backend, plugins, registry, select
 from tokenspeed.kernels.norm import rms_norm
 from tokenspeed.kernels.registry import Ask, Registry
-from tokenspeed.kernels.table_files import SHIPPED, TableFile, Tables
+from tokenspeed.kernels.table_files import FORMAT, SHIPPED, TableFile, Tables
 
 
 def fast(x: float) -> float:
@@ -255,6 +255,41 @@ def test_timing_and_tuning(
     tables = Tables((path.parent,))
     assert tables.times("rms_norm", "cpu", "cpu", torch.bfloat16, {"size": 1024}) == {}
     assert str(path) in tables.ignored
+
+
+def row(times_us: dict[str, Any]) -> dict[str, Any]:
+    return {"rows": [{"op": "add", "dtype": "float32", "shapes": {}, "times_us": times_us}]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"machine": {"name": "x", "arch": "cpu", "versions": "1"}},
+        row({"1": {"cpu": 10**400}}),
+        row({"1": {"cpu": float("inf")}}),
+        row({"-5": {"cpu": 1}}),
+    ],
+)
+def test_a_broken_table_is_ignored(change: dict[str, Any], tmp_path: Path) -> None:
+    machine = {"name": "x", "arch": "cpu", "versions": {}}
+    text = json.dumps({"format": FORMAT, "machine": machine, "rows": []} | change)
+    (tmp_path / "x.json").write_text(text)
+    (tmp_path / "y.json").write_text("[" * 100_000)
+    tables = Tables((tmp_path,))
+    assert tables.times("add", "cpu", "cpu", torch.float32, {}) == {}
+    assert len(tables.ignored) == 2
+
+
+def test_a_requirement_that_raises_takes_only_its_backend_out(small: Registry) -> None:
+    def broken(_: Ask) -> str:
+        raise ZeroDivisionError("no")
+
+    small.register("double", "evil", lambda x: x, requires=broken, priority=50)
+    [verdict] = [v for v in small.explain(ask()) if v.backend == "evil"]
+    assert verdict.reason == "its requirement raised ZeroDivisionError: no"
+    assert not verdict.chosen
+    with pytest.raises(ValueError, match="backend none of double: None is not callable"):
+        small.register("double", "none", None)  # type: ignore[arg-type]
 
 
 def test_shipped_tables_can_be_read() -> None:

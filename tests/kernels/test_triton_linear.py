@@ -107,12 +107,12 @@ def test_empty_and_scaled_up_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("linear", (torch.ones(2, 4), torch.ones(3, 5), None), "x"),
+        ("linear", (torch.ones(2, 4), torch.ones(3, 5), None), "weight"),
         ("linear", (torch.ones(2, 4), torch.ones(4, 3).t(), None), "weight"),
         ("linear", (torch.ones(2, 4), torch.ones(3, 4), torch.ones(4)), "bias"),
         ("linear", (torch.ones(2, 4), torch.ones(3, 4).double(), None), "weight"),
         ("linear", (torch.ones(2, 4).double(), torch.ones(3, 4), None), "x"),
-        ("head_linear", (torch.ones(2, 3, 4), torch.ones(2, 3, 4)), "x"),
+        ("head_linear", (torch.ones(2, 3, 4), torch.ones(2, 3, 4)), "weight"),
     ],
 )
 def test_wrong_arguments_are_named(op: str, arguments: tuple[object, ...], message: str) -> None:

@@ -74,3 +74,14 @@ def test_every_option_has_help() -> None:
     for group in GROUPS:
         for field in dataclasses.fields(group):
             assert field.metadata["help"]
+
+
+@pytest.mark.parametrize("value", ["bogus", "", "int4 ", 3, ["int8"]])
+def test_a_format_that_there_is_not_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="quantization must be one of none, int8"):
+        EngineConfig.of(quantization=value)
+
+
+def test_one_text_is_no_list_of_them() -> None:
+    with pytest.raises(ValueError, match="kernel_backend must be a list of texts: 'add=reference'"):
+        EngineConfig.of(kernel_backend="add=reference")

@@ -19,9 +19,11 @@ def verify(args: argparse.Namespace) -> int:
     """1 if any case fails."""
     from tokenspeed.kernels.cases import all_cases, check
     from tokenspeed.kernels.cases.check import Truths
+    from tokenspeed.kernels.device import this_machine
     from tokenspeed.kernels.registry import REGISTRY
 
     _check_choice(args)
+    this_machine(args.device)  # refuses a device that is not here
     reports: list[Report] = []
     print(
         f"{'op':28}{'backend':14}{'dtype':10}{'cases':>6}{'refused':>8}{'failed':>7}  worst error"

@@ -81,7 +81,10 @@ class Backend:
             return f"runs on {', '.join(self.archs)}, not on {ask.arch}"
         if self.dtypes is not None and ask.dtype not in self.dtypes:
             return f"takes {', '.join(map(_name, self.dtypes))}, not {_name(ask.dtype)}"
-        return self.requires(ask) if self.requires is not None else None
+        try:
+            return self.requires(ask) if self.requires is not None else None
+        except Exception as error:  # foreign code: its own report, not our crash
+            return f"its requirement raised {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def checked(
 ) -> Callable[..., Any]:
     """`kernel` behind a check of its arguments: `ValueError` naming op, argument and value.
 
-    `dense`: integer tensors must be contiguous.
+    `dense`: integer tensors must be contiguous, and their values are not looked at.
     """
     arguments = read_call(call)
     anywhere = "any device" in call
@@ -123,7 +123,9 @@ def checked(
                     raise ValueError(f"{op}: {argument.name} must be a tensor, is a {kind}")
                 continue
             _check_tensor(op, argument, value, sizes)
-            if dense and argument.is_index and not value.is_contiguous():
+            if not dense:
+                _check_values(op, argument, value)
+            elif argument.is_index and not value.is_contiguous():
                 strides = f"strides {list(value.stride())}"
                 raise ValueError(f"{op}: {argument.name} has {strides}, must be contiguous")
             if device is not None and value.device != device and not anywhere:
@@ -155,5 +157,8 @@ def _check_tensor(op: str, argument: Argument, value: Tensor, sizes: dict[str, i
         raise ValueError(f"{op}: {argument.name} is {value.dtype}, not {argument.dtypes[0]}")
     if argument.dtypes is None and not (value.is_floating_point() or value.dtype == torch.uint8):
         raise ValueError(f"{op}: {argument.name} is {value.dtype}, not of a float type")
+
+
+def _check_values(op: str, argument: Argument, value: Tensor) -> None:
     if argument.not_negative and value.device.type == "cpu" and value.numel() and value.min() < 0:
         raise ValueError(f"{op}: {argument.name} has {int(value.min())}, below 0")

@@ -45,7 +45,7 @@ class Sources:
         # A plug-in is foreign code: whatever it raises is its own report, not our crash.
         try:
             load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             absent = error.name if isinstance(error, ModuleNotFoundError) else None
             package = (absent or "").partition(".")[0]
             if source.startswith("tokenspeed.") and package in OPTIONAL_PACKAGES:

@@ -87,6 +87,8 @@ class Registry:
         pack: Pack | None = None,
     ) -> None:
         """Adds an implementation of `op`, which may be defined later. `ValueError`: a duplicate."""
+        if not callable(kernel):
+            raise ValueError(f"backend {backend} of {op}: {kernel!r} is not callable")
         limits = (_frozen(devices), _frozen(dtypes), requires, priority, _frozen(archs), pack)
         self._add(Backend(op, backend, kernel, *limits))
 

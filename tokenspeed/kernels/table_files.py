@@ -17,6 +17,7 @@ from tokenspeed.config import cache_folder
 from tokenspeed.kernels.device import UNKNOWN, Machine, arch_of, this_machine
 from tokenspeed.kernels.table import Times
 
+INFINITE = float("inf")
 FORMAT = 1
 MEASURED_DEVICES = ("cpu", "cuda")
 SHIPPED = Path(__file__).parent.parent / "assets" / "kernels"
@@ -52,8 +53,12 @@ class TableFile:
             if document["format"] != FORMAT:
                 raise ValueError(f"format {document['format']}, not {FORMAT}")
             machine = Machine(**document["machine"])
+            if not isinstance(machine.versions, dict):
+                raise TypeError("versions are not by name")
             return cls(machine, dict(_row(row) for row in document["rows"]))
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
+        except RecursionError as error:
             raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
@@ -61,8 +66,10 @@ def _row(row: Mapping[str, Any]) -> tuple[Key, dict[int, dict[str, float]]]:
     times = {
         int(bucket): {n: float(t) for n, t in of.items()} for bucket, of in row["times_us"].items()
     }
-    if not times or any(not t > 0 for of in times.values() for t in of.values()):
+    if not times or any(not 0 < t < INFINITE for of in times.values() for t in of.values()):
         raise ValueError(f"times of {row['op']} must be above 0")
+    if min(times) < 0:
+        raise ValueError(f"tokens of {row['op']} must not be below 0")
     return key_of(row["op"], row["dtype"], row["shapes"]), times
 
 

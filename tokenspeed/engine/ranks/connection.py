@@ -112,10 +112,9 @@ class Connection:
 
 def facts_of(body: bytes) -> dict[str, Any]:
     """A JSON body. `RankDiedError` if it is none: the peer cannot be understood."""
-    try:
+    facts = None
+    with contextlib.suppress(ValueError, RecursionError):
         facts = json.loads(body)
-    except (ValueError, RecursionError):
-        facts = None
     if not isinstance(facts, dict):
         raise RankDiedError("a rank sent a message that is no JSON object")
     return facts
