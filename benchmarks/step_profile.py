@@ -98,7 +98,7 @@ def main() -> None:
     cache = KVCache(model.cache_specs(), num_pages=pages, page_size=PAGE, device=CPU)
     for tensor in (t for layer in cache.layers for t in layer):
         tensor.normal_()
-    steps = []
+    steps: list[float] = []
     for step in range(options.steps + 2):
         if step == 2:  # the first ones warm up
             times.clear()
@@ -111,7 +111,7 @@ def main() -> None:
 
 def show(times: Times, steps: list[float], options: argparse.Namespace) -> None:
     whole = median(steps)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "op": op,
             "calls": len(found) // len(steps),
@@ -120,7 +120,7 @@ def show(times: Times, steps: list[float], options: argparse.Namespace) -> None:
         }
         for op, found in times.items()
     ]
-    rows.sort(key=lambda row: -float(row["share"]))
+    rows.sort(key=lambda row: -row["share"])
     print(f"step {whole * 1e3:.2f} ms, median of {len(steps)}")
     print(f"{'op':44}{'calls':>6}{'us each':>10}{'of the step':>13}")
     for row in rows:
