@@ -74,6 +74,8 @@ def test_what_cannot_be_taken_is_named(op: str, name: str) -> None:
     good = packed(cases, backend.pack, first_case(op).arguments(torch.float32))
     silent = []
     for argument, way, arguments in spoilt(good, op):
+        if way == "below 0" and name in GPU_BACKENDS:  # values on a device are not looked at
+            continue
         try:
             backend.kernel(*arguments)
         except (ValueError, TypeError) as error:
