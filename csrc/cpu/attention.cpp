@@ -78,19 +78,18 @@ void with_worker(const AttentionParams& p, const AttentionShape& s, const Item& 
 
 // Short streamed items in a row, so that a thread knows what it reads next; others one by one, so
 // that threads end together.
-int64_t items_at_once(const AttentionParams& p, const Item* items, int64_t num_items) {
+int64_t items_at_once(const AttentionShape& s, int64_t num_items, int64_t spans) {
     constexpr int64_t kSpansAtOnce = 8;
-    for (int64_t i = 0; i < num_items; ++i) {
-        if (!items[i].streamed) return 1;
-    }
+    if (!s.all_stream) return 1;
     const int64_t most = num_items / (2 * num_threads());
-    return max_of<int64_t>(1, min_of(kSpansAtOnce / count_spans(p), most));
+    return max_of<int64_t>(1, min_of(kSpansAtOnce / spans, most));
 }
 
 template <typename Q, typename KV>
 void whole_items(const AttentionParams& p, const AttentionShape& s, const Item* items,
-                 int64_t num_items) {
-    parallel_for(num_items, items_at_once(p, items, num_items), [&](int64_t begin, int64_t end) {
+                 int64_t num_items, int64_t spans) {
+    const int64_t at_once = items_at_once(s, num_items, spans);
+    parallel_for(num_items, at_once, [&](int64_t begin, int64_t end) {
         float* const memory = scratch_of<float>(1, 2 * s.partial_floats);
         for (int64_t i = begin; i < end; ++i) {
             const Item* const following = i + 1 < end ? items + i + 1 : nullptr;
@@ -159,8 +158,8 @@ void attend(const AttentionParams& p, AttentionShape& s) {
     if constexpr (kHasPairs && sizeof(Q) == 2 && sizeof(KV) <= 2) {
         s.streams = StreamWorker<KV>::serves(p);
         const int64_t streamed = s.streams ? StreamWorker<KV>::partial_floats(p) : 0;
-        const bool all = s.streams && longest <= kStreamed;
-        s.partial_floats = all ? streamed : max_of(s.partial_floats, streamed);
+        s.all_stream = s.streams && longest <= kStreamed;
+        s.partial_floats = s.all_stream ? streamed : max_of(s.partial_floats, streamed);
     }
     const int64_t num_items = count_items(p, s);
     if (num_items == 0) return;
@@ -170,7 +169,7 @@ void attend(const AttentionParams& p, AttentionShape& s) {
     if (num_items < enough && spans > 1) {
         split_items<Q, KV>(p, s, items, num_items, spans);
     } else {
-        whole_items<Q, KV>(p, s, items, num_items);
+        whole_items<Q, KV>(p, s, items, num_items, spans);
     }
 }
 

@@ -49,6 +49,7 @@ struct AttentionShape {
     int64_t group, key_dim;
     int64_t max_rows;  // of an item
     bool streams;      // items of up to kStreamed rows are
+    bool all_stream;
     int64_t partial_floats;
 };
 

@@ -111,7 +111,7 @@ class LaneWorker {
     void take(const Item& item) { item_ = item; }
 
     // Packs the item's queries; attend() then refers to it.
-    void open(const Item& item, const Item*) {
+    void open(const Item& item, const Item* /*following*/) {
         take(item);
         for (int64_t i = 0; i < div_ceil(item.count, kPitch) * kPitch; ++i) {
             const int64_t flat = item.first + min_of<int64_t>(i, item.count - 1);
@@ -241,7 +241,7 @@ class LaneWorker {
     void block(int64_t start, const KV* const* keys, const KV* const* values, int64_t count,
                bool fresh, float* partial) {
         const uint32_t* rows[kBlock];
-        place_keys(keys, count, rows);
+        place_keys(start, keys, count, rows);
         pack_values(values, count);
         for (int64_t panel = 0; panel * kPitch < item_.count; ++panel) {
             const int64_t first = panel * kPitch, left = item_.count - first;
@@ -265,7 +265,7 @@ class LaneWorker {
     }
 
     // Rows past the last key repeat it: their weights are 0.
-    void place_keys(const KV* const* keys, int64_t count, const uint32_t** rows) {
+    void place_keys(int64_t start, const KV* const* keys, int64_t count, const uint32_t** rows) {
         bool as_they_stand = false;
         if constexpr (sizeof(KV) == sizeof(Element)) {
             as_they_stand = p_.k_start == nullptr && s_.key_dim % kPerWord == 0;
@@ -281,7 +281,7 @@ class LaneWorker {
             Element* const to = reinterpret_cast<Element*>(copy);
             fetch_row(to, keys[i] + offset, size, key_words_ * kPerWord);
             if (p_.k_tail != nullptr) {
-                const int64_t token = (keys[i] - static_cast<const KV*>(p_.keys)) / p_.key_stride;
+                const int64_t token = p_.k_start[item_.row] + start + i;
                 const KV* const tail = static_cast<const KV*>(p_.k_tail) + token * p_.k_tail_stride;
                 fetch_row(to + size, tail, p_.q_tail_dim, key_words_ * kPerWord - size);
             }

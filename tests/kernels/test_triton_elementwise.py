@@ -59,7 +59,7 @@ def test_norms_of_nothing_and_of_extremes() -> None:
 @pytest.mark.parametrize(
     ("op", "arguments", "message"),
     [
-        ("rms_norm", (torch.ones(2, 8)[:, ::2], torch.ones(4), 1e-6), "unit stride"),
+        ("rms_norm", (torch.ones(2, 8)[:, ::2], torch.ones(4), 1e-6), "rows of x"),
         ("rms_norm", (torch.ones(2, 8), torch.ones(4), 1e-6), "weight"),
         ("add_rms_norm", (torch.ones(2, 8), torch.ones(3, 8), torch.ones(8), 1e-6), "residual"),
     ],

@@ -34,6 +34,8 @@ from tokenspeed.kernels.triton_flash import (
 )
 from tokenspeed.kernels.triton_launch import (
     arch_at,
+    expect_contiguous,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -129,8 +131,8 @@ def attention_gqa(
 def _check_gqa(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
     if torch.uint8 in (key_cache.dtype, value_cache.dtype):
         raise ValueError("attention_gqa: triton does not read int8 caches")
-    if q.stride(2) != 1 or not key_cache.is_contiguous() or not value_cache.is_contiguous():
-        raise ValueError("attention_gqa: q must have unit stride, the caches must be contiguous")
+    expect_rows("attention_gqa", q=q)
+    expect_contiguous("attention_gqa", key_cache=key_cache, value_cache=value_cache)
     if key_cache.shape[:3] != value_cache.shape[:3] or key_cache.shape[3] != q.shape[2]:
         raise ValueError(f"attention_gqa: caches {tuple(key_cache.shape)} do not go with q")
     if q.shape[1] % key_cache.shape[2]:
@@ -151,8 +153,7 @@ def attention_ragged(
     """As `kernels/attention.py` says. Tokens of no row stay undefined."""
     if (q_tail is None) != (k_tail is None):
         raise ValueError("attention_ragged: q_tail and k_tail go together")
-    if q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1:
-        raise ValueError("attention_ragged: the features of q, k and v must be contiguous")
+    expect_rows("attention_ragged", q=q, k=k, v=v)
     num_tokens, heads, _ = q.shape
     out = q.new_empty(num_tokens, heads, v.shape[2])
     lse = torch.empty(num_tokens, heads, dtype=torch.float32, device=q.device)
@@ -208,11 +209,8 @@ _MERGED = 2048  # numbers that a program of `_merge` makes
 
 
 def merge_state(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """As `kernels/attention.py` says. `ValueError`: strided inputs, or of other shapes."""
-    if a.shape != b.shape or lse_a.shape != a.shape[:2] or lse_b.shape != a.shape[:2]:
-        raise ValueError(f"merge_state: {tuple(a.shape)} and {tuple(b.shape)} are not alike")
-    if not all(x.is_contiguous() for x in (a, lse_a, b, lse_b)):
-        raise ValueError("merge_state: inputs must be contiguous")
+    """As `kernels/attention.py` says. `ValueError`: inputs with gaps."""
+    expect_contiguous("merge_state", a=a, lse_a=lse_a, b=b, lse_b=lse_b)
     out, lse = torch.empty_like(a), torch.empty_like(lse_a)
     if out.numel() == 0:
         return out, lse

@@ -101,11 +101,11 @@ def _axis(text: str) -> Axis | None:
 
 
 def checked(
-    op: str, call: str, kernel: Callable[..., Any], *, dense: bool = False
+    op: str, call: str, kernel: Callable[..., Any], *, on_gpu: bool = False
 ) -> Callable[..., Any]:
     """`kernel` behind a check of its arguments: `ValueError` naming op, argument and value.
 
-    `dense`: integer tensors must be contiguous, and their values are not looked at.
+    `on_gpu`: no float64, integer tensors must be contiguous, and their values are not looked at.
     """
     arguments = read_call(call)
     anywhere = "any device" in call
@@ -123,11 +123,7 @@ def checked(
                     raise ValueError(f"{op}: {argument.name} must be a tensor, is a {kind}")
                 continue
             _check_tensor(op, argument, value, sizes)
-            if not dense:
-                _check_values(op, argument, value)
-            elif argument.is_index and not value.is_contiguous():
-                strides = f"strides {list(value.stride())}"
-                raise ValueError(f"{op}: {argument.name} has {strides}, must be contiguous")
+            (_check_for_gpu if on_gpu else _check_values)(op, argument, value)
             if device is not None and value.device != device and not anywhere:
                 raise ValueError(f"{op}: {argument.name} is on {value.device}, others on {device}")
             device = value.device
@@ -162,3 +158,11 @@ def _check_tensor(op: str, argument: Argument, value: Tensor, sizes: dict[str, i
 def _check_values(op: str, argument: Argument, value: Tensor) -> None:
     if argument.not_negative and value.device.type == "cpu" and value.numel() and value.min() < 0:
         raise ValueError(f"{op}: {argument.name} has {int(value.min())}, below 0")
+
+
+def _check_for_gpu(op: str, argument: Argument, value: Tensor) -> None:
+    if value.dtype == torch.float64:
+        raise ValueError(f"{op}: {argument.name} is torch.float64, which only references take")
+    if argument.is_index and not value.is_contiguous():
+        strides = f"strides {list(value.stride())}"
+        raise ValueError(f"{op}: {argument.name} has {strides}, must be contiguous")

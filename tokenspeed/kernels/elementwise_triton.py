@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.triton_launch import (
+    expect_dtype,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -53,8 +55,7 @@ def _add(x, y, out, size, x_token, y_token, BLOCK: tl.constexpr, PDL: tl.constex
 
 def silu_mul(x: Tensor) -> Tensor:
     """x[T, 2I] -> [T, I]: silu(first half) * second half, rounded once."""
-    if x.dim() != 2 or x.shape[1] % 2 or x.stride(1) != 1:
-        raise ValueError(f"silu_mul: x {tuple(x.shape)} must be [T, 2I] of unit stride")
+    expect_rows("silu_mul", x=x)
     tokens, size = x.shape[0], x.shape[1] // 2
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     if out.numel():
@@ -65,10 +66,8 @@ def silu_mul(x: Tensor) -> Tensor:
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x[T,D] + y[T,D], rounded once."""
-    if x.dim() != 2 or x.stride(1) != 1:
-        raise ValueError(f"add: x {tuple(x.shape)} must be [T,D] of unit stride")
-    if y.shape != x.shape or y.dtype != x.dtype or y.stride(1) != 1:
-        raise ValueError(f"add: y {tuple(y.shape)} {y.dtype} is not like x, {tuple(x.shape)}")
+    expect_rows("add", x=x, y=y)
+    expect_dtype("add", x.dtype, y=y)
     tokens, size = x.shape
     out = torch.empty((tokens, size), dtype=x.dtype, device=x.device)
     if out.numel():

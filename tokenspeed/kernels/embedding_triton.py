@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.triton_launch import (
+    expect_contiguous,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -37,10 +38,7 @@ def _embedding(ids, weight, out, first, rows, size, BLOCK: tl.constexpr, PDL: tl
 
 def embedding(ids: Tensor, weight: Tensor, first: int) -> Tensor:
     """ids[T] int64, weight[V,D] -> [T,D]: row ids - first; zeros outside [first, first + V)."""
-    if ids.dim() != 1 or ids.dtype not in (torch.int64, torch.int32) or not ids.is_contiguous():
-        raise ValueError(f"embedding: ids {tuple(ids.shape)} {ids.dtype} must be [T] int64")
-    if weight.dim() != 2 or not weight.is_contiguous():
-        raise ValueError(f"embedding: weight {tuple(weight.shape)} must be [V,D], contiguous")
+    expect_contiguous("embedding", weight=weight)
     rows, size = weight.shape
     out = torch.empty((ids.shape[0], size), dtype=weight.dtype, device=weight.device)
     if out.numel():

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tokenspeed.kernels import sample as reference
 from tokenspeed.kernels.triton_launch import (
+    expect_contiguous,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -157,21 +159,12 @@ def _penalise(
     tl.store(logits + row.to(tl.int64) * row_stride + at, x, mask=mask)
 
 
-def _check(op: str, logits: Tensor, vectors: dict[str, tuple[Tensor, torch.dtype]]) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1:
-        raise ValueError(f"{op}: logits {tuple(logits.shape)} {logits.dtype} must be [B,V] float32")
-    for name, (vector, dtype) in vectors.items():
-        if vector.shape != logits.shape[:1] or vector.dtype != dtype or not vector.is_contiguous():
-            shape = tuple(vector.shape)
-            raise ValueError(f"{op}: {name} {shape} {vector.dtype} is not [B] {dtype}, contiguous")
-
-
 def logprobs(logits: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits[B,V] float32, ids[B] int64 -> (chosen[B], rank[B], top_ids[B,k], top[B,k]).
 
     At equal logits the lower id comes first. k above 64 is the reference's.
     """
-    _check("logprobs", logits, {"ids": (ids, torch.int64)})
+    expect_rows("logprobs", logits=logits)
     rows, vocab = logits.shape
     if not 0 <= k <= vocab:
         raise ValueError(f"logprobs: k is {k}, of {vocab} tokens")
@@ -212,18 +205,10 @@ def apply_penalties(
 ) -> None:
     """In place on logits[B,V] float32, as the reference says."""
     factors = {"repetition": repetition, "presence": presence, "frequency": frequency}
-    vectors = {name: (factor, torch.float32) for name, factor in factors.items()}
-    _check("apply_penalties", logits, vectors | {"slots": (slots, torch.int64)})
+    tables = {"prompt_seen": prompt_seen, "output_count": output_count}
+    expect_rows("apply_penalties", logits=logits)
+    expect_contiguous("apply_penalties", **factors, **tables)
     rows, vocab = logits.shape
-    for name, table, dtype in (
-        ("prompt_seen", prompt_seen, torch.bool),
-        ("output_count", output_count, torch.int32),
-    ):
-        if table.dim() != 2 or table.shape[1] != vocab or table.dtype != dtype:
-            shape = tuple(table.shape)
-            raise ValueError(f"apply_penalties: {name} {shape} {table.dtype} is not [S,{vocab}]")
-        if not table.is_contiguous():
-            raise ValueError(f"apply_penalties: {name} is not contiguous")
     if logits.numel():
         _penalise[(rows, triton.cdiv(vocab, _CHUNK))](
             *(logits, slots, prompt_seen.view(torch.uint8), output_count),

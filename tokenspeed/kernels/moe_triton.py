@@ -24,6 +24,8 @@ from tokenspeed.kernels.quant import QuantWeight
 from tokenspeed.kernels.triton_launch import (
     WIDE_TYPES,
     arch_at,
+    expect_contiguous,
+    expect_rows,
     num_units,
     pdl_options,
     pdl_release,
@@ -377,18 +379,14 @@ def _constants(
     return blocks | form_constants(weight, size, tile.depth, dtype)
 
 
-def _check(op: str, x: Tensor, w13: Operand, w2: Operand, shares: Tensor, ids: Tensor) -> None:
+def _check(op: str, x: Tensor, w13: Operand, w2: Operand) -> None:
     size = x.shape[-1]
-    if x.dim() != 2 or x.stride(1) != 1 or x.dtype not in ELEMENTS:
-        raise ValueError(f"{op}: x {tuple(x.shape)} {x.dtype} must be [T,D] of {list(ELEMENTS)}")
+    if x.dtype not in ELEMENTS:
+        raise ValueError(f"{op}: x is {x.dtype}, must be one of {list(ELEMENTS)}")
     if len(w13.shape) != 3 or w13.shape[1] % 2 or w13.shape[2] != size:
         raise ValueError(f"{op}: w13 {w13.shape} is not [E, 2I, {size}]")
     if w2.shape != (w13.shape[0], size, w13.shape[1] // 2):
         raise ValueError(f"{op}: w2 {w2.shape} does not fit w13 {w13.shape}")
-    if ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.dtype != torch.int32:
-        raise ValueError(f"{op}: ids {tuple(ids.shape)} {ids.dtype} is not [{x.shape[0]},k] int32")
-    if shares.shape != ids.shape or not (shares.is_contiguous() and ids.is_contiguous()):
-        raise ValueError(f"{op}: weights {tuple(shares.shape)} is not like ids, or not contiguous")
 
 
 def _moe(
@@ -400,9 +398,9 @@ def _moe(
     addend: Tensor | None,
 ) -> Tensor:
     w13, w2 = operand(op, "w13", experts[0]), operand(op, "w2", experts[1])
-    _check(op, x, w13, w2, shares, ids)
-    if addend is not None and (addend.shape != x.shape or addend.stride(1) != 1):
-        raise ValueError(f"{op}: addend {tuple(addend.shape)} is not like x, {tuple(x.shape)}")
+    _check(op, x, w13, w2)
+    expect_rows(op, x=x, **({} if addend is None else {"addend": addend}))
+    expect_contiguous(op, weights=shares)
     num_experts, size, inner = w2.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if ids.numel() == 0 or out.numel() == 0:

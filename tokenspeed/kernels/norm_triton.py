@@ -14,6 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.triton_launch import (
+    expect_contiguous,
+    expect_dtype,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -74,10 +77,10 @@ def _shape(size: int) -> tuple[int, int, int]:
 
 
 def _check(op: str, x: Tensor, weight: Tensor) -> None:
-    if x.dim() not in (2, 3) or x.stride(-1) != 1:
-        raise ValueError(f"{op}: x {tuple(x.shape)} must be [T,D] or [T,H,D] of unit stride")
-    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
-        raise ValueError(f"{op}: weight {tuple(weight.shape)} is not [{x.shape[-1]}]")
+    if x.dim() not in (2, 3):
+        raise ValueError(f"{op}: x {tuple(x.shape)} must be [T,D] or [T,H,D]")
+    expect_rows(op, x=x)
+    expect_contiguous(op, weight=weight)
     if x.shape[-1] > _MAX_SIZE:
         raise ValueError(f"{op}: {x.shape[-1]} features, at most {_MAX_SIZE}")
 
@@ -121,10 +124,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x, residual [T,D], weight[D] -> (rms_norm(sum), sum), with sum = x + residual rounded."""
-    if x.shape != residual.shape or x.dtype != residual.dtype or residual.stride(-1) != 1:
-        raise ValueError(f"add_rms_norm: residual {tuple(residual.shape)} is not like x")
-    if x.dim() != 2:
-        raise ValueError(f"add_rms_norm: x {tuple(x.shape)} must be [T,D]")
+    expect_dtype("add_rms_norm", x.dtype, residual=residual)
+    expect_rows("add_rms_norm", residual=residual)
     normed, total = _launch(x, residual, weight, eps)
     if total is None:
         raise AssertionError("a residual makes a sum")

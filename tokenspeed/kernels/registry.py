@@ -98,7 +98,7 @@ class Registry:
         `ValueError` of the result: an argument's shape, dtype or device, or an index with gaps.
         """
         self.load(gpu=False)
-        return checked(op, self.ops[op].call, kernel, dense=True)
+        return checked(op, self.ops[op].call, kernel, on_gpu=True)
 
     def _add(self, backend: Backend) -> None:
         of_op = self.backends.setdefault(backend.op, {})

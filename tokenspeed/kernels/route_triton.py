@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.triton_launch import (
+    expect_contiguous,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -107,8 +109,9 @@ def _check(
     scoring, group_score = words
     if scoring not in ("softmax", "sigmoid") or group_score not in ("max", "top2"):
         raise ValueError(f"route: unknown scoring {scoring!r} or group_score {group_score!r}")
-    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1:
-        raise ValueError(f"route: logits {tuple(logits.shape)} {logits.dtype} is not [T,E] float32")
+    expect_rows("route", logits=logits)
+    if bias is not None:
+        expect_contiguous("route", bias=bias)
     experts, (n_group, topk_group) = logits.shape[1], groups
     if n_group < 1 or experts % n_group or not 1 <= topk_group <= n_group:
         raise ValueError(f"route: {topk_group} of {n_group} groups of {experts} experts")
@@ -117,8 +120,6 @@ def _check(
     available = topk_group * (experts // n_group)
     if not 1 <= top_k <= available:
         raise ValueError(f"route: top_k is {top_k}, of {available} experts")
-    if bias is not None and (bias.shape != (experts,) or bias.dtype != torch.float32):
-        raise ValueError(f"route: bias {tuple(bias.shape)} {bias.dtype} is not [{experts}] float32")
 
 
 def route(

@@ -142,14 +142,14 @@ def verify(ids: Tensor, drafts: Tensor, q_start: Tensor) -> Tensor:
 
 define(
     "sample",
-    "(logits[B,V] f32, temperature[B], top_k[B] int32, top_p[B], min_p[B], seed[B] int64, "
-    "position[B] int64) -> ids[B] int64",
+    "(logits[B,V] f32, temperature[B] f32, top_k[B] int32, top_p[B] f32, min_p[B] f32, "
+    "seed[B] int64, position[B] int64) -> ids[B] int64",
     sample,
 )
 define(
     "apply_penalties",
     "(logits[B,V] f32, slots[B] int64, prompt_seen[S,V] bool, output_count[S,V] int32, "
-    "repetition[B], presence[B], frequency[B]) -> None, in place",
+    "repetition[B] f32, presence[B] f32, frequency[B] f32) -> None, in place",
     apply_penalties,
 )
 define(

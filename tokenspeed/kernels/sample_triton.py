@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tokenspeed.kernels.triton_launch import (
+    expect_contiguous,
+    expect_rows,
     pdl_options,
     pdl_release,
     pdl_wait,
@@ -441,20 +443,6 @@ def _verify(ids, drafts, q_start, out, BLOCK: tl.constexpr, PDL: tl.constexpr):
     tl.store(out + row, stop - first + 1)
 
 
-def _check(logits: Tensor, parameters: dict[str, tuple[Tensor, torch.dtype]]) -> None:
-    if logits.dim() != 2 or logits.dtype != torch.float32 or logits.stride(1) != 1:
-        shape = tuple(logits.shape)
-        raise ValueError(f"sample: logits {shape} {logits.dtype} must be [B,V] float32")
-    if logits.shape[1] == 0:
-        raise ValueError("sample: logits of no tokens")
-    for name, (tensor, dtype) in parameters.items():
-        if tensor.shape != logits.shape[:1] or tensor.dtype != dtype or not tensor.is_contiguous():
-            raise ValueError(
-                f"sample: {name} {tuple(tensor.shape)} {tensor.dtype} "
-                f"is not [{logits.shape[0]}] {dtype}, contiguous"
-            )
-
-
 def sample(
     logits: Tensor,
     temperature: Tensor,
@@ -465,21 +453,16 @@ def sample(
     position: Tensor,
 ) -> Tensor:
     """logits[B,V] float32 and parameters [B] -> ids[B] int64, as the reference says."""
-    parameters = {
-        "temperature": (temperature, torch.float32),
-        "top_k": (top_k, torch.int32),
-        "top_p": (top_p, torch.float32),
-        "min_p": (min_p, torch.float32),
-        "seed": (seed, torch.int64),
-        "position": (position, torch.int64),
-    }
-    _check(logits, parameters)
+    expect_rows("sample", logits=logits)
+    expect_contiguous("sample", temperature=temperature, top_p=top_p, min_p=min_p)
     rows, vocab = logits.shape
+    if vocab == 0:
+        raise ValueError("sample: logits of no tokens")
     ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows == 0:
         return ids
     chunks = triton.cdiv(vocab, _CHUNK)
-    settings = tuple(tensor for tensor, _ in parameters.values())
+    settings = (temperature, top_k, top_p, min_p, seed, position)
     floats = torch.empty((2, rows, chunks), dtype=torch.float32, device=logits.device)
     places = torch.empty((2, rows, chunks), dtype=torch.int32, device=logits.device)
     found = (floats[0], places[0], floats[1], places[1])
@@ -503,20 +486,11 @@ def sample(
 
 def verify(ids: Tensor, drafts: Tensor, q_start: Tensor) -> Tensor:
     """ids[T], drafts[T] int64, q_start[R+1] int32 -> accepted[R] int32, as the reference says."""
-    for name, tensor in (("ids", ids), ("drafts", drafts)):
-        if tensor.shape != ids.shape or tensor.dtype != torch.int64 or tensor.dim() != 1:
-            raise ValueError(
-                f"verify: {name} {tuple(tensor.shape)} {tensor.dtype} is not [T] int64"
-            )
-    if q_start.dim() != 1 or q_start.dtype != torch.int32 or len(q_start) == 0:
-        raise ValueError(
-            f"verify: q_start {tuple(q_start.shape)} {q_start.dtype} is not [R+1] int32"
-        )
     accepted = torch.empty(len(q_start) - 1, dtype=torch.int32, device=ids.device)
     if len(accepted):
         _verify[(len(accepted),)](
-            ids.contiguous(),
-            drafts.contiguous(),
+            ids,
+            drafts,
             q_start,
             accepted,
             BLOCK=_VERIFY_BLOCK,

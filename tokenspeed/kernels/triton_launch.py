@@ -46,6 +46,31 @@ def register_triton(
     )
 
 
+def expect_rows(op: str, **tensors: Tensor) -> None:
+    """`ValueError` where the last axis of a tensor is strided."""
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{op}: the rows of {name} {_layout(tensor)} must be contiguous")
+
+
+def expect_contiguous(op: str, **tensors: Tensor) -> None:
+    """`ValueError` where a tensor has gaps."""
+    for name, tensor in tensors.items():
+        if not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} {_layout(tensor)} must be contiguous")
+
+
+def expect_dtype(op: str, dtype: torch.dtype, **tensors: Tensor) -> None:
+    """`ValueError` where a tensor is of another dtype."""
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{op}: {name} is {tensor.dtype}, must be {dtype}")
+
+
+def _layout(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of strides {list(tensor.stride())}"
+
+
 @cache
 def _arch(device: str) -> str:
     arch = arch_of(device)
