@@ -9,8 +9,7 @@ the reference of logits, and matplotlib for the plot.
 
     python benchmarks/cpu_peers.py [--models dense,mla-moe] [--weights bf16,int8,int4]
         [--engines tokenspeed,llama.cpp,...] [--measures short,long,streams,warm,logits]
-        [--kv-bits 16] [--rounds 5]
-        [--peers-dir FOLDER] [--setup-only] [--out FILE]
+        [--kv-bits 16] [--rounds 5] [--peers-dir FOLDER] [--setup-only] [--out FILE]
 """
 
 import argparse
@@ -79,7 +78,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=names(list(MODELS)), default=list(MODELS))
     parser.add_argument("--weights", type=names(list(BITS)), default=list(BITS))
     parser.add_argument("--engines", type=names(list(ENGINES)), default=list(ENGINES))
-    parser.add_argument("--kv-bits", type=int, choices=(16, 8), default=16, help="8: who has them")
+    parser.add_argument(
+        "--kv-bits", type=int, choices=(16, 8), default=16, help="8: only engines that can"
+    )
     parser.add_argument("--measures", type=names(every), default=every)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help="of engines that start in 20 s")
@@ -227,7 +228,8 @@ def conclude(group: dict[str, Any], measured: Roofs, kv_bits: int) -> None:
     model, weights = group["model"], group["weights"]
     config = CONFIGS[model]
     middle = summary.medians(group["rounds"])
-    lines = summary.compare(group["rounds"], model, weights)
+    aims = summary.aims_of(model, weights) if kv_bits == 16 else {}
+    lines = summary.compare(group["rounds"], aims)
     group["medians"] = middle
     group["roof"] = roofs.at_most(config, weights, measured, kv_bits)
     group["comparison"] = [dataclasses.asdict(line) | {"met": line.met} for line in lines]

@@ -77,9 +77,9 @@ def aims_of(model: str, weights: str) -> dict[str, float]:
     return QUANTIZED_AIMS if weights != "bf16" else AIMS.get((model, weights), {})
 
 
-def compare(rounds: Rounds, model: str, weights: str) -> list[Line]:
+def compare(rounds: Rounds, aims: dict[str, float]) -> list[Line]:
     """Ours against the best peer, figure by figure, in the order of `FIGURES`."""
-    middle, aims, lines = medians(rounds), aims_of(model, weights), []
+    middle, lines = medians(rounds), []
     for name, figure in FIGURES.items():
         peers = {e: f[name] for e, f in middle.items() if e.split(" ")[0] != OURS and name in f}
         ours = middle.get(OURS, {}).get(name)

@@ -186,7 +186,9 @@ def test_ours_is_held_against_the_best_peer() -> None:
         "slow": {"decode_512": [1.0, 2.0, 3.0], "warm_3072": [0.9]},
         "fast": {"decode_512": [8.0, 10.0, 9.0], "warm_3072": [1.0]},
     }
-    lines = {line.figure: line for line in summary.compare(rounds, "dense", "bf16")}
+    lines = {
+        line.figure: line for line in summary.compare(rounds, summary.aims_of("dense", "bf16"))
+    }
     assert "start" not in lines  # no peer has one
     decode, warm = lines["decode_512"], lines["warm_3072"]
     assert (decode.ours, decode.best, decode.best_engine) == (12.0, 9.0, "fast")
@@ -194,7 +196,9 @@ def test_ours_is_held_against_the_best_peer() -> None:
     assert decode.spread == pytest.approx((1.2, 30 / 9))
     assert decode.met is True
     assert (warm.best_engine, warm.ratio, warm.met) == ("slow", pytest.approx(5 / 9), True)
-    worse = summary.compare(rounds | {"faster": {"decode_512": [11.0]}}, "dense", "bf16")
+    worse = summary.compare(
+        rounds | {"faster": {"decode_512": [11.0]}}, summary.aims_of("dense", "bf16")
+    )
     assert [line.met for line in worse if line.figure == "decode_512"] == [False]
 
 
@@ -206,7 +210,7 @@ def test_limits_hold_ours_alone() -> None:
 
 def test_pages_show_engines_ratios_and_who_was_left_out() -> None:
     rounds = {"tokenspeed": {"decode_512": [12.0]}, "other": {"decode_512": [8.0]}}
-    lines = summary.compare(rounds, "dense", "bf16")
+    lines = summary.compare(rounds, summary.aims_of("dense", "bf16"))
     group = {
         "model": "dense",
         "weights": "bf16",
