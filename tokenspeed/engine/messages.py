@@ -11,6 +11,24 @@ from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True)
+class Retention:
+    """How long a prompt's cached pages should outlive the request, if there is room."""
+
+    seconds: float = 0.0
+    pinned: bool = False  # evicted only when nothing else is left
+
+
+@dataclass(frozen=True)
+class CacheReceipt:
+    """What the prefix cache had of a prompt, and why not more."""
+
+    num_device: int = 0  # tokens found, by tier
+    num_host: int = 0
+    reason: str = ""  # "" | "diverged" | "evicted" | "never_cached" | "disabled"
+    kept_until_s: float = 0.0  # seconds from now that the prompt's pages are meant to stay
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Prompt in, tokens out. `request_id` is the front end's own 64-bit number, no client's."""
 
@@ -19,6 +37,8 @@ class GenerateRequest:
     params: SamplingParams
     stop_ids: list[int] = field(default_factory=list)  # end-of-sequence and stop_token_ids
     salt: bytes = b""  # requests of different salts never share cached pages
+    user: str = ""  # who gets a fair share with the others: a tenant's user, subagents folded in
+    retention: Retention = Retention()  # noqa: RUF009
 
 
 @dataclass(frozen=True)
@@ -42,6 +62,7 @@ class TokenOutput:
     error: str | None = None
     queue_s: float = 0.0  # with the last output: seconds from arrival to the first step
     prefill_s: float = 0.0  # seconds from the first step to the first token
+    receipt: CacheReceipt | None = None  # with the first output
 
 
 @dataclass(frozen=True)

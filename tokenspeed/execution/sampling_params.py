@@ -19,6 +19,13 @@ MAX_LIST = 4096  # entries of each of these:
 LISTS = ("stop", "logit_bias", "allowed_token_ids", "bad_words_token_ids", "stop_token_ids")
 
 
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar that the output must follow: `key` names it (`execution/grammars.py`)."""
+
+    key: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """Sampling of one request. Raises `RequestError` naming the field that is out of range."""
@@ -44,6 +51,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None  # None: none; k: chosen token and the k likeliest
     prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _integer(self, "n", 1, MAX_N)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from tokenspeed.errors import RequestError
+from tokenspeed.text.channels import Piece
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_STOPS = 32
@@ -123,11 +124,14 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
+        shown: frozenset[str] = frozenset(),
     ) -> None:
         check_stop(stop)
         self.stopped: str | None = None
         self.num_tokens = 0
-        self._skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._added = tokenizer.added_tokens
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = {i for i in skipped if self._added[i] not in shown}
         self._decoder: _Decoder = (
             _ByteDecoder(tokenizer)
             if tokenizer.is_byte_level
@@ -141,7 +145,11 @@ class Detokenizer:
     def push(self, ids: Sequence[int], *, ended_by_token: bool = False) -> str:
         """Text that became certain. With `ended_by_token` the last id is a stop token: it counts,
         but its text is shown only if stop strings are to be included."""
-        pieces = []
+        return "".join([piece.text for piece in self.pieces(ids, ended_by_token=ended_by_token)])
+
+    def pieces(self, ids: Sequence[int], *, ended_by_token: bool = False) -> list[Piece]:
+        """The same text, added tokens apart; one that may begin a stop string comes as plain text."""
+        pieces: list[Piece] = []
         last = len(ids) - 1
         for i, token_id in enumerate(ids):
             if self.stopped is not None:
@@ -150,11 +158,15 @@ class Detokenizer:
             hidden = ended_by_token and i == last and not self._include_stop
             if hidden or token_id in self._skip:
                 continue
+            added = self._added.get(token_id)
             text = self._decoder.push(token_id)
             if text and self._stops and self.num_tokens > self._min_tokens:
                 text = self._match(text)
-            pieces.append(text)
-        return "".join(pieces)
+            if added and text.endswith(added):
+                pieces += (Piece(text[: -len(added)]), Piece(added, token=True))
+            else:
+                pieces.append(Piece(text))
+        return pieces
 
     def finish(self) -> str:
         """The rest: unfinished bytes as U+FFFD, then what was held back. Call once, at the end."""

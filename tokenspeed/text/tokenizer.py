@@ -50,6 +50,7 @@ class Tokenizer:
         self.max_chars_per_token = max(map(len, vocab), default=1)
         added = inner.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.added_tokens = {i: token.content for i, token in added.items()}
         self.is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
         self._bos: list[int] = []
