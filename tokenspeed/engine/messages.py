@@ -38,7 +38,7 @@ class GenerateRequest:
     stop_ids: list[int] = field(default_factory=list)  # end-of-sequence and stop_token_ids
     salt: bytes = b""  # requests of different salts never share cached pages
     user: str = ""  # who gets a fair share with the others: a tenant's user, subagents folded in
-    retention: Retention = Retention()  # noqa: RUF009
+    retention: Retention = Retention()
 
 
 @dataclass(frozen=True)

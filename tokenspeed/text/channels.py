@@ -95,7 +95,7 @@ def joined(events: Sequence[Event]) -> list[Event]:
             if not event.text:
                 continue
             if type(last) is type(event):
-                made[-1] = type(event)(last.text + event.text)  # type: ignore[union-attr]
+                made[-1] = type(event)(last.text + event.text)
                 continue
         made.append(event)
     return made

@@ -148,7 +148,7 @@ class Detokenizer:
         return "".join([piece.text for piece in self.pieces(ids, ended_by_token=ended_by_token)])
 
     def pieces(self, ids: Sequence[int], *, ended_by_token: bool = False) -> list[Piece]:
-        """The same text, added tokens apart; one that may begin a stop string comes as plain text."""
+        """The same text, added tokens apart, but for one that may begin a stop string."""
         pieces: list[Piece] = []
         last = len(ids) - 1
         for i, token_id in enumerate(ids):
