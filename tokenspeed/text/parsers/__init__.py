@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""The formats of answers, and which one a model's chat template speaks. Reads no answers itself.
+
+A format is a file here and a line below. The first that knows a template has it: narrow ones first.
+"""
+
+from tokenspeed.text.channels import Format
+from tokenspeed.text.parsers.thinking import THINKING
+
+_ALL: tuple[Format, ...] = (
+    THINKING,  # of no calls: after all others
+)
+
+FORMATS: dict[str, Format] = {format_.name: format_ for format_ in _ALL}
+
+
+def choose(source: str, name: str | None = None) -> Format:
+    """The format called `name`, or else the one that a template's Jinja source speaks.
+
+    Raises `ValueError` for a name that there is not.
+    """
+    if name is not None and name not in FORMATS:
+        raise ValueError(f"no answer format {name!r}: there are {', '.join(FORMATS)}")
+    if name is not None:
+        return FORMATS[name]
+    return next((found for found in FORMATS.values() if found.speaks(source)), THINKING)
