@@ -5,9 +5,11 @@ A format is a file here and a line below. The first that knows a template has it
 """
 
 from tokenspeed.text.channels import Format
+from tokenspeed.text.parsers.hermes import HERMES
 from tokenspeed.text.parsers.thinking import THINKING
 
 _ALL: tuple[Format, ...] = (
+    HERMES,
     THINKING,  # of no calls: after all others
 )
 
