@@ -23,6 +23,7 @@ from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.models.hub import DEMO_FOLDER
 from tokenspeed.text.chat_template import ChatTemplate
+from tokenspeed.text.parsers import choose
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -151,10 +152,11 @@ async def gateway(
     metrics.engines = [client.metrics for client in clients]
     pool.clients[:] = clients
     special = TOKENIZER.special_tokens
-    worker = None
-    if tokenizer is not None:
-        worker = TemplateWorker(ChatTemplate.from_folder(DEMO_FOLDER, special, template))
-    service = Service(made.model.served_model_name, pool, metrics, Keys(keys), tokenizer, worker)
+    templates = ChatTemplate.from_folder(DEMO_FOLDER, special, template)
+    worker = TemplateWorker(templates) if tokenizer is not None else None
+    answers = choose("".join(templates.sources.values()), made.model.parser)
+    names = made.model.served_model_name
+    service = Service(names, pool, metrics, Keys(keys), tokenizer, worker, answers)
     app = Application(
         route_table(service),
         service.keys,

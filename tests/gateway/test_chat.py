@@ -51,6 +51,7 @@ async def test_whole_answer():
         "completion_tokens": NUM,
         "total_tokens": 2 * NUM,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
@@ -97,6 +98,7 @@ async def test_golden_framing():
     delta = '"delta":{"role":"assistant","content":""}'
     usage = '"prompt_tokens":1,"completion_tokens":2,"total_tokens":3'
     usage += ',"prompt_tokens_details":{"cached_tokens":0}'
+    usage += ',"completion_tokens_details":{"reasoning_tokens":0}'
     assert reply.text == (
         f'{head}{{"index":0,{delta},"logprobs":null,"finish_reason":null}}{no_usage}'
         f'{head}{{"index":0,"delta":{{"content":"x"}},"logprobs":null,"finish_reason":null}}'
@@ -127,7 +129,7 @@ async def test_stop_string_across_tokens(engine, include):
         assert g.client.metrics.finished == {"stop": 2}
     assert whole["message"]["content"] == expected
     assert (whole["finish_reason"], whole["stop_reason"]) == ("stop", "o thr")
-    assert "".join(e["choices"][0]["delta"]["content"] for e in events) == expected
+    assert "".join(e["choices"][0]["delta"].get("content", "") for e in events) == expected
     assert events[-1]["choices"][0]["stop_reason"] == "o thr"
 
 

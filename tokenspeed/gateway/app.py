@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.auth import Keys, check_host
+from tokenspeed.gateway.identity import Caller
 
 BODY_TIMEOUT_S = 60.0
 JSON_DEPTH = 64
@@ -80,6 +81,10 @@ class Call:
         if kind.lower() != b"application/json":
             raise ApiError(415, "the content type must be application/json", code="content_type")
         return decode_json(await self.body(), decoder)
+
+    def caller(self) -> Caller:
+        """Who asks."""
+        return Caller(self.tenant)
 
     async def reply(
         self,

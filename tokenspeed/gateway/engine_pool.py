@@ -13,6 +13,7 @@ import itertools
 import logging
 import secrets
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 from tokenspeed.config import EngineConfig, ServerOptions
 from tokenspeed.engine import messages as m
@@ -33,6 +34,15 @@ _REFUSALS = {  # message, code, seconds after which to try again
 }
 
 log = logging.getLogger("tokenspeed.gateway")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What the engine is told beside prompt and parameters."""
+
+    salt: bytes = b""
+    user: str = ""
+    retention: m.Retention = field(default_factory=m.Retention)
 
 
 class EnginePool:
@@ -138,7 +148,7 @@ class EnginePool:
         prompt_ids: list[int],
         choices: Sequence[tuple[int, SamplingParams]],
         stop_ids: list[int],
-        salt: bytes,
+        sent: Sent,
     ) -> list[int]:
         """Sends the answers wanted to one prompt, all to one engine; returns their request ids.
 
@@ -146,13 +156,15 @@ class EnginePool:
         room for all; what had been sent is aborted with the mailbox.
         """
         self.check_room(len(choices))
-        route = self._route(prompt_ids, salt, len(choices))
+        route = self._route(prompt_ids, sent.salt, len(choices))
         client = self.clients[route.target]
         uncached = len(prompt_ids) - route.matched
         request_ids = []
         for index, params in choices:
             request_id = next(self._ids) & (2**63 - 1)
-            request = m.GenerateRequest(request_id, prompt_ids, params, stop_ids, salt)
+            request = m.GenerateRequest(
+                request_id, prompt_ids, params, stop_ids, sent.salt, sent.user, sent.retention
+            )
             if not client.submit(mailbox, index, request, uncached):
                 raise self._refusal("full")
             request_ids.append(request_id)

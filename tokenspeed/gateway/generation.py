@@ -6,18 +6,20 @@ stream is one write for each wake-up, whatever arrived in between; it begins wit
 (or the first sign of life), so that an error before it is still an HTTP status.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Protocol
 
-from tokenspeed.engine.messages import TokenOutput
+from tokenspeed.engine.messages import CacheReceipt, TokenOutput
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.gateway.answer import Answer
 from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.app import Call
-from tokenspeed.gateway.engine_pool import EnginePool
+from tokenspeed.gateway.engine_pool import EnginePool, Sent
 from tokenspeed.gateway.mailbox import Mailbox
+from tokenspeed.text.channels import Piece
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -27,7 +29,10 @@ _STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Choice:
-    """One answer. `text`, `token_ids` and `logprobs` are what came since the last `clear`."""
+    """One answer. `text`, `token_ids` and `logprobs` are what came since the last `clear`.
+
+    With an `answer` the text goes there, and `text` stays empty.
+    """
 
     def __init__(
         self,
@@ -35,10 +40,13 @@ class Choice:
         prompt_ids: list[int],
         params: SamplingParams,
         tokenizer: Tokenizer | None,
+        answer: Answer | None = None,
+        shown: frozenset[str] = frozenset(),
     ) -> None:
         self.index = index
         self.prompt_ids = prompt_ids
         self.params = params
+        self.answer = answer
         self.request_id = -1
         self.text = ""
         self.token_ids: list[int] = []
@@ -46,6 +54,7 @@ class Choice:
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.num_tokens = 0
         self.num_cached = 0
+        self.receipt: CacheReceipt | None = None
         self.begun = False  # for a dialect that opens a choice with something of its own
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
@@ -58,7 +67,12 @@ class Choice:
                 skip_special_tokens=params.skip_special_tokens,
                 min_tokens=params.min_tokens,
                 prompt_ids=prompt_ids,
+                shown=shown,
             )
+
+    @property
+    def num_reasoning(self) -> int:
+        return 0 if self.answer is None else self.answer.num_reasoning_tokens
 
     def clear(self) -> None:
         self.text, self.token_ids, self.logprobs = "", [], []
@@ -72,6 +86,7 @@ class Choice:
             raise ApiError(500, output.error or "the request failed", code="generation_failed")
         if self.num_tokens == 0:
             self.num_cached = output.num_cached_tokens
+            self.receipt = output.receipt
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         ids = output.token_ids
@@ -85,18 +100,36 @@ class Choice:
             self.finish_reason = output.finish_reason
             if output.stop_token_id in (self.params.stop_token_ids or ()):
                 self.stop_reason = output.stop_token_id
+        if self.answer is not None and self.finish_reason == "stop" and self.answer.calls:
+            self.finish_reason = "tool_calls"
         return self.finish_reason is not None
 
     def _detokenize(self, detokenizer: Detokenizer, output: TokenOutput) -> list[int]:
         """Appends text; returns the ids that count, which end where a stop string is complete."""
         before = detokenizer.num_tokens
-        ids = output.token_ids
-        self.text += detokenizer.push(ids, ended_by_token=output.stop_token_id is not None)
-        if output.finish_reason is not None:
-            self.text += detokenizer.finish()
+        ids, by_token = output.token_ids, output.stop_token_id is not None
+        if self.answer is not None:
+            self._parse(self.answer, detokenizer, output)
+        else:
+            self.text += detokenizer.push(ids, ended_by_token=by_token)
+            if output.finish_reason is not None:
+                self.text += detokenizer.finish()
         if detokenizer.stopped is not None:
             self.finish_reason, self.stop_reason = "stop", detokenizer.stopped
         return ids[: detokenizer.num_tokens - before]
+
+    def _parse(self, answer: Answer, detokenizer: Detokenizer, output: TokenOutput) -> None:
+        """Id by id: how many came at once never shows."""
+        last = len(output.token_ids) - 1
+        for i, token in enumerate(output.token_ids):
+            ended = i == last and output.stop_token_id is not None
+            answer.push(detokenizer.pieces([token], ended_by_token=ended))
+            if detokenizer.stopped is not None or answer.full:
+                break
+        if answer.full:
+            self.finish_reason = "stop"
+        if output.finish_reason or detokenizer.stopped is not None or answer.full:
+            answer.finish([Piece(detokenizer.finish())])
 
 
 class Dialect(Protocol):
@@ -107,8 +140,26 @@ class Dialect(Protocol):
         ...
 
     def closing(self) -> bytes:
-        """The events after the last chunk, before `[DONE]`."""
+        """The events after the last chunk."""
         ...
+
+    def failure(self, error: ApiError) -> bytes:
+        """The event that says that the stream ends here."""
+        ...
+
+    def keep_alive(self) -> bytes:
+        """A sign of life."""
+        ...
+
+
+class OpenAIStream:
+    """How OpenAI's streams end, and what they say while nothing comes."""
+
+    def failure(self, error: ApiError) -> bytes:
+        return b"data: " + error.body() + b"\n\n" + DONE
+
+    def keep_alive(self) -> bytes:
+        return b": keep-alive\n\n"
 
 
 class Generation(AbstractContextManager["Generation"]):
@@ -120,20 +171,23 @@ class Generation(AbstractContextManager["Generation"]):
         tokenizer: Tokenizer | None,
         prompts: Sequence[list[int]],
         params: SamplingParams,
-        salt: bytes,
+        sent: Sent,
+        *,
+        answer: Callable[[], Answer] | None = None,
+        shown: frozenset[str] = frozenset(),
     ) -> None:
         if len(prompts) * params.n > MAX_CHOICES:
             raise RequestError(
                 f"n: at most {MAX_CHOICES} answers to all prompts of a request", field="n"
             )
         self.choices = [
-            Choice(i * params.n + j, prompt, one, tokenizer)
+            Choice(i * params.n + j, prompt, one, tokenizer, answer and answer(), shown)
             for i, prompt in enumerate(prompts)
             for j, one in enumerate(params.choices())
         ]
         self.num_running = len(self.choices)
         self.params = params
-        self._pool, self._salt = pool, salt
+        self._pool, self._sent = pool, sent
         self._eos = tokenizer.eos_ids if tokenizer is not None else ()
 
     def __enter__(self) -> "Generation":
@@ -147,7 +201,7 @@ class Generation(AbstractContextManager["Generation"]):
                 same = self.choices[at : at + self.params.n]
                 wanted = [(choice.index, choice.params) for choice in same]
                 ids = self._pool.submit(
-                    self.mailbox, same[0].prompt_ids, wanted, stop_ids, self._salt
+                    self.mailbox, same[0].prompt_ids, wanted, stop_ids, self._sent
                 )
                 for choice, request_id in zip(same, ids, strict=True):
                     choice.request_id = request_id
@@ -199,12 +253,12 @@ class Generation(AbstractContextManager["Generation"]):
                 for choice in changed:
                     choice.clear()
                 if not self.num_running:
-                    parts += (dialect.closing(), DONE)
-                await self._write(call, b"".join(parts) if changed else b": keep-alive\n\n")
+                    parts.append(dialect.closing())
+                await self._write(call, b"".join(parts) if changed else dialect.keep_alive())
         except Exception as error:
             if not call.started:
                 raise
-            await self._write(call, b"data: " + of_exception(error).body() + b"\n\n" + DONE)
+            await self._write(call, dialect.failure(of_exception(error)))
         await call.send({"type": "http.response.body", "body": b""})
 
     async def _write(self, call: Call, data: bytes) -> None:
@@ -226,6 +280,9 @@ class Generation(AbstractContextManager["Generation"]):
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(c.num_cached for c in firsts)},
+            "completion_tokens_details": {
+                "reasoning_tokens": sum(c.num_reasoning for c in self.choices)
+            },
         }
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """POST /v1/chat/completions. Knows the shapes of chat answers, nothing of how tokens come about.
 
-The model's text is the content as it is: tool calls and reasoning in it are not parsed out yet.
+Reasoning comes under both of its names; custom tools get their input as text.
 """
 
 import secrets
@@ -13,9 +13,13 @@ import msgspec
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, check_depth, encode_json
-from tokenspeed.gateway.generation import Choice, Generation, room_left
+from tokenspeed.gateway.chat_deltas import Deltas, whole_call
+from tokenspeed.gateway.generation import DONE, Choice, OpenAIStream
 from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
+from tokenspeed.gateway.openai_tools import chat_tool_choice, chat_tools
 from tokenspeed.gateway.service import Service
+from tokenspeed.gateway.turn import Turn, TurnRequest, open_turn
+from tokenspeed.text.conversation import Conversation
 from tokenspeed.text.tokenizer import Tokenizer
 
 _DECODER = msgspec.json.Decoder(ChatRequest)
@@ -26,64 +30,61 @@ async def chat_completions(service: Service, call: Call) -> None:
     """The handler."""
     request = await call.decode(_DECODER)
     model = service.model_name(request.model)
-    service.pool.check_room()
-    check_served(request)
-    prompt = await _render(service, request)
     limits = service.pool.check_room()
-    max_tokens = request.max_completion_tokens
-    if max_tokens is not None and max_tokens < 1:
-        why = "max_completion_tokens: must be at least 1"
-        raise RequestError(why, field="max_completion_tokens")
-    params = sampling_params(
-        request,
-        max_tokens=room_left(
-            request.max_tokens if max_tokens is None else max_tokens,
-            [prompt],
-            limits.max_model_len,
-            "messages",
-        ),
-        logprobs=request.num_logprobs(),
-        tokenizer=service.tokenizer,
-        vocab_size=limits.vocab_size,
-    )
-    salt = service.keys.salt(call.tenant, request.cache_salt)
-    with Generation(service.pool, service.tokenizer, [prompt], params, salt) as generation:
-        dialect = _Chat(request, model, generation, service.tokenizer)
+    asked = _turn_request(service, request, call, limits.vocab_size)
+    async with open_turn(service, asked) as turn:
+        dialect = _Chat(request, model, turn, service.tokenizer)
         if request.stream:
-            await generation.stream(call, dialect)
+            await turn.generation.stream(call, dialect)
         else:
-            await generation.finish()
+            await turn.generation.finish()
             await call.reply(dialect.whole())
 
 
-async def _render(service: Service, request: ChatRequest) -> list[int]:
-    """The prompt's ids, by the model's template."""
-    options = dict(request.chat_template_kwargs or {})
-    for name, value in (
-        ("documents", request.documents),
-        ("reasoning_effort", request.reasoning_effort),
-    ):
-        if value is not None:
-            options[name] = value
+def _turn_request(
+    service: Service, request: ChatRequest, call: Call, vocab_size: int
+) -> TurnRequest:
+    check_served(request)
     for name in ("messages", "tools", "documents", "chat_template_kwargs"):
         check_depth(getattr(request, name), name)
-    generate = request.add_generation_prompt is not False
-    return await service.chat_prompt(
-        request.messages,
-        tools=request.tools,
-        add_generation_prompt=generate,
-        add_special_tokens=bool(request.add_special_tokens),
-        options=options,
+    options = dict(request.chat_template_kwargs or {})
+    for name in ("documents", "reasoning_effort"):
+        if (value := getattr(request, name)) is not None:
+            options[name] = value
+    max_tokens = request.max_completion_tokens
+    if max_tokens is not None and not 1 <= max_tokens < 2**31:
+        why = f"max_completion_tokens: must be in [1, 2147483647], got {max_tokens}"
+        raise RequestError(why, field="max_completion_tokens")
+    tools = chat_tools(request.tools)
+    return TurnRequest(
+        conversation=Conversation(
+            request.messages,
+            tools,
+            options,
+            add_generation_prompt=request.add_generation_prompt is not False,
+            add_special_tokens=bool(request.add_special_tokens),
+        ),
+        params=sampling_params(
+            request,
+            max_tokens=request.max_tokens if max_tokens is None else max_tokens,
+            logprobs=request.num_logprobs(),
+            tokenizer=service.tokenizer,
+            vocab_size=vocab_size,
+        ),
+        caller=call.caller(),
+        tool_choice=chat_tool_choice(request.tool_choice, request.parallel_tool_calls, tools),
+        cache_salt=request.cache_salt,
     )
 
 
-class _Chat:
+class _Chat(OpenAIStream):
     """The answer's JSON, whole or in chunks. What does not change is encoded once."""
 
     def __init__(
-        self, request: ChatRequest, model: str, generation: Generation, tokenizer: Tokenizer | None
+        self, request: ChatRequest, model: str, turn: Turn, tokenizer: Tokenizer | None
     ) -> None:
-        self._request, self._generation, self._tokenizer = request, generation, tokenizer
+        self._request, self._tokenizer = request, tokenizer
+        self._generation, self._tools = turn.generation, turn.request.conversation
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "object": "chat.completion.chunk" if request.stream else "chat.completion",
@@ -98,37 +99,53 @@ class _Chat:
         usage = b',"usage":null' if self._usage_at_end else b""
         self._back = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
         self._plain = not (self._usage_always or request.return_token_ids or request.logprobs)
+        self._deltas = [Deltas(self._tools) for _ in turn.answers]
 
     def chunk(self, choice: Choice) -> bytes:
-        opening = b"" if choice.begun else self._opening(choice)
-        if choice.finish_reason is None:
-            if not choice.text and self._plain:
-                return opening
-            if self._plain:
-                text = b',"delta":{"content":' + encode_json(choice.text)
-                return b"%b%b%d%b%b" % (opening, self._front, choice.index, text, self._back)
-        return opening + self._event([self._choice(choice, delta=True)])
+        parts = [] if choice.begun else [self._opening(choice)]
+        deltas = self._deltas[choice.index].of(choice.answer.take() if choice.answer else [])
+        last = None
+        if choice.finish_reason is not None or not self._plain:
+            last = deltas.pop() if deltas else {}
+        for delta in deltas:
+            if "content" in delta:
+                text = b',"delta":{"content":' + encode_json(delta["content"])
+                parts.append(b"%b%d%b%b" % (self._front, choice.index, text, self._back))
+            else:
+                parts.append(self._event([self._bare(choice, delta)]))
+        if last is not None:
+            parts.append(self._event([self._choice(choice, "delta", last)]))
+        return b"".join(parts)
 
     def _opening(self, choice: Choice) -> bytes:
         choice.begun = True
-        first: dict[str, Any] = {
-            "index": choice.index,
-            "delta": {"role": "assistant", "content": ""},
-            "logprobs": None,
-            "finish_reason": None,
-        }
+        first = self._bare(choice, {"role": "assistant", "content": ""})
         return self._event([first], prompt_extras(self._request, choice, self._tokenizer))
 
     def closing(self) -> bytes:
         if not self._usage_at_end:
-            return b""
-        return b"data: " + encode_json(self._with_usage([])) + b"\n\n"
+            return DONE
+        return b"data: " + encode_json(self._with_usage([])) + b"\n\n" + DONE
 
     def whole(self) -> bytes:
         made = self._generation.choices
-        choices = [self._choice(choice, delta=False) for choice in made]
+        choices = [self._choice(choice, "message", self._message(choice)) for choice in made]
         extras = prompt_extras(self._request, made[0], self._tokenizer)
         return encode_json(self._with_usage(choices) | extras)
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        """The whole message of a choice."""
+        answer = choice.answer
+        if answer is None:
+            raise RuntimeError("a chat's choice has an answer")
+        message: dict[str, Any] = {"role": "assistant", "content": answer.text("content")}
+        if (thought := answer.text("reasoning")) is not None:
+            message |= {"reasoning": thought, "reasoning_content": thought}
+        if calls := answer.calls:
+            message["tool_calls"] = [whole_call(block, self._tools) for block in calls]
+        elif message["content"] is None:
+            message["content"] = ""
+        return message
 
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = self._head | {"choices": choices}
@@ -141,14 +158,16 @@ class _Chat:
     def _with_usage(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | {"choices": choices, "usage": self._generation.usage()}
 
-    def _choice(self, choice: Choice, *, delta: bool) -> dict[str, Any]:
-        message: dict[str, Any] = {"content": choice.text}
+    def _bare(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _choice(self, choice: Choice, key: str, message: dict[str, Any]) -> dict[str, Any]:
         logprobs = None
         if self._request.logprobs:
             logprobs = {"content": [self._token(p) for p in choice.logprobs]}
         made: dict[str, Any] = {
             "index": choice.index,
-            "delta" if delta else "message": message if delta else {"role": "assistant"} | message,
+            key: message,
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

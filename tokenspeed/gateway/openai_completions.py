@@ -11,7 +11,14 @@ import msgspec
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, encode_json
-from tokenspeed.gateway.generation import Choice, Generation, room_left
+from tokenspeed.gateway.engine_pool import Sent
+from tokenspeed.gateway.generation import (
+    DONE,
+    Choice,
+    Generation,
+    OpenAIStream,
+    room_left,
+)
 from tokenspeed.gateway.openai_chat import MIN_LOGPROB, prompt_extras, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
 from tokenspeed.gateway.service import Service
@@ -60,7 +67,8 @@ async def completions(service: Service, call: Call) -> None:
         vocab_size=limits.vocab_size,
     )
     salt = service.keys.salt(call.tenant, request.cache_salt)
-    with Generation(service.pool, service.tokenizer, prompts, params, salt) as generation:
+    sent = Sent(salt, call.caller().user)
+    with Generation(service.pool, service.tokenizer, prompts, params, sent) as generation:
         dialect = _Completion(request, model, generation, service.tokenizer)
         if request.stream:
             await generation.stream(call, dialect)
@@ -105,7 +113,7 @@ async def _ids(service: Service, prompt: Any, add_special_tokens: bool) -> list[
     return ids
 
 
-class _Completion:
+class _Completion(OpenAIStream):
     """The answer's JSON, whole or in chunks. What does not change is encoded once."""
 
     def __init__(
@@ -148,9 +156,9 @@ class _Completion:
 
     def closing(self) -> bytes:
         if not self._usage_at_end:
-            return b""
+            return DONE
         body = self._head | {"choices": [], "usage": self._generation.usage()}
-        return b"data: " + encode_json(body) + b"\n\n"
+        return b"data: " + encode_json(body) + b"\n\n" + DONE
 
     def whole(self) -> bytes:
         choices = []

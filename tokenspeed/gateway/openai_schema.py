@@ -128,6 +128,7 @@ class ChatRequest(Sampling, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     documents: list[dict[str, Any]] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -153,10 +154,8 @@ class ChatRequest(Sampling, kw_only=True):
             "audio",
             "web_search_options",
         )
-        forced = self.tool_choice not in (None, "auto", "none")
         return Sampling.refusals(self) | {
             **{name: bool(getattr(self, name)) for name in names},
-            "tool_choice": forced,
             "thinking_token_budget": self.thinking_token_budget is not None,
             "modalities": self.modalities not in (None, [], ["text"]),
         }

@@ -34,7 +34,9 @@ from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.models.hub import resolve_model
+from tokenspeed.text.channels import Format
 from tokenspeed.text.chat_template import ChatTemplate
+from tokenspeed.text.parsers import choose
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -60,11 +62,15 @@ def serve(
     if tokenizer is not None:
         given = config.model.chat_template
         template = ChatTemplate.from_folder(folder, tokenizer.special_tokens, given)
+    sources = "" if template is None else "".join(template.sources.values())
+    answers = choose(sources, config.model.parser)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(listener) for listener in _listeners(options)]
         if options.uds is not None:
             stack.callback(Path(options.uds).unlink, missing_ok=True)
-        return uvloop.run(_run(config, options, command, keys, tokenizer, template, sockets))
+        return uvloop.run(
+            _run(config, options, command, keys, tokenizer, template, answers, sockets)
+        )
 
 
 async def _run(
@@ -74,6 +80,7 @@ async def _run(
     keys: Keys,
     tokenizer: Tokenizer | None,
     template: ChatTemplate | None,
+    answers: Format,
     sockets: list[socket.socket],
 ) -> int:
     names = config.model.served_model_name or (_public_name(config.model.model),)
@@ -82,7 +89,7 @@ async def _run(
     worker = TemplateWorker(template) if template else None
     if worker is not None:
         worker.start()
-    service = Service(names, pool, metrics, keys, tokenizer, worker)
+    service = Service(names, pool, metrics, keys, tokenizer, worker, answers)
     try:
         await pool.start()
         gc.collect()

@@ -9,17 +9,21 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
+from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.text.channels import Format
+from tokenspeed.text.conversation import Conversation
+from tokenspeed.text.prompt import Prompt
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
 
 _SHORT_TEXT = 2048  # characters that are encoded at once, on the event loop
+_PROMPT_END = 512  # characters that say in which channel an answer begins
 
 
 @dataclass
@@ -32,8 +36,14 @@ class Service:
     keys: Keys
     tokenizer: Tokenizer | None  # None: token ids in, token ids out
     template: TemplateWorker | None
+    format: Format
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
+
+    def __post_init__(self) -> None:
+        added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
+        self.markers = frozenset(self.format.markers)
+        self.marker_tokens = self.markers & added
 
     def model_name(self, asked: str | None) -> str:
         """The name that the answer carries. Raises 404 for a model that is not served."""
@@ -66,20 +76,12 @@ class Service:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, tokenizer.encode, text, add_special_tokens)
 
-    async def chat_prompt(
-        self,
-        messages: list[dict[str, Any]],
-        *,
-        tools: list[dict[str, Any]] | None,
-        add_generation_prompt: bool,
-        add_special_tokens: bool,
-        options: dict[str, Any],
-    ) -> list[int]:
-        """Ids of a conversation, by the model's template."""
-        template = self.template
+    async def prompt(self, conversation: Conversation, caller: Caller) -> Prompt:
+        """A conversation's ids, by the model's template."""
+        template, options = self.template, conversation.options
         if template is None:
             raise RequestError("messages: this server has no tokenizer", field="messages")
-        if not messages:
+        if not conversation.messages:
             raise RequestError("messages: must not be empty", field="messages")
         taken = options.keys() & {"messages", "tools", "add_generation_prompt", "self"}
         if taken:
@@ -89,12 +91,16 @@ class Service:
 
         def render() -> str:
             return template.render(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, **options
+                conversation.messages,
+                tools=[tool.definition() for tool in conversation.tools] or None,
+                add_generation_prompt=conversation.add_generation_prompt,
+                **options,
             )
 
         loop = asyncio.get_running_loop()
         text = await loop.run_in_executor(self._threads, render)
-        return await self.encode(text, add_special_tokens, "messages")
+        ids = await self.encode(text, conversation.add_special_tokens, "messages")
+        return Prompt(ids, self.format.starts_in(text[-_PROMPT_END:]))
 
     def tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:

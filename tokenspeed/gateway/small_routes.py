@@ -10,7 +10,9 @@ from tokenspeed.errors import RequestError
 from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.openai_schema import Messages
+from tokenspeed.gateway.openai_tools import chat_tools
 from tokenspeed.gateway.service import Service
+from tokenspeed.text.conversation import Conversation
 
 MAX_TOKENS = 1 << 18  # that are made text at once; it holds up everybody else
 
@@ -94,13 +96,14 @@ async def tokenize(service: Service, call: Call) -> None:
     if request.messages is not None:
         for name in ("messages", "tools", "chat_template_kwargs"):
             check_depth(getattr(request, name), name)
-        ids = await service.chat_prompt(
+        conversation = Conversation(
             request.messages,
-            tools=request.tools,
+            chat_tools(request.tools),
+            request.chat_template_kwargs or {},
             add_generation_prompt=request.add_generation_prompt is not False,
             add_special_tokens=bool(request.add_special_tokens),
-            options=request.chat_template_kwargs or {},
         )
+        ids = (await service.prompt(conversation, call.caller())).ids
     else:
         ids = await service.encode(request.prompt or "", request.add_special_tokens is not False)
     limit = service.pool.ready.max_model_len if service.pool.ready else None

@@ -20,7 +20,7 @@ class Tool:
     """
 
     name: str
-    description: str = ""
+    description: str | None = None
     parameters: dict[str, Any] = field(default_factory=lambda: {"type": "object", "properties": {}})
     strict: bool = False
     custom: bool = False
@@ -30,8 +30,10 @@ class Tool:
 
     def definition(self) -> dict[str, Any]:
         """As chat templates take it."""
-        about = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", "function": about}
+        about: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            about["description"] = self.description
+        return {"type": "function", "function": about | {"parameters": self.parameters}}
 
 
 @dataclass(frozen=True, slots=True)

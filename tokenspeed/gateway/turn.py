@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: MIT
+"""`Turn`: one request of a conversation from messages to answers, the same for every dialect.
+
+    TurnRequest -> Prompt (template, tokenizer) -> Generation -> Answer (parser) -> the dialect
+
+Knows no dialect's names and shapes.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from tokenspeed.engine.messages import Retention
+from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.gateway.answer import Answer
+from tokenspeed.gateway.engine_pool import Sent
+from tokenspeed.gateway.generation import Generation, room_left
+from tokenspeed.gateway.identity import Caller
+from tokenspeed.gateway.service import Service
+from tokenspeed.text.channels import Inputs
+from tokenspeed.text.conversation import Conversation, OutputFormat, ToolChoice
+from tokenspeed.text.prompt import Prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnRequest:
+    """What a client asks. `params.max_tokens` None: as many as the context has room for."""
+
+    conversation: Conversation
+    params: SamplingParams
+    caller: Caller = field(default_factory=Caller)
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    output_format: OutputFormat | None = None
+    cache_salt: str | None = None
+    retention: Retention = field(default_factory=Retention)
+    limit_field: str = "messages"  # what the dialect calls the part that can be too long
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A request under way."""
+
+    request: TurnRequest
+    prompt: Prompt
+    generation: Generation
+
+    @property
+    def answers(self) -> list[Answer]:
+        """One for each choice."""
+        found = [choice.answer for choice in self.generation.choices]
+        return [answer for answer in found if answer is not None]
+
+
+@asynccontextmanager
+async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Turn]:
+    """Submits the request; leaving aborts what has not finished.
+
+    Raises `RequestError` for what cannot be served as asked, `ApiError` 503 if there is no room.
+    """
+    service.pool.check_room()
+    prompt = await service.prompt(request.conversation, request.caller)
+    limits = service.pool.check_room()
+    max_tokens = room_left(
+        request.params.max_tokens, [prompt.ids], limits.max_model_len, request.limit_field
+    )
+    params = request.params.replace(max_tokens=max_tokens)
+    sent = Sent(
+        salt=service.keys.salt(request.caller.salt, request.cache_salt),
+        user=request.caller.user,
+        retention=request.retention,
+    )
+    generation = Generation(
+        service.pool,
+        service.tokenizer,
+        [prompt.ids],
+        params,
+        sent,
+        answer=lambda: _answer(service, request, prompt),
+        shown=service.markers,
+    )
+    with generation:
+        yield Turn(request, prompt, generation)
+
+
+def _answer(service: Service, request: TurnRequest, prompt: Prompt) -> Answer:
+    inputs = Inputs(prompt.starts_in, request.conversation.tools, service.marker_tokens)
+    parser = service.format.make(inputs)
+    max_calls = None if request.tool_choice.parallel else 1
+    return Answer(parser, prompt.starts_in, max_calls)
