@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`Scripted`: an engine whose answers are given texts, however they are cut into tokens and steps."""
+"""`Scripted`: an engine that answers with given texts, however they are cut into tokens."""
 
 from collections.abc import Sequence
 
