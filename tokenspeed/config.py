@@ -45,7 +45,7 @@ class ModelOptions:
     max_model_len: int | None = option(None, "tokens of prompt and answer together", low=1)
     skip_tokenizer_init: bool = option(False, "token ids in, token ids out")
     chat_template: str | None = option(None, "a Jinja file in place of the model's own")
-    parser: str | None = option(None, "format of answers; default: the chat template's")
+    answer_format: str | None = option(None, "format of answers; default: the chat template's")
     seed: int = option(0, "of requests that bring none", low=0)
     max_logprobs: int = option(20, "most logprobs a request may ask for", low=0)
 

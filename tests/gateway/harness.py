@@ -154,7 +154,7 @@ async def gateway(
     special = TOKENIZER.special_tokens
     templates = ChatTemplate.from_folder(DEMO_FOLDER, special, template)
     worker = TemplateWorker(templates) if tokenizer is not None else None
-    answers = choose("".join(templates.sources.values()), made.model.parser)
+    answers = choose("".join(templates.sources.values()), made.model.answer_format)
     names = made.model.served_model_name
     service = Service(names, pool, metrics, Keys(keys), tokenizer, worker, answers)
     app = Application(

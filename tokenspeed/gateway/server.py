@@ -63,7 +63,7 @@ def serve(
         given = config.model.chat_template
         template = ChatTemplate.from_folder(folder, tokenizer.special_tokens, given)
     sources = "" if template is None else "".join(template.sources.values())
-    answers = choose(sources, config.model.parser)
+    answers = choose(sources, config.model.answer_format)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(listener) for listener in _listeners(options)]
         if options.uds is not None:
