@@ -47,6 +47,7 @@ class Call:
     max_body_bytes: int
     tenant: bytes = b""  # the salt of the caller's key
     path: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)  # that any answer carries
     started: bool = False
     watcher: asyncio.Task[None] | None = None
 
@@ -100,6 +101,7 @@ class Call:
     async def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
         self.started = True
         pairs = [(b"content-type", kind.encode())]
+        headers = self.headers | headers
         pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
         given = [v for n, v in self.scope["headers"] if n == b"x-request-id"]
         if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
@@ -130,6 +132,7 @@ class RouteSpec:
     body: type | None = None
     open: bool = False  # needs no key
     admin: bool = False  # moves to the admin listener, if there is one
+    failure: Callable[[ApiError], bytes] = ApiError.body  # an error's JSON, here and below the path
 
 
 class Application:
@@ -189,8 +192,16 @@ class Application:
             log.error("a request failed", exc_info=error)
         if call.started:
             return  # uvicorn closes the connection: the answer is cut short, visibly
+        body = self._failure(call.scope["path"])(answer)
         with contextlib.suppress(asyncio.CancelledError):
-            await call.reply(answer.body(), answer.status, headers=answer.headers)
+            await call.reply(body, answer.status, headers=answer.headers)
+
+    def _failure(self, path: str) -> Callable[[ApiError], bytes]:
+        """The look of errors on a path, whether there is a route or not."""
+        for spec in self.table:
+            if f"{path}/".startswith(f"{spec.path}/") and spec.failure is not ApiError.body:
+                return spec.failure
+        return ApiError.body
 
 
 def _unused() -> None:
