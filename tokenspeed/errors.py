@@ -25,6 +25,17 @@ class RequestError(TokenSpeedError):
         self.code = code
 
 
+class ContextLengthError(RequestError):
+    """A prompt of at least `num_tokens` leaves no room for an answer in `limit`.
+
+    The numbers are for dialects that say it in words of their own.
+    """
+
+    def __init__(self, message: str, num_tokens: int, limit: int, *, field: str) -> None:
+        super().__init__(message, field=field, code="context_length_exceeded")
+        self.num_tokens, self.limit = num_tokens, limit
+
+
 class ModelLoadError(TokenSpeedError, ValueError):
     """A model folder or hub id cannot be loaded: missing, malformed, or not supported."""
 

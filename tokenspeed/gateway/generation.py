@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Protocol
 
 from tokenspeed.engine.messages import CacheReceipt, TokenOutput
-from tokenspeed.errors import RequestError
+from tokenspeed.errors import ContextLengthError, RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.gateway.answer import Answer
 from tokenspeed.gateway.api_error import ApiError, of_exception
@@ -291,15 +291,16 @@ def room_left(
 ) -> int:
     """`max_tokens`, but no more than the longest prompt leaves room for.
 
-    Raises `context_length_exceeded` for a prompt that leaves room for no token.
+    Raises `ContextLengthError` for a prompt that leaves room for no token.
     """
     longest = max(map(len, prompts))
     if longest >= max_model_len:
-        raise RequestError(
+        raise ContextLengthError(
             f"This model's maximum context length is {max_model_len} tokens. However, your prompt"
             f" has {longest} tokens. Please reduce the length of the prompt.",
+            longest,
+            max_model_len,
             field=field,
-            code="context_length_exceeded",
         )
     room = max_model_len - longest
     return room if max_tokens is None else min(max_tokens, room)

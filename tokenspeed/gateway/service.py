@@ -10,7 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from tokenspeed.errors import RequestError
+from tokenspeed.errors import ContextLengthError, RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
@@ -65,11 +65,12 @@ class Service:
         tokenizer = self.tokenizer_or_refuse()
         ready = self.pool.ready
         if ready and len(text) > ready.max_model_len * tokenizer.max_chars_per_token:
-            raise RequestError(
+            raise ContextLengthError(
                 f"This model's maximum context length is {ready.max_model_len} tokens. However,"
                 f" your prompt has {len(text)} characters, which cannot fit.",
+                -(-len(text) // tokenizer.max_chars_per_token),
+                ready.max_model_len,
                 field=field_name,
-                code="context_length_exceeded",
             )
         if len(text) < _SHORT_TEXT:
             return tokenizer.encode(text, add_special_tokens)
