@@ -8,6 +8,11 @@ FINISH_NONE: int  # 0: still running
 FINISH_STOP: int  # 1: a stop token id
 FINISH_LENGTH: int  # 2: max_tokens or the context
 FINISH_ERROR: int  # 3: the row failed (NaN)
+MISS_NONE: int  # 0: all of the prompt that could be found was
+MISS_DIVERGED: int  # 1: the page before is cached, and goes on otherwise
+MISS_EVICTED: int  # 2: the page was cached a while ago
+MISS_NEVER_CACHED: int  # 3: as far as anybody remembers
+MISS_DISABLED: int  # 4: nobody looked
 
 class Scheduler:
     """Single-threaded. Raises `ValueError` for impossible options.
@@ -32,6 +37,7 @@ class Scheduler:
         enable_prefix_caching: bool = True,
         hash_key: bytes | None = None,  # 16 secret bytes that key the prefix hashes; None: random
         record_events: bool = False,
+        retention_share: float = 0.5,  # of the pages may be under retention or pinned
     ) -> None: ...
     def submit(
         self,
@@ -44,6 +50,9 @@ class Scheduler:
         salt: bytes = b"",
         read_cache: bool = True,
         prompt_logprobs: bool = False,
+        user: int = 0,  # 64 bits: users take turns by tokens computed; one alone: arrival order
+        retention_s: float = 0.0,  # that its pages should stay after its end; at most seven days
+        pinned: bool = False,  # ... until nothing else is left to evict
     ) -> None:
         """Queues a request. `ValueError`: empty, too long, duplicate id, can never fit."""
     def abort(self, request_id: int) -> bool:
@@ -61,6 +70,26 @@ class Scheduler:
 
         Changes nothing, not even which page is evicted next. Time grows with what it finds.
         """
+    def advance(self, now_s: float) -> None:
+        """Tells the time, in seconds of a monotonic clock from 0 on; an earlier one is ignored.
+
+        Deadlines count from the last time told: tell it before each step.
+        """
+    def retain(
+        self,
+        tokens: NDArray[np.int32],
+        salt: bytes = b"",
+        *,
+        retention_s: float = 0.0,
+        pinned: bool = False,
+    ) -> int:
+        """Puts the cached full pages of these tokens under retention; returns how many there are.
+
+        With neither argument: takes retention back from those on which no other branch builds.
+        """
+    def release(self, tokens: NDArray[np.int32], salt: bytes = b"") -> int:
+        """Drops the cached pages of these tokens that nobody uses and on which no other branch
+        builds, the deepest first; returns how many."""
     def has_work(self) -> bool:
         """Whether any request is waiting, running, or draining."""
     def stats(self) -> Stats: ...
@@ -79,6 +108,9 @@ class Updates:
     num_ids: NDArray[np.int32]  # [n] new ids of each request
     num_cached: NDArray[np.int32]  # [n] prompt tokens served from the prefix cache
     ids: NDArray[np.int32]  # [sum(num_ids)]
+    receipt_ids: NDArray[np.uint64]  # [k] requests that have their first entry
+    receipt_miss: NDArray[np.int32]  # [k] MISS_*: why not more of the prompt was found
+    receipt_kept_us: NDArray[np.int64]  # [k] that the prompt's pages are meant to stay
 
 class Stats:
     num_running: int
@@ -90,6 +122,8 @@ class Stats:
     prefix_queries: int  # prompt tokens looked up, cumulative
     prefix_hits: int  # prompt tokens found, cumulative
     num_steps: int
+    num_retained_pages: int  # used or not
+    num_pinned_pages: int
 
 def replay(events: bytes) -> list[NDArray[np.int32]]:
     """Re-runs an event log on a fresh scheduler; returns every plan it made, in order.

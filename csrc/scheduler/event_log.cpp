@@ -12,9 +12,9 @@ namespace tokenspeed {
 
 namespace {
 
-constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '2'};
+constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '3'};
 static_assert(std::is_trivially_copyable_v<SchedulerOptions>);
-static_assert(sizeof(SchedulerOptions) == 11 * sizeof(int32_t), "options are int32 words");
+static_assert(sizeof(SchedulerOptions) == 12 * sizeof(int32_t), "options are int32 words");
 
 class Reader {
   public:
@@ -45,6 +45,13 @@ class Reader {
     std::span<const uint8_t> bytes_;
 };
 
+Retention retention(Reader& in) {
+    Retention retention;
+    retention.for_us = in.value<TimeUs>();
+    retention.pinned = in.value<uint8_t>() != 0;
+    return retention;
+}
+
 void replay_submit(Reader& in, Scheduler& scheduler) {
     NewRequest request;
     request.id = in.value<uint64_t>();
@@ -52,6 +59,8 @@ void replay_submit(Reader& in, Scheduler& scheduler) {
     request.min_tokens = in.value<int32_t>();
     request.read_cache = in.value<uint8_t>() != 0;
     request.prompt_logprobs = in.value<uint8_t>() != 0;
+    request.user = in.value<uint64_t>();
+    request.retention = retention(in);
     const auto prompt = in.array<int32_t>();
     const auto stop_ids = in.array<int32_t>();
     const auto salt = in.array<uint8_t>();
@@ -59,6 +68,12 @@ void replay_submit(Reader& in, Scheduler& scheduler) {
     request.stop_ids = stop_ids;
     request.salt = salt;
     scheduler.submit(request);
+}
+
+void replay_retain(Reader& in, Scheduler& scheduler) {
+    const Retention asked = retention(in);
+    const auto tokens = in.array<int32_t>();
+    scheduler.retain(tokens, in.array<uint8_t>(), asked);
 }
 
 }  // namespace
@@ -91,6 +106,9 @@ void EventLog::submit(const NewRequest& request) {
     value(request.min_tokens);
     value<uint8_t>(request.read_cache);
     value<uint8_t>(request.prompt_logprobs);
+    value(request.user);
+    value(request.retention.for_us);
+    value<uint8_t>(request.retention.pinned);
     array(request.prompt);
     array(request.stop_ids);
     array(request.salt);
@@ -114,6 +132,29 @@ void EventLog::commit(std::span<const int32_t> result) {
 
 void EventLog::flush_cache() {
     if (enabled_) value(kFlushCache);
+}
+
+void EventLog::advance(int64_t now_us) {
+    if (!enabled_) return;
+    value(kAdvance);
+    value(now_us);
+}
+
+void EventLog::retain(std::span<const int32_t> tokens, std::span<const uint8_t> salt,
+                      const Retention& retention) {
+    if (!enabled_) return;
+    value(kRetain);
+    value(retention.for_us);
+    value<uint8_t>(retention.pinned);
+    array(tokens);
+    array(salt);
+}
+
+void EventLog::release(std::span<const int32_t> tokens, std::span<const uint8_t> salt) {
+    if (!enabled_) return;
+    value(kRelease);
+    array(tokens);
+    array(salt);
 }
 
 std::vector<std::vector<int32_t>> replay(std::span<const uint8_t> events) {
@@ -143,6 +184,17 @@ std::vector<std::vector<int32_t>> replay(std::span<const uint8_t> events) {
             case EventLog::kFlushCache:
                 scheduler.flush_cache();
                 break;
+            case EventLog::kAdvance:
+                scheduler.advance(in.value<TimeUs>());
+                break;
+            case EventLog::kRetain:
+                replay_retain(in, scheduler);
+                break;
+            case EventLog::kRelease: {
+                const auto tokens = in.array<int32_t>();
+                scheduler.release(tokens, in.array<uint8_t>());
+                break;
+            }
             default:
                 throw std::invalid_argument("unknown event");
         }

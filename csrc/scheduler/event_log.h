@@ -2,7 +2,7 @@
 // The event log: everything that was told to a scheduler, in order, so that another one can be told
 // the same. The key of the prefix hashes is not in it: no plan depends on it.
 //
-//   log:    "TSEVENT2", the options as int32 words, then records
+//   log:    "TSEVENT3", the options as int32 words, then records
 //   record: one byte of kind, then its fields, little-endian; arrays with a 32-bit count in front
 #pragma once
 
@@ -14,10 +14,20 @@ namespace tokenspeed {
 
 struct SchedulerOptions;
 struct NewRequest;
+struct Retention;
 
 class EventLog {
   public:
-    enum Kind : uint8_t { kSubmit = 1, kAbort = 2, kPlan = 3, kCommit = 4, kFlushCache = 5 };
+    enum Kind : uint8_t {
+        kSubmit = 1,
+        kAbort = 2,
+        kPlan = 3,
+        kCommit = 4,
+        kFlushCache = 5,
+        kAdvance = 6,
+        kRetain = 7,
+        kRelease = 8
+    };
 
     explicit EventLog(const SchedulerOptions& options);
     void submit(const NewRequest& request);
@@ -25,6 +35,10 @@ class EventLog {
     void plan();
     void commit(std::span<const int32_t> result);
     void flush_cache();
+    void advance(int64_t now_us);
+    void retain(std::span<const int32_t> tokens, std::span<const uint8_t> salt,
+                const Retention& retention);
+    void release(std::span<const int32_t> tokens, std::span<const uint8_t> salt);
     const std::vector<uint8_t>& bytes() const { return bytes_; }
 
   private:

@@ -3,6 +3,7 @@
 // state. Changes nothing.
 #include <algorithm>
 #include <map>
+#include <set>
 
 #include "scheduler/scheduler.h"
 
@@ -40,7 +41,7 @@ class PageNames {
 
 std::vector<const Request*> Scheduler::all_requests() const {
     std::vector<const Request*> all(running_.begin(), running_.end());
-    for (const auto& [arrival, request] : waiting_) all.push_back(request);
+    for (const auto& [arrival, entry] : waiting_.all()) all.push_back(entry.request);
     for (const auto& request : draining_) all.push_back(request.get());
     std::ranges::sort(all, {}, &Request::arrival);
     return all;
@@ -49,6 +50,7 @@ std::vector<const Request*> Scheduler::all_requests() const {
 std::string Scheduler::broken_invariant() const {
     std::string broken;
     check_pages(broken);
+    check_retention(broken);
     check_requests(broken);
     return broken;
 }
@@ -78,6 +80,19 @@ void Scheduler::check_pages(std::string& broken) const {
         const bool finds =
             !index_.published(page) || index_.find(index_.hash(page), index_.tokens(page)) == page;
         expect(finds, "I4: a published page is not found by its key", broken);
+    }
+}
+
+void Scheduler::check_retention(std::string& broken) const {
+    const EvictionPolicy& policy = index_.policy();
+    std::vector<PageId> marks;
+    policy.marks(marks);
+    expect(std::ssize(marks) == policy.num_retained() + policy.num_pinned(),
+           "R1: marks are miscounted", broken);
+    expect(std::ssize(marks) <= max_retained(), "R1: over the budget of retention", broken);
+    for (PageId page : marks) {
+        expect(index_.published(page), "R2: a page is marked that nobody can find", broken);
+        expect(policy.pinned(page) || policy.deadline(page) > 0, "R2: an empty mark", broken);
     }
 }
 
@@ -114,7 +129,15 @@ void Scheduler::check_requests(std::string& broken) const {
     expect(num_held + slots_.num_free() == slots_.num_slots(), "I1: a slot is lost", broken);
     const bool sorted = std::ranges::is_sorted(running_, {}, &Request::arrival);
     expect(sorted, "running requests are not in order of arrival", broken);
-    expect(live_.size() == running_.size() + waiting_.size(), "a live request is lost", broken);
+    const auto num_waiting = static_cast<size_t>(waiting_.size());
+    expect(live_.size() == running_.size() + num_waiting, "a live request is lost", broken);
+    int64_t num_of_users = 0;
+    std::set<const FairQueue::User*> users;
+    for (const Request* request : all_requests()) {
+        const FairQueue::User* user = request->user;
+        if (user != nullptr && users.insert(user).second) num_of_users += user->num_live;
+    }
+    expect(num_of_users == std::ssize(live_), "F: a user's requests are miscounted", broken);
 }
 
 // Where a decoding request stands in the order of turns. Only micro-steps look at it.
@@ -136,6 +159,8 @@ uint64_t Scheduler::state_hash() const {
         }
         mix.add(request->tokens);
         mix.add(turn(*request));
+        mix.add(request->user == nullptr ? 0 : request->user->key);
+        mix.add(request->user == nullptr ? 0 : request->user->tag);
         const Holdings* held = holdings(request->state);
         mix.add(held == nullptr ? 0 : held->slot.id() + 1);
         if (held == nullptr) continue;
@@ -148,6 +173,16 @@ uint64_t Scheduler::state_hash() const {
     index_.policy().order(order);
     mix.add(order.size());
     for (PageId page : order) mix.add(names.of(page));
+    std::vector<PageId> marks;
+    index_.policy().marks(marks);
+    for (PageId page : marks) {
+        mix.add(names.of(page));
+        mix.add(static_cast<uint64_t>(index_.policy().deadline(page)));
+        mix.add(index_.policy().pinned(page));
+    }
+    mix.add(static_cast<uint64_t>(now_));
+    mix.add(waiting_.virtual_time());
+    for (const auto& [arrival, entry] : waiting_.all()) mix.add(entry.num_passed);
     std::map<uint64_t, PageId> published;
     for (PageId page = 0; page < pool_.num_pages(); ++page) {
         if (index_.published(page)) published.emplace(index_.hash(page).low, page);

@@ -10,6 +10,7 @@ namespace tokenspeed {
 namespace {
 constexpr int kLeafSearch = 4;     // kept pages passed over because others build on them
 constexpr int kSiblingSearch = 8;  // branches looked at, the newest first
+constexpr int kGhosts = 4;         // hashes remembered for each page
 }  // namespace
 
 PrefixIndex::PrefixIndex(PagePool& pool, int page_size, HashKey key,
@@ -20,7 +21,8 @@ PrefixIndex::PrefixIndex(PagePool& pool, int page_size, HashKey key,
       policy_(std::move(policy)),
       entries_(pool.num_pages()),
       tokens_(new int32_t[int64_t{pool.num_pages()} * page_size]),
-      table_(std::bit_ceil(static_cast<size_t>(pool.num_pages()) * 2), kNoPage) {
+      table_(std::bit_ceil(static_cast<size_t>(pool.num_pages()) * 2), kNoPage),
+      ghosts_(pool.num_pages() * kGhosts) {
     pool.set_keeper(this);
 }
 
@@ -62,6 +64,7 @@ void PrefixIndex::publish(const SealedPage& sealed, Hash128 parent, Hash128 hash
 
 void PrefixIndex::forget(const SealedPage& page) {
     if (!entries_[page.id()].published) return;
+    policy_->unretain(page.id());
     table_erase(page.id());
     detach(page.id());
 }
@@ -91,11 +94,48 @@ PageId PrefixIndex::give_back() {
         policy_->postpone(page);
         page = policy_->victim();
     }
+    remove(page);
+    return page;
+}
+
+void PrefixIndex::drop(PageId page) {
+    TS_CHECK(entries_[page].published && pool_.num_users(page) == 0);
+    remove(page);
+    pool_.reclaim(page);
+}
+
+// Forgets a kept page.
+void PrefixIndex::remove(PageId page) {
     if (!mutant(Mutant::kK4VictimStays)) policy_->removed(page);
+    policy_->unretain(page);
     --num_kept_;
+    ghosts_.add(entries_[page].hash);
     table_erase(page);
     detach(page);
-    return page;
+}
+
+void PrefixIndex::retain(PageId page, TimeUs deadline, bool pinned) {
+    TS_CHECK(entries_[page].published);
+    entries_[page].superseded = false;
+    policy_->retain(page, deadline, pinned);
+}
+
+Miss PrefixIndex::why(Hash128 hash, PageId parent) const {
+    if (ghosts_.contains(hash)) return Miss::kEvicted;
+    const bool goes_on = parent != kNoPage && entries_[parent].first_child != kNoPage;
+    return goes_on ? Miss::kDiverged : Miss::kNeverCached;
+}
+
+int PrefixIndex::own_tail(std::span<const PageId> run) const {
+    auto first = static_cast<int>(run.size());
+    for (PageId below = kNoPage; first > 0; below = run[--first]) {
+        PageId child = entries_[run[first - 1]].first_child;
+        while (child != kNoPage && (child == below || entries_[child].superseded)) {
+            child = entries_[child].next_sibling;
+        }
+        if (child != kNoPage) break;
+    }
+    return first;
 }
 
 // Removes the page from the table and closes the gap (backward shift, no tombstones).
@@ -151,7 +191,7 @@ void PrefixIndex::supersede_siblings(PageId page) {
 }
 
 bool PrefixIndex::can_supersede(PageId page) const {
-    return pool_.num_users(page) == 0 && !entries_[page].superseded;
+    return pool_.num_users(page) == 0 && !entries_[page].superseded && !policy_->pinned(page);
 }
 
 // Marks a branch from its top down; stops at pages in use or already marked.

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "scheduler/eviction.h"
+#include "scheduler/ghosts.h"
 #include "scheduler/hash.h"
 #include "scheduler/pages.h"
 
@@ -28,6 +29,15 @@ class CacheGroup {
     // Resuming at token boundary * page_size reads pages [first_needed(boundary), boundary).
     // Never falls when the boundary grows.
     virtual int first_needed(int boundary) const = 0;
+};
+
+// Why a page of a prompt was not found.
+enum class Miss : int32_t {
+    kNone = 0,         // all that could be found was
+    kDiverged = 1,     // the page before it is cached, and goes on otherwise
+    kEvicted = 2,      // it was cached a while ago
+    kNeverCached = 3,  // as far as anybody remembers
+    kDisabled = 4,     // nobody looked
 };
 
 class FullAttention : public CacheGroup {
@@ -54,6 +64,18 @@ class PrefixIndex : public PageKeeper {
     void forget(const SealedPage& page);
     // Drops every kept page; returns how many.
     int clear();
+    // Drops one page. REQUIRES: it is an entry, and no one uses it.
+    void drop(PageId page);
+
+    // Marks an entry, in use or not; `unretain` takes the mark back. See EvictionPolicy::retain.
+    void retain(PageId page, TimeUs deadline, bool pinned);
+    void unretain(PageId page) { policy_->unretain(page); }
+    void advance(TimeUs now) { policy_->advance(now); }
+    // Why there is no entry for this hash; `parent`: the entry before it, or kNoPage.
+    Miss why(Hash128 hash, PageId parent) const;
+    // Of a run of entries from a root on: the index of the first page on which no other branch
+    // builds, superseded ones not counted.
+    int own_tail(std::span<const PageId> run) const;
 
     bool keep(PageId page) override;
     void reused(PageId page) override;
@@ -79,6 +101,7 @@ class PrefixIndex : public PageKeeper {
     };
 
     int probe(Hash128 hash) const;
+    void remove(PageId page);
     void table_erase(PageId page);
     void attach(PageId page, PageId parent);
     void detach(PageId page);
@@ -95,6 +118,7 @@ class PrefixIndex : public PageKeeper {
     std::unique_ptr<int32_t[]> tokens_;  // [num_pages, page_size], touched when published
     std::vector<PageId> table_;          // open addressing, linear probing, power of two
     std::vector<PageId> walk_;           // reused by supersede
+    Ghosts ghosts_;
 };
 
 }  // namespace tokenspeed

@@ -28,6 +28,8 @@ SchedulerOptions checked(const SchedulerOptions& o) {
     require(o.max_retractions >= 0, "max_retractions must not be negative");
     require(o.max_num_batched_tokens >= o.max_num_seqs,
             "max_num_batched_tokens must be at least max_num_seqs");
+    require(o.retention_permille >= 0 && o.retention_permille <= 1000,
+            "retention_share must be between 0 and 1");
     require(int64_t{o.num_pages} * o.page_size <= INT32_MAX,
             "num_pages * page_size must stay below 2**31");
     return o;
@@ -37,13 +39,16 @@ SchedulerOptions checked(const SchedulerOptions& o) {
 
 void Updates::clear() {
     request_ids.clear();
-    for (auto* column : {&finish, &num_ids, &num_cached, &ids}) column->clear();
+    receipt_ids.clear();
+    receipt_kept_us.clear();
+    for (auto* column : {&finish, &num_ids, &num_cached, &ids, &receipt_miss}) column->clear();
 }
 
 Scheduler::Scheduler(const SchedulerOptions& options, HashKey key)
     : options_(checked(options)),
       pool_(options.num_pages),
-      index_(pool_, options.page_size, key, std::make_unique<SupersededThenLru>(options.num_pages)),
+      index_(pool_, options.page_size, key,
+             std::make_unique<RetainingLru>(options.num_pages, max_retained())),
       slots_(options.max_num_seqs),
       log_(options) {}
 
@@ -62,6 +67,7 @@ void Scheduler::submit(const NewRequest& request) {
             "min_tokens must be between 0 and max_tokens");
     require(std::ranges::all_of(request.prompt, [](int32_t id) { return id >= 0; }),
             "the prompt holds a negative id");
+    require(request.retention.for_us >= 0, "retention_s must not be negative");
     const int64_t limit =
         std::min<int64_t>(num_prompt + request.max_tokens, options_.max_model_len);
     require(pages_for(static_cast<int32_t>(limit - 1)) <= options_.num_pages,
@@ -84,8 +90,11 @@ void Scheduler::submit(const NewRequest& request) {
     fresh->tokens.reserve(std::min<int64_t>(limit, num_prompt + kReservedOutputs));
     fresh->tokens.assign(request.prompt.begin(), request.prompt.end());
     fresh->root = index_.root(request.salt);
+    fresh->retention = {std::min(request.retention.for_us, kMaxRetentionUs),
+                        request.retention.pinned};
+    fresh->user = &waiting_.join(request.user);
     log_.submit(request);
-    waiting_.emplace(fresh->arrival, fresh.get());
+    waiting_.push(*fresh->user, fresh->arrival, fresh.get(), /*returns=*/false);
     live_.emplace(request.id, std::move(fresh));
 }
 
@@ -98,6 +107,7 @@ bool Scheduler::abort(uint64_t request_id) {
         held->computed = held->scheduled;
         publish(*found->second, *held);
     }
+    retain_pages(*found->second);
     const bool moved = apply(found->second->state, Abort{}) == Verdict::kMoved;
     TS_CHECK(moved);
     leave(*found->second);
@@ -107,7 +117,8 @@ bool Scheduler::abort(uint64_t request_id) {
 // REQUIRES: the request has just become Draining or Finished.
 void Scheduler::leave(Request& request) {
     if (!mutant(Mutant::kK12RoomUnnoticed)) ++room_version_;
-    waiting_.erase(request.arrival);
+    waiting_.erase(*request.user, request.arrival);
+    waiting_.leave(*std::exchange(request.user, nullptr));
     std::erase(running_, &request);
     auto node = live_.extract(request.id);
     if (std::holds_alternative<Draining>(request.state))
@@ -198,6 +209,7 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
     }
     if (over) {
         if (held.slot.leased()) return;
+        retain_pages(request);
         const bool moved = apply(request.state, Drained{}) == Verdict::kMoved;
         TS_CHECK(moved);
         if (mutant(Mutant::kK11DrainedStays)) return;
@@ -206,6 +218,7 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
         return;
     }
     if (!row.sample) return;
+    waiting_.charge(*request.user, std::ssize(ids));
     const bool stops = request.num_outputs() >= request.min_tokens &&
                        std::ranges::binary_search(request.stop_ids, ids[0]);
     if (stops) return end_running(request, Finish::kStop, ids);
@@ -215,17 +228,22 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
 
 void Scheduler::end_running(Request& request, Finish finish, std::span<const int32_t> ids) {
     report(request, finish, ids);
+    retain_pages(request);
     const bool moved = apply(request.state, End{}) == Verdict::kMoved;
     TS_CHECK(moved);
     leave(request);
 }
 
-void Scheduler::report(const Request& request, Finish finish, std::span<const int32_t> ids) {
+void Scheduler::report(Request& request, Finish finish, std::span<const int32_t> ids) {
     updates_.request_ids.push_back(request.id);
     updates_.finish.push_back(static_cast<int32_t>(finish));
     updates_.num_ids.push_back(static_cast<int32_t>(ids.size()));
     updates_.num_cached.push_back(request.num_cached);
     updates_.ids.insert(updates_.ids.end(), ids.begin(), ids.end());
+    if (std::exchange(request.reported, true)) return;
+    updates_.receipt_ids.push_back(request.id);
+    updates_.receipt_miss.push_back(static_cast<int32_t>(request.miss));
+    updates_.receipt_kept_us.push_back(kept_us(request));
 }
 
 // Seals the pages that committed steps filled, and makes them findable.
@@ -256,10 +274,12 @@ Hash128 Scheduler::chain_at(Request& request, int page) {
 Stats Scheduler::stats() const {
     Stats stats = counters_;
     stats.num_running = std::ssize(running_);
-    stats.num_waiting = std::ssize(waiting_);
+    stats.num_waiting = waiting_.size();
     stats.num_pages = pool_.num_pages();
     stats.num_free_pages = pool_.num_free();
     stats.num_cached_pages = index_.num_kept();
+    stats.num_retained_pages = index_.policy().num_retained();
+    stats.num_pinned_pages = index_.policy().num_pinned();
     return stats;
 }
 

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: MIT
 // The scheduler: decides what the next step runs, and takes in what a step produced. Knows token
-// ids, slots and pages; no tensors, no clock, no threads. One thread calls it.
+// ids, slots and pages; no tensors, no clock (`advance` tells it the time), no threads. One thread
+// calls it.
 //
-// Order of service is order of arrival. Each step takes, within a budget of tokens, one token of
-// every decoding request, then chunks of prompts. Nobody starves:
+// Order of service is order of arrival, and fair among users (fair_queue.h). Each step takes,
+// within a budget of tokens, one token of every decoding request, then chunks of prompts. Nobody
+// starves:
 //  S1  A request is admitted only if the pages of its whole known sequence, and one page for each
 //      decoding request, are there on top of what others were promised.
 //  S2  When a decoding request finds no page, the latest arrival is retracted: its pages go back,
@@ -25,7 +27,6 @@
 
 #include <cstdint>
 #include <deque>
-#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -33,6 +34,7 @@
 #include <vector>
 
 #include "scheduler/event_log.h"
+#include "scheduler/fair_queue.h"
 #include "scheduler/plan.h"
 #include "scheduler/prefix_index.h"
 #include "scheduler/states.h"
@@ -51,6 +53,15 @@ struct SchedulerOptions {
     int32_t enable_prefix_caching = 1;
     int32_t max_retractions = 3;
     int32_t record_events = 0;
+    int32_t retention_permille = 500;  // of the pages may be under retention or pinned
+};
+
+inline constexpr TimeUs kMaxRetentionUs = int64_t{7} * 24 * 3600 * 1'000'000;
+
+// How long pages should stay after their last use, if nobody else needs them.
+struct Retention {
+    TimeUs for_us = 0;    // what is longer than kMaxRetentionUs is the same as that
+    bool pinned = false;  // evicted only when nothing else is left
 };
 
 struct NewRequest {
@@ -62,6 +73,8 @@ struct NewRequest {
     std::span<const uint8_t> salt;
     bool read_cache = true;
     bool prompt_logprobs = false;
+    uint64_t user = 0;    // whose share it takes from
+    Retention retention;  // of its prompt and output, from its end on
 };
 
 struct Request {
@@ -79,6 +92,10 @@ struct Request {
     std::vector<Hash128> chain;   // of tokens' full pages, as far as anybody asked
     int32_t retractions = 0;
     int32_t num_cached = -1;  // of the prompt, when first admitted; -1 before
+    Miss miss = Miss::kNone;  // why not more, said with the first report
+    bool reported = false;
+    FairQueue::User* user = nullptr;  // while it is live
+    Retention retention;
     int32_t chunk = 0;        // of the plan being made
     uint64_t served = 0;      // its last row's number among all rows
     uint64_t refused_at = 0;  // the room_version at which it did not fit
@@ -91,17 +108,21 @@ struct Request {
     bool wants_prompt_logits() const { return prompt_logprobs && num_outputs() == 0; }
 };
 
-// What one commit produced; one entry per request that got tokens or ended.
+// What one commit produced; one entry per request that got tokens or ended. The receipts are of
+// those requests that had no entry before.
 struct Updates {
     std::vector<uint64_t> request_ids;
     std::vector<int32_t> finish, num_ids, num_cached, ids;
+    std::vector<uint64_t> receipt_ids;
+    std::vector<int32_t> receipt_miss;    // Miss
+    std::vector<TimeUs> receipt_kept_us;  // how long the prompt's pages are meant to stay
     void clear();
 };
 
 struct Stats {
     int64_t num_running = 0, num_waiting = 0, num_pages = 0, num_free_pages = 0;
     int64_t num_cached_pages = 0, num_preemptions = 0, prefix_queries = 0, prefix_hits = 0;
-    int64_t num_steps = 0;
+    int64_t num_steps = 0, num_retained_pages = 0, num_pinned_pages = 0;
 };
 
 class Scheduler {
@@ -123,6 +144,15 @@ class Scheduler {
     // How many of these tokens a request that comes now need not compute. Changes nothing, not even
     // which page is evicted next. O(tokens found).
     int32_t match_prefix(std::span<const int32_t> tokens, std::span<const uint8_t> salt) const;
+    // Tells the time. It never goes back: an earlier one is ignored.
+    void advance(TimeUs now);
+    // Marks the cached pages of these tokens, in use or not; returns how many there are. A
+    // retention of nothing takes the marks back from those pages on which no other branch builds.
+    int retain(std::span<const int32_t> tokens, std::span<const uint8_t> salt,
+               const Retention& retention);
+    // Drops the cached pages of these tokens that nobody uses and on which no other branch builds;
+    // returns how many.
+    int release(std::span<const int32_t> tokens, std::span<const uint8_t> salt);
     bool has_work() const { return !live_.empty() || !draining_.empty(); }
     Stats stats() const;
     int flush_cache();
@@ -161,7 +191,11 @@ class Scheduler {
     void plan_decodes();
     void plan_prefills();
     int32_t share_budget();
+
+    // admission.cpp
     Request* admit_next();
+    Request* start(Request& request);
+    Miss why_not_more(Request& request);
     bool reads_cache(const Request& request) const;
     template <class Chain>
     void find_pages(std::span<const int32_t> tokens, Chain chain, std::vector<PageId>& found) const;
@@ -169,6 +203,8 @@ class Scheduler {
     bool held_back(Request& request);
     bool admit(Request& request);
     void bind(const Request& request, const Holdings& held);
+
+    // planner.cpp
     void add_delta(const Holdings& held, int index);
     bool take_pages(Holdings& held, int32_t num_tokens);
     void plan_row(Request& request, Holdings& held, int32_t num_tokens);
@@ -180,11 +216,21 @@ class Scheduler {
     void check_result(std::span<const int32_t> result) const;
     void settle(Row& row, int32_t status, std::span<const int32_t> ids);
     void publish(Request& request, Holdings& held);
-    void report(const Request& request, Finish finish, std::span<const int32_t> ids);
+    void report(Request& request, Finish finish, std::span<const int32_t> ids);
     void end_running(Request& request, Finish finish, std::span<const int32_t> ids);
     void leave(Request& request);
     void check_idle() const;
     Hash128 chain_at(Request& request, int page);
+
+    // retention.cpp
+    std::vector<PageId> cached_run(std::span<const int32_t> tokens,
+                                   std::span<const uint8_t> salt) const;
+    void retain_pages(Request& request);
+    TimeUs kept_us(const Request& request) const;
+    TimeUs deadline_of(const Retention& retention) const;
+    int max_retained() const {
+        return static_cast<int>(int64_t{options_.num_pages} * options_.retention_permille / 1000);
+    }
 
     std::span<const int32_t> page_tokens(std::span<const int32_t> tokens, int page) const {
         return tokens.subspan(page * options_.page_size, options_.page_size);
@@ -197,6 +243,7 @@ class Scheduler {
         return (num_tokens + options_.page_size - 1) / options_.page_size;
     }
     void check_pages(std::string& broken) const;
+    void check_retention(std::string& broken) const;
     void check_requests(std::string& broken) const;
     uint64_t turn(const Request& request) const;
     std::vector<const Request*> all_requests() const;
@@ -210,8 +257,8 @@ class Scheduler {
     EventLog log_;
 
     std::unordered_map<uint64_t, std::unique_ptr<Request>> live_;  // never iterated
-    std::map<uint64_t, Request*> waiting_;                         // by arrival
-    std::vector<Request*> running_;                                // by arrival
+    FairQueue waiting_;
+    std::vector<Request*> running_;  // by arrival
     std::vector<std::unique_ptr<Request>> draining_;
     std::deque<Step> in_flight_;
     std::vector<Step> spare_steps_;
@@ -219,6 +266,7 @@ class Scheduler {
     uint64_t next_arrival_ = 0;
     uint64_t next_step_ = 0;
     uint64_t num_rows_ = 0;
+    TimeUs now_ = 0;
     uint64_t room_version_ = 1;  // rises when a request that did not fit may fit
     Stats counters_;
 
@@ -228,6 +276,7 @@ class Scheduler {
     std::vector<int32_t> plan_;
     std::vector<PageId> hits_;
     std::vector<Request*> turns_;
+    std::vector<FairQueue::User*> looked_at_;
     int32_t budget_ = 0;
     Request* left_out_ = nullptr;  // to be retracted once its step in flight committed
     Updates updates_;

@@ -23,7 +23,8 @@ using Tokens = std::vector<int32_t>;
 struct Fixture {
     explicit Fixture(int num_pages)
         : pool(num_pages),
-          index(pool, kPageSize, HashKey{1, 2}, std::make_unique<SupersededThenLru>(num_pages)) {}
+          index(pool, kPageSize, HashKey{1, 2},
+                std::make_unique<RetainingLru>(num_pages, num_pages / 2)) {}
 
     SealedPage fresh() {
         return pool.seal(pool.open(pool.take()), PageTestAccess::committed(kPageSize));

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: MIT
+#include "scheduler/fair_queue.h"
+
+#include <algorithm>
+
+#include "scheduler/check.h"
+
+namespace tokenspeed {
+
+FairQueue::User& FairQueue::join(uint64_t key) {
+    User& user = users_[key];
+    user.key = key;
+    if (user.num_live++ == 0) parked_.erase({user.tag, key});
+    return user;
+}
+
+void FairQueue::leave(User& user) {
+    TS_CHECK(user.num_live > 0);
+    if (--user.num_live > 0) return;
+    TS_CHECK(user.waiting.empty());
+    if (user.tag <= virtual_time_) {
+        users_.erase(user.key);
+        return;
+    }
+    parked_.emplace(user.tag, user.key);
+    if (std::ssize(parked_) <= kMaxParked) return;
+    users_.erase(parked_.begin()->second);
+    parked_.erase(parked_.begin());
+}
+
+void FairQueue::push(User& user, uint64_t arrival, Request* request, bool returns) {
+    if (user.waiting.empty()) {
+        if (!returns) user.tag = std::max(user.tag, virtual_time_);
+    } else {
+        unrank(user);
+    }
+    user.waiting.emplace(arrival, request);
+    all_.emplace(arrival, Entry{request, &user, 0});
+    if (returns) returning_.emplace(arrival, &user);
+    rank(user);
+}
+
+void FairQueue::erase(User& user, uint64_t arrival) {
+    if (!user.waiting.contains(arrival)) return;
+    unrank(user);
+    user.waiting.erase(arrival);
+    all_.erase(arrival);
+    returning_.erase(arrival);
+    if (!user.waiting.empty()) rank(user);
+    // Everybody has what they asked for: nobody owes anything.
+    if (all_.empty()) move_time(highest_tag_);
+}
+
+void FairQueue::admitted(User& user, uint64_t arrival) {
+    if (!returning_.contains(arrival)) move_time(std::max(virtual_time_, user.tag));
+    erase(user, arrival);
+    if (!all_.empty() && all_.begin()->first < arrival) ++all_.begin()->second.num_passed;
+}
+
+FairQueue::User* FairQueue::next(std::span<User* const> looked_at) {
+    const auto fresh = [&](User* user) {
+        return std::ranges::find(looked_at, user) == looked_at.end();
+    };
+    if (!returning_.empty() && fresh(returning_.begin()->second)) return returning_.begin()->second;
+    if (all_.empty()) return nullptr;
+    const Entry& earliest = all_.begin()->second;
+    if (earliest.num_passed >= kMaxBypass && fresh(earliest.user)) return earliest.user;
+    for (auto at = ranking_.begin(); at != ranking_.end();) {
+        User& user = *at->user;
+        if (user.tag != user.ranked_tag) {  // it was charged since: it stands further back
+            unrank(user);
+            rank(user);
+            at = ranking_.begin();
+        } else if (fresh(&user)) {
+            return &user;
+        } else {
+            ++at;
+        }
+    }
+    return nullptr;
+}
+
+void FairQueue::rank(User& user) {
+    user.ranked_tag = user.tag;
+    ranking_.insert({user.tag, user.waiting.begin()->first, &user});
+}
+
+void FairQueue::unrank(User& user) {
+    ranking_.erase({user.ranked_tag, user.waiting.begin()->first, &user});
+}
+
+void FairQueue::move_time(uint64_t to) {
+    virtual_time_ = to;
+    while (!parked_.empty() && parked_.begin()->first <= to) {
+        users_.erase(parked_.begin()->second);
+        parked_.erase(parked_.begin());
+    }
+}
+
+}  // namespace tokenspeed
