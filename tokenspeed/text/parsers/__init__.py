@@ -5,10 +5,16 @@ A format is a file here and a line below. The first that knows a template has it
 """
 
 from tokenspeed.text.channels import Format
+from tokenspeed.text.parsers.glm import GLM45
 from tokenspeed.text.parsers.hermes import HERMES
+from tokenspeed.text.parsers.minimax import MINIMAX_M2
+from tokenspeed.text.parsers.qwen_xml import QWEN3_XML
 from tokenspeed.text.parsers.thinking import THINKING
 
 _ALL: tuple[Format, ...] = (
+    MINIMAX_M2,
+    GLM45,
+    QWEN3_XML,
     HERMES,
     THINKING,  # of no calls: after all others
 )

@@ -8,7 +8,7 @@ of JSON are unpacked; none at all, or null, are `{}`. Other members are read ove
 import json
 
 from tokenspeed.text.parsers.blocks import Blocks
-from tokenspeed.text.parsers.json_text import JsonText, is_json
+from tokenspeed.text.parsers.json_text import JsonText, as_json
 
 _NAME, _ARGUMENTS = "name", ("arguments", "parameters")
 _SPACE = " \t\r\n"
@@ -109,10 +109,10 @@ class JsonCall:
             inner = json.loads(whole) if whole.startswith('"') else ""
             if whole == "null" or (whole.startswith('"') and not inner.strip()):
                 whole = "{}"
-            elif is_json(inner, "{"):
-                whole = inner
             else:
-                self.complete = False
+                unpacked = as_json(inner, "{")
+                self.complete = unpacked is not None
+                whole = unpacked or whole
         if self._out.in_call:
             self._out.arguments(whole)  # but for what has streamed
         else:

@@ -158,9 +158,10 @@ class JsonText:
             self.done, self._next = True, _END
 
 
-def is_json(text: str, first: str = "") -> bool:
-    """Whether `text` is one JSON value, and one that begins with one of the characters `first`."""
+def as_json(text: str, first: str = "") -> str | None:
+    """`text` if it is one JSON value that begins with one of the characters `first`, else None."""
     value = JsonText()
-    end, _ = value.feed(text)
+    end, whole = value.feed(text)
     value.finish()
-    return value.done and not text[end:].strip(" \t\r\n") and (not first or value.first in first)
+    fits = value.done and not text[end:].strip(" \t\r\n") and (not first or value.first in first)
+    return whole if fits else None
