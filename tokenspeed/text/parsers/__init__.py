@@ -5,17 +5,32 @@ A format is a file here and a line below. The first that knows a template has it
 """
 
 from tokenspeed.text.channels import Format
+from tokenspeed.text.parsers.deepseek import DEEPSEEK_V3, DEEPSEEK_V31
+from tokenspeed.text.parsers.deepseek_dsml import DEEPSEEK_V4, DEEPSEEK_V32, DEEPSEEK_V41
 from tokenspeed.text.parsers.glm import GLM45
+from tokenspeed.text.parsers.harmony import HARMONY
 from tokenspeed.text.parsers.hermes import HERMES
+from tokenspeed.text.parsers.kimi import KIMI
+from tokenspeed.text.parsers.llama_json import LLAMA_JSON
 from tokenspeed.text.parsers.minimax import MINIMAX_M2
+from tokenspeed.text.parsers.plain_json import PLAIN_JSON
 from tokenspeed.text.parsers.qwen_xml import QWEN3_XML
 from tokenspeed.text.parsers.thinking import THINKING
 
 _ALL: tuple[Format, ...] = (
+    KIMI,
+    DEEPSEEK_V41,
+    DEEPSEEK_V32,
+    DEEPSEEK_V4,
+    DEEPSEEK_V3,
+    DEEPSEEK_V31,
+    HARMONY,
     MINIMAX_M2,
     GLM45,
     QWEN3_XML,
     HERMES,
+    LLAMA_JSON,
+    PLAIN_JSON,
     THINKING,  # of no calls: after all others
 )
 
