@@ -6,6 +6,9 @@ from typing import Any
 
 from tokenspeed.gateway import small_routes as small
 from tokenspeed.gateway.app import RouteSpec
+from tokenspeed.gateway.messages import count_tokens, messages
+from tokenspeed.gateway.messages_error import failure
+from tokenspeed.gateway.messages_schema import MessagesRequest
 from tokenspeed.gateway.openai_chat import chat_completions
 from tokenspeed.gateway.openai_completions import CompletionRequest, completions
 from tokenspeed.gateway.openai_schema import ChatRequest
@@ -21,9 +24,12 @@ def route_table(service: Service) -> list[RouteSpec]:
 
     chat, text = {"body": ChatRequest}, {"body": CompletionRequest}
     to_ids, to_text = {"body": small.TokenizeRequest}, {"body": small.DetokenizeRequest}
+    blocks = {"body": MessagesRequest, "failure": failure}
     table = [
         on("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", **chat),
         on("POST", "/v1/completions", completions, "Continue a text", **text),
+        on("POST", "/v1/messages", messages, "Answer messages of blocks", **blocks),
+        on("POST", "/v1/messages/count_tokens", count_tokens, "Count their tokens", **blocks),
         on("GET", "/v1/models", small.models, "The models served"),
         on("GET", "/v1/models/{model:path}", small.models, "One model"),
         on("POST", "/tokenize", small.tokenize, "Text to ids", **to_ids),
