@@ -11,8 +11,9 @@ import contextlib
 import json
 import logging
 import re
+import secrets
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,8 +21,10 @@ from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
 from tokenspeed.gateway.api_error import ApiError, of_exception
-from tokenspeed.gateway.auth import Keys, check_host
-from tokenspeed.gateway.identity import Caller
+from tokenspeed.gateway.auth import Keys, check_host, check_role
+from tokenspeed.gateway.identity import Caller, Hints, Owners, caller_of
+from tokenspeed.gateway.request_log import CLIENT_CLOSED, Journal, RequestRecord
+from tokenspeed.gateway.tenants import Role, Tenant
 
 BODY_TIMEOUT_S = 60.0
 JSON_DEPTH = 64
@@ -45,10 +48,12 @@ class Call:
     receive: Receive
     send: Send
     max_body_bytes: int
-    tenant: bytes = b""  # the salt of the caller's key
+    identify: "Callable[[Call, Hints], Caller]"
+    tenant: Tenant = field(default_factory=Tenant)  # whose key it brought
+    record: RequestRecord = field(default_factory=RequestRecord)
     path: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # that any answer carries
-    started: bool = False
+    status: int = 0  # of the answer, once it has begun
     watcher: asyncio.Task[None] | None = None
 
     async def body(self) -> bytes:
@@ -83,9 +88,21 @@ class Call:
             raise ApiError(415, "the content type must be application/json", code="content_type")
         return decode_json(await self.body(), decoder)
 
-    def caller(self) -> Caller:
-        """Who asks."""
-        return Caller(self.tenant)
+    @property
+    def request_id(self) -> str | None:
+        """The client's name for the request, if it sent one that can be repeated."""
+        given = [v for n, v in self.scope["headers"] if n == b"x-request-id"]
+        plain = len(given) == 1 and _REQUEST_ID.fullmatch(given[0])
+        return given[0].decode() if plain else None
+
+    @property
+    def started(self) -> bool:
+        """Whether the answer has begun."""
+        return self.status != 0
+
+    def caller(self, hints: Hints = Hints()) -> Caller:  # noqa: B008
+        """Who asks, by headers and by what the body says. Raises 400 for a header that is wrong."""
+        return self.identify(self, hints)
 
     async def reply(
         self,
@@ -99,13 +116,12 @@ class Call:
         await self.send({"type": "http.response.body", "body": body})
 
     async def start(self, status: int, kind: str, headers: dict[str, str]) -> None:
-        self.started = True
+        self.status = status
         pairs = [(b"content-type", kind.encode())]
         headers = self.headers | headers
         pairs += [(name.encode(), value.encode()) for name, value in headers.items()]
-        given = [v for n, v in self.scope["headers"] if n == b"x-request-id"]
-        if len(given) == 1 and _REQUEST_ID.fullmatch(given[0]):
-            pairs.append((b"x-request-id", given[0]))
+        if self.request_id is not None:
+            pairs.append((b"x-request-id", self.request_id.encode()))
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def _watch(self, task: "asyncio.Task[Any] | None") -> None:
@@ -132,15 +148,27 @@ class RouteSpec:
     body: type | None = None
     open: bool = False  # needs no key
     admin: bool = False  # moves to the admin listener, if there is one
+    roles: tuple[Role, ...] = ("inference",)  # of which a key must have one
+    metered: bool = False  # counts against limits, and is logged: it makes the engine work
     failure: Callable[[ApiError], bytes] = ApiError.body  # an error's JSON, here and below the path
 
 
 class Application:
     """ASGI application over a route table."""
 
-    def __init__(self, table: Sequence[RouteSpec], keys: Keys, *, loopback: bool, max_body: int):
+    def __init__(
+        self,
+        table: Sequence[RouteSpec],
+        keys: Keys,
+        *,
+        loopback: bool,
+        max_body: int,
+        journal: Journal | None = None,
+    ) -> None:
         self.table = tuple(table)
         self._keys, self._loopback, self._max_body = keys, loopback, max_body
+        self._journal = journal or Journal()
+        self._owners = Owners()
         self._routes = [
             (spec, Route(spec.path, _unused, methods=[spec.method])) for spec in self.table
         ]
@@ -148,7 +176,7 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected scope {scope['type']}")
-        call = Call(scope, receive, send, self._max_body)
+        call = Call(scope, receive, send, self._max_body, self._identify)
         try:
             await self._handle(call)
         except (ClientGone, asyncio.CancelledError):
@@ -158,6 +186,8 @@ class Application:
         finally:
             if call.watcher is not None:
                 call.watcher.cancel()
+            if call.record.route:
+                self._finish(call)
 
     async def _handle(self, call: Call) -> None:
         if self._loopback and not self._keys:
@@ -167,7 +197,36 @@ class Application:
             call.tenant = self._keys.tenant(call.scope["headers"])
         if spec is None:
             raise self._no_route(call.scope)
-        await spec.handler(call)
+        if not spec.open:
+            check_role(call.tenant, spec.roles)
+        if not spec.metered:
+            await spec.handler(call)
+            return
+        self._record(call, spec)
+        async with call.tenant.limiter.slot():
+            await spec.handler(call)
+
+    def _record(self, call: Call, spec: RouteSpec) -> None:
+        """From here on the request will be told of, however it ends."""
+        record = call.record
+        record.id = call.request_id or secrets.token_hex(8)
+        record.route = spec.path.removeprefix("/v1").removeprefix("/")
+        record.model, record.tenant = self._journal.model, call.tenant.name
+
+    def _identify(self, call: Call, hints: Hints) -> Caller:
+        headers, record = call.scope["headers"], call.record
+        caller = caller_of(headers, call.tenant, hints, self._owners, self._keys.pseudonym)
+        record.session, record.client = caller.session, caller.client
+        record.traceparent = dict(headers).get(b"traceparent", b"")[:128].decode("latin-1")
+        if record.route:
+            self._journal.begin(record)
+        return replace(caller, record=record)
+
+    def _finish(self, call: Call) -> None:
+        record = call.record
+        record.status = call.status or CLIENT_CLOSED
+        call.tenant.limiter.charge(record.num_charged)
+        self._journal.finish(record)
 
     def _match(self, call: Call) -> RouteSpec | None:
         for spec, route in self._routes:
@@ -188,6 +247,7 @@ class Application:
 
     async def _answer(self, call: Call, error: Exception) -> None:
         answer = of_exception(error)
+        call.record.error = answer.code
         if answer.status == 500:
             log.error("a request failed", exc_info=error)
         if call.started:

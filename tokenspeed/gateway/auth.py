@@ -1,40 +1,57 @@
 # SPDX-License-Identifier: MIT
-"""Who may call what. Knows headers and hashed keys; decides on the path that the router uses.
+"""Who may call what. Knows headers, hashed keys and roles; decides on the route that will answer.
 
-Every route needs a key unless the route table says it is open. Without keys the server trusts its
-listener; then, on loopback, the Host header must be a loopback name, so that a web page cannot
-reach it through a name of its own (DNS rebinding).
+Every route needs a key with one of its roles unless the route table says it is open. Without keys
+the server trusts its listener; then, on loopback, the Host header must be a loopback name, so that
+a web page cannot reach it through a name of its own (DNS rebinding).
 """
 
 import hashlib
 import hmac
 import ipaddress
 import secrets
+from collections.abc import Sequence
 
 from tokenspeed.gateway.api_error import ApiError
+from tokenspeed.gateway.limits import Limiter
+from tokenspeed.gateway.tenants import Role, Tenant, TenantSpec, check_tenants, tenants_of_keys
+
+_ANYBODY = Tenant()
 
 
 class Keys:
-    """The accepted keys, kept as SHA-256 digests only."""
+    """The accepted keys, as SHA-256 digests only, and whose they are."""
 
-    def __init__(self, keys: tuple[str, ...]) -> None:
-        if any(not key.strip() for key in keys):
-            raise ValueError("api_key must not be empty")
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+    def __init__(self, keys: Sequence[str] = (), tenants: Sequence[TenantSpec] = ()) -> None:
         self._secret = secrets.token_bytes(32)
+        self._of_options = tenants_of_keys(keys)
+        self._limiters: dict[str, Limiter] = {}
+        self._owners: list[tuple[bytes, Tenant]] = []
+        self.replace(tenants)
 
     def __bool__(self) -> bool:
-        return bool(self._digests)
+        return bool(self._owners)
 
-    def tenant(self, headers: list[tuple[bytes, bytes]]) -> bytes:
-        """The caller's salt, empty if no keys are set. Raises 401 for a missing or wrong key.
+    def replace(self, tenants: Sequence[TenantSpec]) -> None:
+        """Other tenants beside those of the options. Whoever stays keeps its salt and its counts.
+
+        Raises `ValueError`, with nothing changed, if they do not go together.
+        """
+        specs = [*self._of_options, *tenants]
+        check_tenants(specs)
+        made = [(spec, self._tenant(spec)) for spec in specs]
+        self._owners = [(digest, tenant) for spec, tenant in made for digest in spec.digests]
+        self._limiters = {tenant.name: tenant.limiter for _, tenant in made}
+
+    def tenant(self, headers: list[tuple[bytes, bytes]]) -> Tenant:
+        """Whose key it is; without keys, everybody's. Raises 401 for a missing or wrong key.
 
         Every key is compared in constant time, and all of them always.
         """
-        if not self._digests:
-            return b""
+        if not self._owners:
+            return _ANYBODY
         digest = hashlib.sha256(_presented(headers)).digest()
-        found = [k for k in self._digests if hmac.compare_digest(k, digest)]
+        found = [owner for key, owner in self._owners if hmac.compare_digest(key, digest)]
         if not found:
             raise ApiError(
                 401,
@@ -42,7 +59,7 @@ class Keys:
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
-        return hmac.digest(self._secret, found[0], "sha256")
+        return found[0]
 
     def salt(self, tenant: bytes, cache_salt: str | None) -> bytes:
         """The prefix cache's salt: a client's own may only narrow what its key can share."""
@@ -50,6 +67,31 @@ class Keys:
             return tenant[:16]
         framed = len(tenant).to_bytes(4, "little") + tenant + cache_salt.encode()
         return hmac.digest(self._secret, framed, "sha256")[:16]
+
+    def pseudonym(self, *parts: str) -> str:
+        """24 hex digits that stand for `parts` while this process lives, and tell nothing."""
+        framed = b"".join(
+            len(b).to_bytes(4, "little") + b for b in (p.encode(errors="replace") for p in parts)
+        )
+        return hmac.digest(self._secret, b"pseudonym" + framed, "sha256").hex()[:24]
+
+    def _tenant(self, spec: TenantSpec) -> Tenant:
+        kind, name = ("tenant", spec.name) if spec.group is None else ("group", spec.group)
+        salt = hmac.digest(self._secret, f"{kind} {name}".encode(), "sha256")
+        limiter = self._limiters.get(spec.name)
+        if limiter is None:
+            limiter = Limiter(spec.limits)
+        else:
+            limiter.set(spec.limits)
+        return Tenant(spec.name, spec.roles, salt, limiter)
+
+
+def check_role(tenant: Tenant, roles: tuple[Role, ...]) -> None:
+    """Raises 403 unless the tenant has one of the roles."""
+    if not set(roles) & set(tenant.roles):
+        raise ApiError(
+            403, f"this key does not have the role {' or '.join(roles)}", code="missing_role"
+        )
 
 
 def _presented(headers: list[tuple[bytes, bytes]]) -> bytes:

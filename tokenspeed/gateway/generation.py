@@ -19,6 +19,7 @@ from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.app import Call
 from tokenspeed.gateway.engine_pool import EnginePool, Sent
 from tokenspeed.gateway.mailbox import Mailbox
+from tokenspeed.gateway.request_log import RequestRecord
 from tokenspeed.text.channels import Piece
 from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
@@ -175,6 +176,7 @@ class Generation(AbstractContextManager["Generation"]):
         *,
         answer: Callable[[], Answer] | None = None,
         shown: frozenset[str] = frozenset(),
+        record: RequestRecord | None = None,
     ) -> None:
         if len(prompts) * params.n > MAX_CHOICES:
             raise RequestError(
@@ -187,6 +189,7 @@ class Generation(AbstractContextManager["Generation"]):
         ]
         self.num_running = len(self.choices)
         self.params = params
+        self._record = record or RequestRecord()
         self._pool, self._sent = pool, sent
         self._eos = tokenizer.eos_ids if tokenizer is not None else ()
 
@@ -208,6 +211,7 @@ class Generation(AbstractContextManager["Generation"]):
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
+        self._record.submit([len(choice.prompt_ids) for choice in self._firsts])
         return self
 
     def __exit__(
@@ -216,6 +220,7 @@ class Generation(AbstractContextManager["Generation"]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._report()
         # Not thrown into the context: leaving is the same for every reason.
         self._box_context.__exit__(None, None, None)
 
@@ -229,6 +234,7 @@ class Generation(AbstractContextManager["Generation"]):
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 continue
+            self._record.feed(output)
             finished = choice.feed(output)
             if choice not in changed:
                 changed.append(choice)
@@ -258,7 +264,9 @@ class Generation(AbstractContextManager["Generation"]):
         except Exception as error:
             if not call.started:
                 raise
-            await self._write(call, dialect.failure(of_exception(error)))
+            answer = of_exception(error)
+            self._record.error = answer.code
+            await self._write(call, dialect.failure(answer))
         await call.send({"type": "http.response.body", "body": b""})
 
     async def _write(self, call: Call, data: bytes) -> None:
@@ -270,9 +278,24 @@ class Generation(AbstractContextManager["Generation"]):
         await call.send({"type": "http.response.body", "body": data, "more_body": True})
         self.mailbox.sending += 1
 
+    @property
+    def _firsts(self) -> list[Choice]:
+        """One choice for each prompt."""
+        return self.choices[:: self.params.n]
+
+    def _report(self) -> None:
+        """What has come of the request, for those who keep books."""
+        record, firsts, choices = self._record, self._firsts, self.choices
+        record.num_cached = sum(choice.num_cached for choice in firsts)
+        record.num_output = sum(choice.num_tokens for choice in choices)
+        record.num_calls = sum(len(choice.answer.calls) for choice in choices if choice.answer)
+        record.finish = ",".join(sorted({choice.finish_reason or "abort" for choice in choices}))
+        if (receipt := firsts[0].receipt) is not None:
+            record.num_host, record.reason = receipt.num_host, receipt.reason
+
     def usage(self) -> dict[str, object]:
         """Tokens so far, in OpenAI's shape. A prompt counts once, whatever `n` is."""
-        firsts = self.choices[:: self.params.n]
+        firsts = self._firsts
         prompt = sum(len(choice.prompt_ids) for choice in firsts)
         completion = sum(choice.num_tokens for choice in self.choices)
         return {

@@ -71,7 +71,7 @@ def _turn_request(
             tokenizer=service.tokenizer,
             vocab_size=vocab_size,
         ),
-        caller=call.caller(),
+        caller=call.caller(request.hints()),
         tool_choice=chat_tool_choice(request.tool_choice, request.parallel_tool_calls, tools),
         cache_salt=request.cache_salt,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from tokenspeed.engine.messages import Retention
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, encode_json
@@ -56,7 +57,9 @@ async def completions(service: Service, call: Call) -> None:
             field="echo",
             code="unsupported_parameter",
         )
+    caller = call.caller(request.hints())
     prompts = await _prompts(service, request)
+    caller.record.prompted = time.monotonic()
     limits = service.pool.check_room()
     asked = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     params = sampling_params(
@@ -66,9 +69,11 @@ async def completions(service: Service, call: Call) -> None:
         tokenizer=service.tokenizer,
         vocab_size=limits.vocab_size,
     )
-    salt = service.keys.salt(call.tenant, request.cache_salt)
-    sent = Sent(salt, call.caller().user)
-    with Generation(service.pool, service.tokenizer, prompts, params, sent) as generation:
+    salt = service.keys.salt(caller.salt, request.cache_salt)
+    sent = Sent(salt, caller.user, caller.retention or Retention())
+    with Generation(
+        service.pool, service.tokenizer, prompts, params, sent, record=caller.record
+    ) as generation:
         dialect = _Completion(request, model, generation, service.tokenizer)
         if request.stream:
             await generation.stream(call, dialect)

@@ -12,6 +12,7 @@ import msgspec
 
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.gateway.identity import Hints
 from tokenspeed.text.detokenizer import check_stop
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -76,6 +77,10 @@ class Sampling(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
+    user: Any = None
+    safety_identifier: Any = None
+    metadata: Any = None
+    prompt_cache_key: Any = None
     # Refused while they are not served:
     best_of: int | None = None
     use_beam_search: bool | None = None
@@ -93,6 +98,15 @@ class Sampling(msgspec.Struct, kw_only=True):
     repetition_detection: Refused = None
     kv_transfer_params: Refused = None
     vllm_xargs: Refused = None
+
+    def hints(self) -> Hints:
+        """What the body says of who sends it."""
+        return Hints(
+            user=self.user,
+            safety_identifier=self.safety_identifier,
+            metadata=self.metadata,
+            prompt_cache_key=self.prompt_cache_key,
+        )
 
     def refusals(self) -> dict[str, bool]:
         """Which fields ask for something that is not served."""

@@ -8,6 +8,7 @@ import msgspec
 
 from tokenspeed import __version__
 from tokenspeed.gateway.app import Call, RouteSpec, encode_json
+from tokenspeed.gateway.tenants import ROLES
 
 _ERROR = {
     "type": "object",
@@ -33,7 +34,7 @@ def openapi_route(table: Sequence[RouteSpec]) -> RouteSpec:
     async def handler(call: Call) -> None:
         await call.reply(body)
 
-    spec = RouteSpec("GET", "/openapi.json", handler, "This document")
+    spec = RouteSpec("GET", "/openapi.json", handler, "This document", roles=ROLES)
     body = encode_json(document([*table, spec]))
     return spec
 

@@ -6,6 +6,7 @@
 Knows no dialect's names and shapes.
 """
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     """
     service.pool.check_room()
     prompt = await service.prompt(request.conversation, request.caller)
+    request.caller.record.prompted = time.monotonic()
     limits = service.pool.check_room()
     max_tokens = room_left(
         request.params.max_tokens, [prompt.ids], limits.max_model_len, request.limit_field
@@ -67,7 +69,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     sent = Sent(
         salt=service.keys.salt(request.caller.salt, request.cache_salt),
         user=request.caller.user,
-        retention=request.retention,
+        retention=request.caller.retention or request.retention,
     )
     generation = Generation(
         service.pool,
@@ -77,6 +79,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         sent,
         answer=lambda: _answer(service, request, prompt),
         shown=service.markers,
+        record=request.caller.record,
     )
     with generation:
         yield Turn(request, prompt, generation)
