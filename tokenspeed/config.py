@@ -59,6 +59,7 @@ class CacheOptions:
     num_pages: int | None = option(None, "pages of KV", "--num-gpu-blocks-override", low=1)
     kv_cache_memory_bytes: int | None = option(None, "bytes of KV, if num_pages is unset", low=1)
     enable_prefix_caching: bool = option(True, "reuse the KV of prompts seen before")
+    retention_share: float = option(0.5, "of the pages, for retention hints and pins", low=0)
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class EngineConfig:
         scheduler, parallel, experts = self.scheduler, self.parallel, self.experts
         if scheduler.overlap_depth > 1:
             raise ValueError(f"overlap_depth must be 0 or 1: {scheduler.overlap_depth}")
+        if self.cache.retention_share > 1:
+            raise ValueError(f"retention_share must be at most 1: {self.cache.retention_share}")
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
             raise ValueError(
                 "max_num_batched_tokens must be at least max_num_seqs, so that each running request"

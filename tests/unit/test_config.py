@@ -26,6 +26,7 @@ GROUPS = [*EngineConfig.groups().values(), ServerOptions]
         {"tensor_parallel_size": 0},
         {"pipeline_parallel_size": 2, "overlap_depth": 1},
         {"data_parallel_size": 0},
+        {"retention_share": 1.5},
         {"max_num_seqs": 64, "max_num_batched_tokens": 63},
         {"max_modle_len": 100},
     ],

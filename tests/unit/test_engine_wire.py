@@ -22,6 +22,8 @@ ENTRY = TokenLogprobs([1, 2], [-0.5, -1.25], [1, 2])
 DOWN: list[Any] = [
     m.GenerateRequest(2**64 - 1, [1, 2, 3], PARAMS, [2], b"\x00\xff"),
     m.AbortRequest(2**63),
+    m.RetainPrefix(2**64 - 1, [1, 2], b"\xff", m.Retention(60.0, True)),
+    m.ReleasePrefix(0, [], b"a"),
     m.FlushCache(),
     m.Shutdown(),
 ]
@@ -30,12 +32,13 @@ UP: list[Any] = [
     m.Ready(4096, 32000, 100, 64),
     m.Outputs(
         [
-            m.TokenOutput(5, [1, 2]),
+            m.TokenOutput(5, [1, 2], receipt=m.CacheReceipt(64, 0, "diverged", 300.0)),
             m.TokenOutput(6, [7], "stop", 7, 12, [ENTRY], [None, ENTRY], None, 0.25, 0.5),
         ]
     ),
     m.Rejected(9, "no", "top_p", "invalid_value"),
     m.StatsMessage(m.EngineStats(1, 2, 0.5, 3, 4, 5, 1.5, 2.5, 6, 7)),
+    m.PrefixPages(2**64 - 1, 3),
     m.Heartbeat(10, True),
     m.Fatal("gone"),
 ]

@@ -42,6 +42,12 @@ def check(request: GenerateRequest, limits: Limits) -> NDArray[np.int32]:
     return prompt
 
 
+def known_ids(ids: list[int], limits: Limits) -> NDArray[np.int32]:
+    """The ids up to the first that the model does not know."""
+    end = next((i for i, token in enumerate(ids) if not 0 <= token < limits.vocab_size), len(ids))
+    return np.array(ids[:end], np.int32)
+
+
 def _ids(name: str, ids: list[int], limits: Limits) -> NDArray[np.int32]:
     if not len(ids):
         return np.empty(0, np.int32)

@@ -108,6 +108,7 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
             overlap_depth=options.overlap_depth,
             num_micro_steps=mesh.pp,
             enable_prefix_caching=config.cache.enable_prefix_caching,
+            retention_share=config.cache.retention_share,
         )
         for _ in range(mesh.dp)
     ]

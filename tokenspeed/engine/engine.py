@@ -19,11 +19,24 @@ from tokenspeed._scheduler import (
     FINISH_LENGTH,
     FINISH_NONE,
     FINISH_STOP,
+    MISS_DISABLED,
+    MISS_DIVERGED,
+    MISS_EVICTED,
+    MISS_NEVER_CACHED,
+    MISS_NONE,
     Updates,
 )
-from tokenspeed.engine.admission import Limits, check
-from tokenspeed.engine.messages import EngineStats, GenerateRequest, Ready, TokenOutput
-from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.engine.admission import Limits, check, known_ids
+from tokenspeed.engine.messages import (
+    CacheReceipt,
+    EngineStats,
+    GenerateRequest,
+    PrefixOrder,
+    Ready,
+    RetainPrefix,
+    TokenOutput,
+)
+from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.runner import InFlight, Plans
@@ -31,6 +44,13 @@ from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step import PromptLogprobs, StepOutput
 
 REASONS = {FINISH_NONE: None, FINISH_STOP: "stop", FINISH_LENGTH: "length", FINISH_ERROR: "error"}
+MISSES = {
+    MISS_NONE: "",
+    MISS_DIVERGED: "diverged",
+    MISS_EVICTED: "evicted",
+    MISS_NEVER_CACHED: "never_cached",
+    MISS_DISABLED: "disabled",
+}
 FAILED = "the model's numbers for this request are not finite, or no token was allowed"
 
 
@@ -50,6 +70,18 @@ class _Live:
     sequence: Sequence
     first_token_s: float | None = None
     prompt_logprobs: PromptLogprobs = field(default_factory=dict)
+
+
+def _receipts(updates: Updates) -> dict[int, CacheReceipt]:
+    """Of the requests of which this is the first that is heard."""
+    if not len(updates.receipt_ids):
+        return {}
+    matched = dict(zip(updates.request_ids.tolist(), updates.num_cached.tolist(), strict=True))
+    columns = (updates.receipt_ids, updates.receipt_miss, updates.receipt_kept_us)
+    return {
+        request_id: CacheReceipt(matched[request_id], 0, MISSES[miss], kept_us / 1e6)
+        for request_id, miss, kept_us in zip(*(column.tolist() for column in columns), strict=True)
+    }
 
 
 class Engine:
@@ -93,6 +125,9 @@ class Engine:
                 min_tokens=params.min_tokens,
                 stop_ids=np.array(stop_ids, np.int32),
                 prompt_logprobs=params.prompt_logprobs is not None,
+                user=user_key(request.user),
+                retention_s=request.retention.seconds,
+                pinned=request.retention.pinned,
             )
         except ValueError as error:
             raise RequestError(str(error)) from None
@@ -121,6 +156,7 @@ class Engine:
             raise
 
     def _step(self) -> list[TokenOutput]:
+        self._schedulers.advance(time.monotonic())
         plans = self._schedulers.next_plans()
         if plans is not None:
             self._in_flight.append(self._runner.launch(plans))
@@ -156,6 +192,21 @@ class Engine:
         """Forgets every cached page that no request uses; returns how many."""
         return self._schedulers.flush_cache()
 
+    def order_prefix(self, order: PrefixOrder) -> int:
+        """Retains or drops the cached pages of a prefix; returns on how many pages it acted.
+
+        Ids that the model does not know have no pages, and a time below 0 is none.
+        """
+        tokens = known_ids(order.token_ids, self._limits)
+        if not isinstance(order, RetainPrefix):
+            return self._schedulers.release(tokens, order.salt)
+        self._schedulers.advance(time.monotonic())
+        retention = order.retention
+        seconds = retention.seconds if retention.seconds > 0 else 0.0  # no NaN either
+        return self._schedulers.retain(
+            tokens, order.salt, retention_s=seconds, pinned=retention.pinned
+        )
+
     def close(self) -> None:
         """Waits for the steps in flight. The engine is of no use afterwards."""
         self._runner.close()
@@ -170,6 +221,7 @@ class Engine:
     def _outputs(self, updates: Updates, step: StepOutput) -> list[TokenOutput]:
         outputs = []
         all_ids, at = updates.ids.tolist(), 0
+        receipts = _receipts(updates)
         for request_id, finish, num_ids, num_cached in zip(
             updates.request_ids.tolist(),
             updates.finish.tolist(),
@@ -187,6 +239,7 @@ class Engine:
                     finish_reason=REASONS[finish],
                     stop_token_id=ids[-1] if finish == FINISH_STOP else None,
                     num_cached_tokens=num_cached,
+                    receipt=receipts.get(request_id),
                     logprobs=None if logprobs is None else [logprobs],
                     error=FAILED if finish == FINISH_ERROR else None,
                     **self._advance(live, request_id, ids, over=finish != FINISH_NONE),

@@ -79,6 +79,31 @@ class EngineStats:
     expert_load_worst: float = 0.0  # the same of the worst layer
     expert_load_rebalances: int = 0
     expert_load_slots_moved: int = 0
+    num_retained_pages: int = 0  # under retention, in use or not
+    num_pinned_pages: int = 0
+
+
+@dataclass(frozen=True)
+class RetainPrefix:
+    """Down: put the cached pages of these tokens under retention; the answer is `PrefixPages`.
+
+    The default retention takes it back, from pages on which no other branch builds.
+    """
+
+    call_id: int  # the sender's, 64 bits
+    token_ids: list[int]
+    salt: bytes = b""
+    retention: Retention = Retention()
+
+
+@dataclass(frozen=True)
+class ReleasePrefix:
+    """Down: drop the cached pages of these tokens that nobody uses and on which no other branch
+    builds; the answer is `PrefixPages`."""
+
+    call_id: int
+    token_ids: list[int]
+    salt: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -134,6 +159,14 @@ class StatsMessage:
 
 
 @dataclass(frozen=True)
+class PrefixPages:
+    """Up: on how many pages a `RetainPrefix` or `ReleasePrefix` acted."""
+
+    call_id: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
 class Heartbeat:
     """Up, from a thread of its own from the process's first moment on.
 
@@ -152,5 +185,6 @@ class Fatal:
     message: str
 
 
-Down = GenerateRequest | AbortRequest | FlushCache | Shutdown
-Up = Loading | Ready | Outputs | Rejected | StatsMessage | Heartbeat | Fatal
+PrefixOrder = RetainPrefix | ReleasePrefix
+Down = PrefixOrder | GenerateRequest | AbortRequest | FlushCache | Shutdown
+Up = Loading | Ready | Outputs | Rejected | StatsMessage | PrefixPages | Heartbeat | Fatal

@@ -5,6 +5,7 @@ Each has its own pages and slots. A request goes where most of its prompt is cac
 says otherwise (`engine/routing.py`), and stays there. Knows ids and plans, no tensors.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,14 @@ from numpy.typing import NDArray
 from tokenspeed._scheduler import Scheduler, Updates
 from tokenspeed.engine.routing import Load, pick
 from tokenspeed.execution.plan_view import Words
+
+
+def user_key(user: str) -> int:
+    """64 bits that stand for a user; 0 for nobody in particular."""
+    if not user:
+        return 0
+    digest = hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 @dataclass(slots=True)
@@ -83,10 +92,31 @@ class Schedulers:
         """Takes the result of the oldest plan in flight of one index."""
         return self._all[index].commit(words)
 
+    def advance(self, now_s: float) -> None:
+        """Tells the time (`time.monotonic`): retention counts from the last time told."""
+        for scheduler in self._all:
+            scheduler.advance(now_s)
+
+    def retain(
+        self, tokens: NDArray[np.int32], salt: bytes, *, retention_s: float, pinned: bool
+    ) -> int:
+        """Puts the cached pages of these tokens under retention, on each index; returns how many
+        there are. `ValueError` for a negative time."""
+        return sum(
+            scheduler.retain(tokens, salt, retention_s=retention_s, pinned=pinned)
+            for scheduler in self._all
+        )
+
+    def release(self, tokens: NDArray[np.int32], salt: bytes) -> int:
+        """Drops the cached pages of these tokens that nobody uses and no other branch builds on, on
+        each index; returns how many."""
+        return sum(scheduler.release(tokens, salt) for scheduler in self._all)
+
     def stats(self) -> dict[str, Any]:
         """Counts over all of them; `kv_cache_usage` is the share of all their pages."""
         each = [scheduler.stats() for scheduler in self._all]
         names = ("num_running", "num_waiting", "num_preemptions", "prefix_queries", "prefix_hits")
+        names += ("num_retained_pages", "num_pinned_pages")
         used = sum(s.num_pages - s.num_free_pages - s.num_cached_pages for s in each)
         sums = {name: sum(getattr(s, name) for s in each) for name in names}
         return {**sums, "kv_cache_usage": used / sum(s.num_pages for s in each)}

@@ -146,6 +146,9 @@ class Loop:
                     )
             case m.AbortRequest():
                 self._engine.abort(message.request_id)
+            case m.RetainPrefix() | m.ReleasePrefix():
+                num_pages = self._engine.order_prefix(message)
+                self._outbox.send(m.PrefixPages(message.call_id, num_pages))
             case m.FlushCache():
                 self._engine.flush_cache()
 

@@ -27,6 +27,9 @@ _TYPES: tuple[type, ...] = (
     m.StatsMessage,
     m.Heartbeat,
     m.Fatal,
+    m.RetainPrefix,
+    m.ReleasePrefix,
+    m.PrefixPages,
 )
 _PREFIX = {kind: bytes((VERSION, tag)) for tag, kind in enumerate(_TYPES)}
 _ENCODER = msgspec.msgpack.Encoder()
