@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
-from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.execution.sampling_params import Grammar, SamplingParams, TokenLogprobs
 from tokenspeed.execution.step import Bind, StepOutput
 from tokenspeed.execution.step_message import (
     decode_output,
@@ -40,6 +40,8 @@ PARAMS = SamplingParams(
     seed=-(2**63),
     logprobs=3,
     prompt_logprobs=0,
+    structured_outputs={"regex": "é"},
+    grammar=Grammar("key"),
 )
 
 
@@ -93,7 +95,9 @@ def logprobs(*ids: int) -> TokenLogprobs:
 
 def test_a_step_of_several_indices_arrives_whole() -> None:
     words, binds = plan(), {1: [bind(), bind(1, 7, (5, 6, 7))], 2: [bind(2, 0)]}
-    plans, found = decode_step(encode_step([words, None, words], binds))
+    news = [("", b"words"), ("gone", None), ("é", b"")]
+    plans, found, grammars = decode_step(encode_step([words, None, words], binds, news))
+    assert grammars == news
     assert plans[1] is None
     for view in (plans[0], plans[2]):
         assert view is not None
@@ -108,7 +112,7 @@ def test_a_step_of_several_indices_arrives_whole() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_a_step_without_plans_is_a_message_too(count: int) -> None:
-    assert decode_step(encode_step([None] * count, {})) == ([None] * count, {})
+    assert decode_step(encode_step([None] * count, {})) == ([None] * count, {}, [])
 
 
 def test_outputs_arrive_whole() -> None:
@@ -131,7 +135,9 @@ def test_every_sampling_parameter_travels() -> None:
     assert left_alone == {"n", "include_stop_str_in_output", "ignore_eos", "skip_special_tokens"}
 
 
-STEP = encode_step([plan(), None], {1: [bind(0), bind(1, 7, (5, 6))]})
+STEP = encode_step(
+    [plan(), None], {1: [bind(0), bind(1, 7, (5, 6))]}, [("", b"vocabulary"), ("key", None)]
+)
 OUTPUT = encode_output(
     StepOutput(np.arange(9, dtype=np.int32), {1: logprobs(5)}, {2: {1: logprobs(6)}})
 )

@@ -16,7 +16,7 @@ Words = NDArray[np.int32]
 PLAN_MAGIC: Final = 0x4C505354
 RESULT_MAGIC: Final = 0x53525354
 LAYOUT_VERSION: Final = 1
-STEP_VERSION: Final = 1  # of `execution/step_message.py`; here, as no tensor is needed to know it
+STEP_VERSION: Final = 2  # of `execution/step_message.py`; here, as no tensor is needed to know it
 
 HEADER_WORDS: Final = 16
 SECTIONS: Final = (6, 1, 4, 4, 4)  # words of a row, token, delta, copy, bind

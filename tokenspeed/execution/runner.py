@@ -10,6 +10,7 @@ reads belongs to the thread that runs it. Steps overlap where the runner has thr
     results  |                              | others' part 1  | ...
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tokenspeed.errors import RankDiedError
+from tokenspeed.execution.grammars import News
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step import Begun, Bind, Seats, Step, StepOutput
@@ -79,6 +81,7 @@ class Runner:
     ) -> None:
         self._part, self._crew, self._remote = part, crew, frozenset(remote)
         self._sequences: dict[int, Sequence] = {}
+        self._grammars: list[News] = []  # that no step has taken yet
         self._seats = [Seats(max_num_seqs) for _ in range(num_dp)]
         self._steps = ThreadPoolExecutor(1, "step") if threaded else None
         waits = bool(remote) or part.device.type != "cpu"  # for what comes from elsewhere
@@ -90,12 +93,18 @@ class Runner:
     def remove(self, request_id: int) -> None:
         self._sequences.pop(request_id, None)
 
+    def tell_grammars(self, news: News) -> None:
+        """Every rank that samples takes it in with the next step."""
+        self._grammars.append(news)
+
     def launch(self, plans: Plans) -> InFlight:
         """Starts a step; the plans' words must not change until it is over."""
         steps = self._prepare(plans)
+        news, self._grammars = self._grammars, []
+        steps[0] = dataclasses.replace(steps[0], grammars=news) if news else steps[0]
         if self._crew is not None:
             binds = {dp: step.binds for dp, step in enumerate(steps) if dp in self._remote}
-            self._crew.send_step(encode_step(plans, binds))
+            self._crew.send_step(encode_step(plans, binds, news if self._remote else ()))
         if self._steps is None:
             return Done(self._finish(self._begin(steps[0]), steps))
         begun = self._steps.submit(self._begin, steps[0])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokenspeed.execution.grammars import GrammarRows
 from tokenspeed.execution.logit_edits import LogitEdits
 from tokenspeed.execution.logprobs import LogprobsReader
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
@@ -85,6 +86,7 @@ class Sampler:
         self._num_logprobs: dict[int, int] = {}
         self._penalised: set[int] = set()
         self._penalties: Penalties | None = None
+        self.grammars = GrammarRows(vocab_size)
         self._kernel = select("sample", device=device)
         self._logprobs = LogprobsReader(device)
 
@@ -104,6 +106,8 @@ class Sampler:
         for held in (self._edits, self._num_logprobs):
             held.pop(slot, None)
         self._penalised.discard(slot)
+        key = None if params.grammar is None else params.grammar.key
+        self.grammars.bind(slot, key, sequence.stop_ids, output_ids)
         if params.edits_logits:
             self._edits[slot] = LogitEdits.of(
                 params, sequence.prompt_len, sequence.stop_ids, output_ids, self._device
@@ -125,7 +129,8 @@ class Sampler:
         `places` [B] int64 are the positions of the sampled tokens. The dict gives the
         log-probabilities of the rows whose request wants them.
         """
-        if not (self._num_logprobs or self._edits or self._penalised):
+        grammars = self.grammars
+        if not (self._num_logprobs or self._edits or self._penalised or grammars):
             return self._kernel(logits, *self._gather(slots), places), {}
         order = slots.tolist()
         wanted = [row for row, slot in enumerate(order) if slot in self._num_logprobs]
@@ -134,11 +139,16 @@ class Sampler:
         raw = logits[wanted] if wanted else None  # a copy: what follows works in place
         for row in edited:
             self._edits[order[row]].apply(logits[row], int(places[row]))
+        if grammars:
+            grammars.mask(logits, order)
+            grammars.may_end(logits, order, edited)
         if punished:
             self._penalise(logits, punished, slots)
         ids: torch.Tensor = self._kernel(logits, *self._gather(slots), places)
         for row in edited:
             self._edits[order[row]].record(int(ids[row]))
+        if grammars:
+            grammars.record(order, ids)
         if punished and self._penalties is not None:
             at = torch.from_numpy(slots[punished].astype(np.int64)).to(self._device)
             self._penalties.record(at, ids[punished].clamp(min=0))

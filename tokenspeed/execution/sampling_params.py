@@ -51,6 +51,7 @@ class SamplingParams:
     seed: int | None = None
     logprobs: int | None = None  # None: none; k: chosen token and the k likeliest
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None  # for `LLM`, which makes `grammar` of it
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -92,8 +93,12 @@ class SamplingParams:
         return self.min_tokens > 0 or any(lists)
 
     def all_stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
-        """The ids that end the request: the model's unless `ignore_eos`, and `stop_token_ids`."""
-        return sorted({*([] if self.ignore_eos else eos_ids), *(self.stop_token_ids or [])})
+        """The ids that end the request: the model's unless `ignore_eos`, and `stop_token_ids`.
+
+        What follows a grammar ends where that is complete, in the model's own way.
+        """
+        ignored = self.ignore_eos and self.grammar is None
+        return sorted({*([] if ignored else eos_ids), *(self.stop_token_ids or [])})
 
     def choices(self) -> list["SamplingParams"]:
         """`n` requests of one answer each; a seed becomes n seeds in a row."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokenspeed.execution.grammars import News
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
@@ -45,6 +46,7 @@ class Step:
     binds: list[Bind] = field(default_factory=list)
     owners: list[int] = field(default_factory=list)  # [num_rows] request ids
     sequences: list[Sequence] = field(default_factory=list)  # [num_rows]
+    grammars: list[News] = field(default_factory=list)  # to take in first
 
 
 class Results:

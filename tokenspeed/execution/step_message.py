@@ -3,7 +3,8 @@
 
     | header, 8 words: magic, version, words in all, plans, binds, bytes of JSON, 0, 0 |
     | words of each plan, 0 for none | plan 0 | plan 1 | ...                           |
-    | prompt ids, then output ids, of each bind | JSON of the binds, padded to a word  |
+    | prompt ids, then output ids, of each bind | compiled grammars, each padded to a word |
+    | JSON of the binds and the grammars, padded to a word |
 
 All words are little-endian int32. The way back is a `StepOutput`: its words, then JSON. Bytes that
 do not hold what they say are a `ValueError`. Knows no sockets.
@@ -13,15 +14,16 @@ import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed.errors import RequestError
+from tokenspeed.execution.grammars import News
 from tokenspeed.execution.plan_view import STEP_VERSION, PlanView, Words
 from tokenspeed.execution.sampler import Sequence as Request
-from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.execution.sampling_params import Grammar, SamplingParams, TokenLogprobs
 from tokenspeed.execution.step import Bind, StepOutput
 
 STEP_MAGIC: Final = 0x54535354
@@ -29,8 +31,20 @@ OUTPUT_MAGIC: Final = 0x554F5354
 HEADER_WORDS: Final = 8
 
 
-def encode_step(plans: Sequence[Words | None], binds: Mapping[int, Sequence[Bind]]) -> bytes:
-    """`binds` by dp index, for those whose sampler is another rank."""
+class StepMessage(NamedTuple):
+    """What a rank is told of a step. The plans may be written to."""
+
+    plans: list[PlanView | None]  # by dp index
+    binds: dict[int, list[Bind]]  # by dp index, for those whose sampler is not rank 0
+    grammars: list[News]
+
+
+def encode_step(
+    plans: Sequence[Words | None],
+    binds: Mapping[int, Sequence[Bind]],
+    grammars: Sequence[News] = (),
+) -> bytes:
+    """`binds` by dp index, and `grammars`, for those whose sampler is another rank."""
     none = np.empty(0, np.int32)
     words = [none if plan is None else plan for plan in plans]
     arrays = [np.array([len(plan) for plan in words], np.int32), *words]
@@ -40,29 +54,36 @@ def encode_step(plans: Sequence[Words | None], binds: Mapping[int, Sequence[Bind
             outputs = np.array(bind.output_ids, np.int32)
             arrays += [bind.sequence.prompt_ids, outputs]
             facts.append(_facts(dp, bind, len(outputs)))
-    text = json.dumps(facts).encode() if facts else b""
+    arrays += [_padded(data) for _, data in grammars if data is not None]
+    news = [[key, None if data is None else len(data)] for key, data in grammars]
+    text = json.dumps([facts, news]).encode() if facts or news else b""
     size = HEADER_WORDS + sum(len(array) for array in arrays) + -(-len(text) // 4)
     header = [STEP_MAGIC, STEP_VERSION, size, len(plans), len(facts), len(text), 0, 0]
     parts = [np.array(header, np.int32), *arrays]
     return b"".join([*(part.tobytes() for part in parts), text, bytes(-len(text) % 4)])
 
 
-def decode_step(message: bytes) -> tuple[list[PlanView | None], dict[int, list[Bind]]]:
-    """The plan of every dp index, and the binds by dp index. The plans may be written to."""
+def decode_step(message: bytes) -> StepMessage:
+    """The inverse of `encode_step`."""
     words = _words(message, STEP_MAGIC)
     num_plans, num_binds, num_text = words[3:6].tolist()
     rest = _Rest(words, HEADER_WORDS)
     lengths = rest.take(num_plans).tolist()
     plans = [PlanView(rest.take(length)) if length else None for length in lengths]
     binds: dict[int, list[Bind]] = {}
-    if num_binds:
+    grammars: list[News] = []
+    if num_text:
         with _described():
-            facts = json.loads(_text(words, num_text))
+            facts, news = json.loads(_text(words, num_text))
             if len(facts) != num_binds:
                 raise ValueError(f"a step message of {num_binds} binds describes {len(facts)}")
             for fact in facts:
                 binds.setdefault(range(num_plans)[fact["dp"]], []).append(_bind(fact, rest))
-    return plans, binds
+            grammars = [
+                (str(key), None if size is None else rest.take(-(-size // 4)).tobytes()[:size])
+                for key, size in news
+            ]
+    return StepMessage(plans, binds, grammars)
 
 
 def encode_output(output: StepOutput) -> bytes:
@@ -158,7 +179,13 @@ def _bind(fact: dict[str, Any], rest: _Rest) -> Bind:
     return Bind(fact["slot"], fact["id"], request, outputs)
 
 
+def _padded(data: bytes) -> NDArray[np.int32]:
+    return np.frombuffer(data + bytes(-len(data) % 4), np.int32)
+
+
 def _params(facts: dict[str, Any]) -> SamplingParams:
+    if facts["grammar"] is not None:
+        facts["grammar"] = Grammar(**facts["grammar"])
     if facts["logit_bias"] is not None:  # JSON's keys are texts
         facts["logit_bias"] = {int(token): bias for token, bias in facts["logit_bias"].items()}
     return SamplingParams(**facts)

@@ -119,6 +119,8 @@ class StepRunner:
     def _begin(self, step: Step) -> Begun | None:
         if self._spmd is not None:
             self._spmd.begin_step(step.counts)
+        if self._sampler is not None:
+            self._sampler.grammars.store.take(step.grammars)
         begun = None
         if step.plan is not None:
             begun = self._begin_plan(step, step.plan)

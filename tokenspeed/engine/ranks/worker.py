@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -141,13 +142,15 @@ def _work(rank: int, welcome: dict[str, Any], connection: Connection, ears: Ears
         message = ring.receive(RING_POLL_S) if ring is not None else ears.heard.get()[1]
         if message is None:
             continue
-        plans, binds = decode_step(message)
+        plans, binds, grammars = decode_step(message)
         counts = [0 if plan is None else len(plan.tokens) for plan in plans]
         plan = plans[part.dp]
         step = Step(counts)
         if plan is not None:
             mine = binds.get(part.dp, [])
             step = seats.step(counts, plan, mine if part.samples else [])
+        if grammars:
+            step = replace(step, grammars=grammars)
         output = part.runner.run(step)
         if output is not None:
             connection.send(Kind.RESULT, result_body(part.dp, encode_output(output)))

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""Compiled grammars where tokens are sampled: which may come next, by slot.
+
+`GrammarStore` holds what the front end compiled, `GrammarState` is one request's place in one,
+`GrammarRows` are those of a batch. Knows ids; refuses to know schemas, text and HTTP. The library
+`xgrammar` is imported with the first vocabulary, in a thread, so that no step waits for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    import xgrammar
+
+VOCABULARY: Final = ""  # the key under which the tokens' texts travel
+NEVER: Final = float("-inf")
+_BITS: Final = 32
+
+News = tuple[str, bytes | None]  # a key with its compiled grammar; None: forget it
+
+
+def pack_vocabulary(tokens: Sequence[bytes], stop_ids: Sequence[int]) -> bytes:
+    """Tokens' texts by id, one for each logit, and the ids that end a turn, as bytes."""
+    head = np.array([len(stop_ids), len(tokens), *stop_ids, *map(len, tokens)], np.int32)
+    return head.tobytes() + b"".join(tokens)
+
+
+def unpack_vocabulary(data: bytes) -> tuple[list[bytes], list[int]]:
+    """The inverse of `pack_vocabulary`. `ValueError` for anything else."""
+    words = np.frombuffer(data, np.int32, count=len(data) // 4)
+    if len(words) < 2 or words[:2].min() < 0 or len(words) < 2 + int(words[:2].sum()):
+        raise ValueError("not a vocabulary")
+    num_stops, num_tokens = words[:2].tolist()
+    lengths = words[2 + num_stops : 2 + num_stops + num_tokens]
+    at = 4 * (2 + num_stops + num_tokens)
+    ends = at + np.cumsum(lengths, dtype=np.int64)
+    if len(lengths) and (lengths.min() < 0 or ends[-1] != len(data)):
+        raise ValueError("a vocabulary of other lengths than it says")
+    starts = (ends - lengths).tolist()
+    tokens = [data[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
+    return tokens, words[2 : 2 + num_stops].tolist()
+
+
+def tokenizer_info(data: bytes) -> "xgrammar.TokenizerInfo":
+    """A packed vocabulary as xgrammar wants it. `ImportError` where that is not installed."""
+    import xgrammar
+
+    tokens, stop_ids = unpack_vocabulary(data)
+    return xgrammar.TokenizerInfo(
+        tokens,
+        xgrammar.VocabType.RAW,
+        vocab_size=len(tokens),
+        stop_token_ids=stop_ids or [len(tokens) - 1],
+    )
+
+
+class GrammarStore:
+    """What the front end sent. Grammars are decoded in a thread of their own."""
+
+    def __init__(self) -> None:
+        self._grammars: dict[str, Future[xgrammar.CompiledGrammar]] = {}
+        self._info: Future[xgrammar.TokenizerInfo] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    def take(self, news: Iterable[News]) -> None:
+        """Adds, or drops, in order. Bad bytes show when a request needs them."""
+        for key, data in news:
+            if data is None:
+                self._grammars.pop(key, None)
+                continue
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, "grammars")
+            if key == VOCABULARY:
+                self._info = self._thread.submit(tokenizer_info, data)
+            elif self._info is not None:
+                self._grammars[key] = self._thread.submit(_decode, data, self._info)
+
+    def get(self, key: str) -> "xgrammar.CompiledGrammar":
+        """Waits for it to be decoded. `LookupError` if it is not here, or what decoding raised."""
+        return self._grammars[key].result()
+
+
+def _decode(data: bytes, info: "Future[xgrammar.TokenizerInfo]") -> "xgrammar.CompiledGrammar":
+    import xgrammar
+
+    return xgrammar.CompiledGrammar.deserialize_json(data.decode(), info.result())
+
+
+class GrammarState:
+    """One request's place in its grammar. A token that does not fit makes it `failed` for ever."""
+
+    def __init__(
+        self, grammar: "xgrammar.CompiledGrammar", stop_ids: list[int], output_ids: Iterable[int]
+    ) -> None:
+        """`stop_ids` (at least one) come when the grammar is complete and never before."""
+        import xgrammar
+
+        self._matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=stop_ids)
+        self.stop_ids = stop_ids
+        self.failed = False
+        for token in output_ids:
+            self.record(token)
+
+    @property
+    def over(self) -> bool:
+        """A stop token has come; what follows is of no interest."""
+        return bool(self._matcher.is_terminated())
+
+    @property
+    def complete(self) -> bool:
+        """Whether the output so far may end here."""
+        return not self.failed and bool(self._matcher.is_completed())
+
+    def record(self, token: int) -> None:
+        """Takes note of a token that was sampled; after a stop token of none."""
+        if not self.failed and not self.over and not self._matcher.accept_token(token):
+            self.failed = True
+
+    def fill(self, bitmask: torch.Tensor, row: int) -> bool:
+        """Sets a row's bits of the tokens that may come next; whether any is missing."""
+        if self.failed:
+            bitmask[row] = 0
+            return True
+        return not self.over and bool(self._matcher.fill_next_token_bitmask(bitmask, row))
+
+    def fork(self) -> "GrammarState":
+        """A state of its own at the same place, for tokens that may not come to be."""
+        twin = object.__new__(GrammarState)
+        twin._matcher, twin.stop_ids = self._matcher.fork(), self.stop_ids
+        twin.failed = self.failed
+        return twin
+
+    def rollback(self, num_tokens: int) -> None:
+        """Forgets the last tokens, each of which was accepted. `ValueError` if one was not."""
+        if self.failed:
+            raise ValueError("a state that failed does not come back")
+        if num_tokens:
+            self._matcher.rollback(num_tokens)
+
+
+class GrammarRows:
+    """The states of the slots, and the masks of a step. False while no slot has a grammar."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.store = GrammarStore()
+        self._vocab_size = vocab_size
+        self._states: dict[int, GrammarState | None] = {}  # None: it could not be made
+        self._sampled: tuple[list[GrammarState], list[int], torch.Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._states)
+
+    def bind(self, slot: int, key: str | None, stop_ids: list[int], output_ids: list[int]) -> None:
+        """Gives the slot to a request that has produced `output_ids`; `key` None: no grammar."""
+        self._settle()
+        self._states.pop(slot, None)
+        if key is not None:
+            self._states[slot] = self._make(key, stop_ids, output_ids)
+
+    def _make(self, key: str, stop_ids: list[int], output_ids: list[int]) -> GrammarState | None:
+        try:
+            return GrammarState(self.store.get(key), stop_ids, output_ids)
+        except Exception:  # bytes of another version, a key dropped: this request ends alone
+            return None
+
+    def mask(self, logits: torch.Tensor, slots: list[int]) -> None:
+        """logits [B, vocab_size], in place: -inf where a row's grammar does not allow the token.
+
+        A row that failed loses them all. A row that other parameters left without a token may
+        still end, if its grammar is complete.
+        """
+        self._settle()
+        rows = [row for row, slot in enumerate(slots) if slot in self._states]
+        if not rows:
+            return
+        bitmask = torch.full((len(slots), -(-self._vocab_size // _BITS)), -1, dtype=torch.int32)
+        rows = [row for row in rows if self._fill(slots[row], bitmask, row)]
+        if rows:
+            apply_bitmask(logits, bitmask, rows)
+
+    def _fill(self, slot: int, bitmask: torch.Tensor, row: int) -> bool:
+        state = self._states[slot]
+        try:
+            if state is not None:
+                return state.fill(bitmask, row)
+        except RuntimeError:  # the library found itself wrong: this request ends alone
+            self._states[slot] = None
+        bitmask[row] = 0
+        return True
+
+    def may_end(self, logits: torch.Tensor, slots: list[int], rows: Iterable[int]) -> None:
+        """Of these rows, lets those end that have no token left and a complete grammar."""
+        for row in rows:
+            state = self._states.get(slots[row])
+            if state is not None and state.complete and bool(torch.isneginf(logits[row]).all()):
+                logits[row, torch.tensor(state.stop_ids, device=logits.device)] = 0.0
+
+    def record(self, slots: list[int], ids: torch.Tensor) -> None:
+        """Takes note of a step's ids [B], once they are needed: nothing waits for them here."""
+        states = [(row, self._states.get(slot)) for row, slot in enumerate(slots)]
+        found = [(row, state) for row, state in states if state is not None]
+        if found:
+            self._sampled = [state for _, state in found], [row for row, _ in found], ids
+
+    def _settle(self) -> None:
+        if self._sampled is None:
+            return
+        (states, rows, ids), self._sampled = self._sampled, None
+        listed = ids.tolist()
+        for state, row in zip(states, rows, strict=True):
+            if listed[row] >= 0:
+                state.record(listed[row])
+
+
+def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: list[int]) -> None:
+    """-inf in these rows of logits [B, V] where bitmask [B, ceil(V / 32)] int32 has a 0."""
+    if logits.device.type == "cpu":
+        import xgrammar
+
+        xgrammar.apply_token_bitmask_inplace(
+            logits, bitmask, vocab_size=logits.shape[1], indices=rows
+        )
+        return
+    some = bitmask[rows].to(logits.device)
+    shifts = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
+    allowed = (some.unsqueeze(-1) >> shifts) & 1
+    allowed = allowed.view(len(rows), -1)[:, : logits.shape[1]].bool()
+    logits[rows] = logits[rows].masked_fill_(~allowed, NEVER)

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: MIT
+"""The process that compiles grammars: a parent that has loaded xgrammar, and forks that compile.
+
+    front end <- pipes -> this process <- socket -> a fork that compiles, one job at a time
+                                       <- socket -> another
+
+A fork limits its CPU time and memory; the parent limits wall-clock time, and forks another, which
+costs milliseconds, when one dies, must be killed or has done its share. So a grammar that never
+ends, or crashes the compiler, costs its own request. Messages are frames: four bytes of length,
+then JSON up to the first newline and bytes after it. Ends with the front end's pipe.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from io import BufferedRWPair
+from typing import IO, TYPE_CHECKING, Any
+
+from tokenspeed.execution.grammars import tokenizer_info
+from tokenspeed.text.ebnf import in_json_string, with_tokens
+
+if TYPE_CHECKING:
+    import xgrammar
+
+MAX_DATA = 32 << 20  # bytes of a compiled grammar
+MEMORY_BYTES = 1 << 30  # that a fork may take beyond what it begins with
+JOBS_PER_FORK = 1000  # the compiler's memory goes back with its process
+_MAX_FRAME = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+Header = dict[str, Any]
+Pipe = IO[bytes] | BufferedRWPair
+
+
+def write_frame(pipe: Pipe, header: Header, data: bytes = b"") -> None:
+    """One message."""
+    text = json.dumps(header).encode() + b"\n"
+    pipe.write(_LENGTH.pack(len(text) + len(data)) + text + data)
+    pipe.flush()
+
+
+def read_frame(pipe: Pipe) -> tuple[Header, bytes] | None:
+    """The next message; None at the end of the pipe, or where there was no whole message."""
+    try:
+        (length,) = _LENGTH.unpack(_exactly(pipe, _LENGTH.size))
+        frame = _exactly(pipe, length) if length <= _MAX_FRAME else b""
+    except (struct.error, OSError):
+        return None
+    head, newline, data = frame.partition(b"\n")
+    if len(frame) != length or not newline:
+        return None
+    return dict(json.loads(head)), data
+
+
+def _exactly(pipe: Pipe, size: int) -> bytes:
+    """Less only at the end of the pipe."""
+    parts: list[bytes] = []
+    while size > 0 and (part := pipe.read(size)):
+        parts.append(part)
+        size -= len(part)
+    return b"".join(parts)
+
+
+@dataclass(eq=False)
+class Fork:
+    """A process that compiles. `job`: whose grammar it is at, until `deadline`."""
+
+    pid: int
+    socket: socket.socket
+    pipe: Pipe
+    job: int | None = None
+    deadline: float = float("inf")
+    num_jobs: int = 0
+
+    def end(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(OSError):  # what it will not read any more
+            self.pipe.close()
+        self.socket.close()
+        os.waitpid(self.pid, 0)
+
+
+class Foreman:
+    """Gives jobs to forks, answers for those that do not come back."""
+
+    def __init__(
+        self, pipe: IO[bytes], info: "xgrammar.TokenizerInfo", limits: dict[str, float]
+    ) -> None:
+        self._pipe, self._info, self._limits = pipe, info, limits
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(pipe, selectors.EVENT_READ)
+        self._waiting: deque[tuple[Header, bytes]] = deque()
+        self._forks: list[Fork] = []
+
+    def run(self) -> None:
+        """Until the front end's pipe ends."""
+        while True:
+            self._give()
+            deadline = min((fork.deadline for fork in self._forks), default=float("inf"))
+            wait = None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
+            for key, _ in self._selector.select(wait):
+                if key.data is not None:
+                    self._answer(key.data)
+                elif (frame := read_frame(self._pipe)) is not None:
+                    self._waiting.append(frame)
+                else:
+                    return
+            for fork in [fork for fork in self._forks if fork.deadline <= time.monotonic()]:
+                self._lost(fork)
+
+    def close(self) -> None:
+        for fork in self._forks:
+            fork.end()
+
+    def _give(self) -> None:
+        while self._waiting:
+            idle = next((fork for fork in self._forks if fork.job is None), None)
+            if idle is None and len(self._forks) >= self._limits["num_forks"]:
+                return
+            fork = idle or self._fork()
+            header, data = self._waiting.popleft()
+            fork.job, fork.num_jobs = header["id"], fork.num_jobs + 1
+            fork.deadline = time.monotonic() + self._limits["wall_s"]
+            try:
+                write_frame(fork.pipe, header, data)
+            except OSError:
+                self._lost(fork)
+
+    def _answer(self, fork: Fork) -> None:
+        frame = read_frame(fork.pipe)
+        if frame is None:
+            self._lost(fork)
+            return
+        write_frame(sys.stdout.buffer, *frame)
+        fork.job, fork.deadline = None, float("inf")
+        if fork.num_jobs >= JOBS_PER_FORK:
+            self._dismiss(fork)
+
+    def _lost(self, fork: Fork) -> None:
+        job = fork.job
+        self._dismiss(fork)
+        if job is not None:
+            why = "takes too much time or memory to compile"
+            write_frame(sys.stdout.buffer, {"id": job, "error": why, "code": "grammar_limit"})
+
+    def _dismiss(self, fork: Fork) -> None:
+        self._forks.remove(fork)
+        self._selector.unregister(fork.socket)
+        fork.end()
+
+    def _fork(self) -> Fork:
+        ours, theirs = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            ours.close()
+            _compile_until_end(theirs, self._info, self._limits["cpu_s"])
+        theirs.close()
+        fork = Fork(pid, ours, ours.makefile("rwb"))
+        self._forks.append(fork)
+        self._selector.register(ours, selectors.EVENT_READ, fork)
+        return fork
+
+
+def _compile_until_end(
+    connection: socket.socket, info: "xgrammar.TokenizerInfo", cpu_s: float
+) -> None:
+    """The fork. Never returns."""
+    try:
+        quiet = os.open(os.devnull, os.O_RDWR)  # the compiler's warnings quote clients
+        for number in (0, 1, 2):
+            os.dup2(quiet, number)
+        _limit_memory()
+        pipe = connection.makefile("rwb")
+        while (frame := read_frame(pipe)) is not None:
+            # The default action of SIGPROF ends the process, even inside one endless C++ call.
+            signal.setitimer(signal.ITIMER_PROF, cpu_s)
+            answer = _job(frame[0], json.loads(frame[1]), info)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            write_frame(pipe, *answer)
+    finally:
+        os._exit(0)
+
+
+def _limit_memory() -> None:
+    with open("/proc/self/statm") as file:
+        size = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY_BYTES, size + MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _job(header: Header, spec: Any, info: "xgrammar.TokenizerInfo") -> tuple[Header, bytes]:
+    try:
+        data = compile_spec(spec, info)
+    except MemoryError:
+        return _refusal(header, "takes too much memory to compile", "grammar_limit")
+    except Exception as error:
+        return _refusal(header, _plain(str(error)), "invalid_grammar")
+    if len(data) > MAX_DATA:
+        return _refusal(header, "is too large once compiled", "grammar_limit")
+    return {"id": header["id"]}, data
+
+
+def _refusal(header: Header, why: str, code: str) -> tuple[Header, bytes]:
+    return {"id": header["id"], "error": why, "code": code}, b""
+
+
+def compile_spec(spec: dict[str, Any], info: "xgrammar.TokenizerInfo") -> bytes:
+    """`{"format": structural tag, "tokens": {marker: id}}` -> xgrammar's compiled form.
+
+    Besides xgrammar's own, a tag may hold `{"type": "foreign", "syntax": "lark" | "ebnf" | "regex",
+    "text": .., "quoted": bool}`: a grammar in that syntax, or of a JSON string of what it matches.
+    Raises whatever xgrammar does, and `ValueError` for a grammar that nothing fits.
+    """
+    import xgrammar
+
+    tag = {"type": "structural_tag", "format": _translate(spec["format"], info)}
+    grammar = xgrammar.Grammar.from_structural_tag(tag)
+    if spec["tokens"]:
+        grammar = xgrammar.Grammar.from_ebnf(with_tokens(str(grammar), spec["tokens"]))
+    compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
+    compiled = compiler.compile_grammar(grammar)
+    mask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+    xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
+    if not mask.any():
+        raise ValueError("nothing fits this grammar")
+    return compiled.serialize_json().encode()
+
+
+def _translate(tag: Any, info: "xgrammar.TokenizerInfo") -> Any:
+    """The tag with its foreign grammars in xgrammar's syntax. Not deeper than specs may be."""
+    import xgrammar
+
+    if isinstance(tag, list):
+        return [_translate(one, info) for one in tag]
+    if not isinstance(tag, dict):
+        return tag
+    if tag.get("type") == "json_schema":
+        return tag
+    if tag.get("type") != "foreign":
+        return {name: _translate(value, info) for name, value in tag.items()}
+    text = tag["text"]
+    if tag["syntax"] == "lark":
+        text = str(xgrammar.Grammar.from_lark(text, tokenizer_info=info))
+    elif tag["syntax"] == "regex":
+        text = str(xgrammar.Grammar.from_regex(text))
+    else:
+        text = str(xgrammar.Grammar.from_ebnf(text))
+    return {"type": "grammar", "grammar": in_json_string(text) if tag["quoted"] else text}
+
+
+def _plain(message: str) -> str:
+    """The compiler's words without the place in its source."""
+    first = message.strip().splitlines()[0] if message.strip() else "cannot be compiled"
+    if first.startswith("["):
+        first = first.split(": ", 1)[-1]
+    return first[:500]
+
+
+def main() -> None:
+    """Reads the vocabulary and the limits, then compiles until the pipe ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front end decides when to stop
+    with open(0, "rb", buffering=0, closefd=False) as pipe:  # a buffer would hide frames
+        hello = read_frame(pipe)
+        if hello is None:
+            return
+        limits, vocabulary = hello
+        foreman = Foreman(pipe, tokenizer_info(vocabulary), limits)
+        try:
+            foreman.run()
+        finally:
+            foreman.close()
+
+
+if __name__ == "__main__":
+    main()
