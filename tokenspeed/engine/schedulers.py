@@ -115,8 +115,10 @@ class Schedulers:
     def stats(self) -> dict[str, Any]:
         """Counts over all of them; `kv_cache_usage` is the share of all their pages."""
         each = [scheduler.stats() for scheduler in self._all]
-        names = ("num_running", "num_waiting", "num_preemptions", "prefix_queries", "prefix_hits")
-        names += ("num_retained_pages", "num_pinned_pages")
+        names = (
+            *("num_running", "num_waiting", "num_preemptions", "prefix_queries", "prefix_hits"),
+            *("num_retained_pages", "num_pinned_pages"),
+        )
         used = sum(s.num_pages - s.num_free_pages - s.num_cached_pages for s in each)
         sums = {name: sum(getattr(s, name) for s in each) for name in names}
         return {**sums, "kv_cache_usage": used / sum(s.num_pages for s in each)}
