@@ -19,6 +19,7 @@ from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_client import EngineClient
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.metrics import EngineMetrics, Metrics
+from tokenspeed.gateway.request_log import Journal, RequestLog
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.models.hub import DEMO_FOLDER
@@ -162,6 +163,7 @@ async def gateway(
         service.keys,
         loopback=True,
         max_body=settings.max_body_bytes,
+        journal=Journal("null", [service.sessions, RequestLog()]),
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     await pool.start()

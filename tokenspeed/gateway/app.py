@@ -220,7 +220,8 @@ class Application:
         record.traceparent = dict(headers).get(b"traceparent", b"")[:128].decode("latin-1")
         if record.route:
             self._journal.begin(record)
-        return replace(caller, record=record)
+        retention = caller.retention or record.retention
+        return replace(caller, record=record, retention=retention)
 
     def _finish(self, call: Call) -> None:
         record = call.record

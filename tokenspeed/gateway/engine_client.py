@@ -20,6 +20,7 @@ from tokenspeed.engine import messages as m
 from tokenspeed.engine.routing import Load
 from tokenspeed.engine.wire import Decoder, encode, encode_config
 from tokenspeed.errors import EngineDeadError, RequestError
+from tokenspeed.gateway.api_error import overloaded
 from tokenspeed.gateway.mailbox import Mailbox
 from tokenspeed.gateway.metrics import EngineMetrics
 
@@ -64,6 +65,7 @@ class EngineClient:
         self._limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
         self._open: dict[int, _Open] = {}
         self._waiting_tokens = 0  # the sum of `uncached` over what is open
+        self._orders: dict[int, asyncio.Future[int]] = {}  # what the engine is to answer
         self._unsent: set[int] = set()  # aborts that did not fit into the engine's queue
         self._hung = False
         self._beat = self._moved = time.monotonic()
@@ -156,6 +158,17 @@ class EngineClient:
     def flush_cache(self) -> bool:
         """Asks the engine to forget cached pages. False if too many messages wait for it."""
         return self._send(m.FlushCache())
+
+    async def order(self, order: m.PrefixOrder) -> int:
+        """On how many pages the engine acted. `EngineDeadError` if it ends before it answers."""
+        answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._orders[order.call_id] = answer
+        try:
+            if not self._send(order):
+                raise overloaded("too many messages are waiting", "overloaded", 1)
+            return await answer
+        finally:
+            del self._orders[order.call_id]
 
     def check_pulse(self) -> None:
         """To be called several times a second: notices whether the engine makes progress."""
@@ -257,6 +270,10 @@ class EngineClient:
                 if (request := self._close_request(message.request_id)) is not None:
                     error = RequestError(message.message, field=message.field, code=message.code)
                     request.mailbox.fail(error)
+            case m.PrefixPages():
+                answer = self._orders.get(message.call_id)
+                if answer is not None and not answer.done():
+                    answer.set_result(message.num_pages)
             case m.Loading():
                 self.loading = message
             case m.Ready():
@@ -275,6 +292,9 @@ class EngineClient:
         if not self._closing:
             log.error("%s: its process ended with status %s", self._name, status)
         error = EngineDeadError("the engine stopped before the answer was whole")
+        for answer in self._orders.values():
+            if not answer.done():
+                answer.set_exception(error)
         for request_id in list(self._open):
             if (request := self._close_request(request_id)) is not None:
                 request.mailbox.fail(error)

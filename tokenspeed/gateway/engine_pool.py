@@ -24,6 +24,7 @@ from tokenspeed.gateway.engine_client import ENGINE_COMMAND, EngineClient
 from tokenspeed.gateway.mailbox import TICK_S, Mailbox
 from tokenspeed.gateway.metrics import Metrics
 
+ORDER_TIMEOUT_S = 10.0
 _WORST_FIRST = ("dead", "draining", "loading", "hung", "ready")
 _REFUSALS = {  # message, code, seconds after which to try again
     "loading": ("the model is still loading", "loading", 5),
@@ -185,6 +186,28 @@ class EnginePool:
                 raise self._refusal("full")
             if self._router is not None:
                 self._router.forget(target)
+
+    async def retain(self, token_ids: list[int], salt: bytes, retention: m.Retention) -> int:
+        """Keeps a prefix's cached pages, or with the default retention no longer; returns of how
+        many. Raises 503 if an engine does not answer."""
+        call_id = next(self._ids) & (2**63 - 1)
+        return await self._order(m.RetainPrefix(call_id, token_ids, salt, retention))
+
+    async def release(self, token_ids: list[int], salt: bytes) -> int:
+        """Drops the cached pages of a prefix that nothing else uses; returns how many.
+
+        Raises 503 if an engine does not answer.
+        """
+        call_id = next(self._ids) & (2**63 - 1)
+        return await self._order(m.ReleasePrefix(call_id, token_ids, salt))
+
+    async def _order(self, order: m.PrefixOrder) -> int:
+        self.check_room(0)
+        try:
+            async with asyncio.timeout(ORDER_TIMEOUT_S):
+                return sum(await asyncio.gather(*(c.order(order) for c in self.clients)))
+        except TimeoutError:
+            raise self._refusal("hung") from None
 
     def _route(self, prompt_ids: list[int], salt: bytes, num_requests: int) -> Route:
         loads = [c.load if c.room >= num_requests else None for c in self.clients]

@@ -26,7 +26,7 @@ from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
 DONE = b"data: [DONE]\n\n"
-_STREAM = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 class Choice:
@@ -211,7 +211,7 @@ class Generation(AbstractContextManager["Generation"]):
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
-        self._record.submit([len(choice.prompt_ids) for choice in self._firsts])
+        self._record.submit([choice.prompt_ids for choice in self._firsts], self._sent.salt)
         return self
 
     def __exit__(
@@ -234,7 +234,7 @@ class Generation(AbstractContextManager["Generation"]):
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 continue
-            self._record.feed(output)
+            self._record.feed(index, output)
             finished = choice.feed(output)
             if choice not in changed:
                 changed.append(choice)
@@ -274,7 +274,7 @@ class Generation(AbstractContextManager["Generation"]):
             return  # all of it is held back, for instance as the possible start of a stop string
         self.mailbox.sending += 1
         if not call.started:
-            await call.start(200, "text/event-stream; charset=utf-8", _STREAM)
+            await call.start(200, "text/event-stream; charset=utf-8", SSE_HEADERS)
         await call.send({"type": "http.response.body", "body": data, "more_body": True})
         self.mailbox.sending += 1
 

@@ -119,19 +119,18 @@ def caller_of(
     )
 
 
-def retention_of(header: bytes | None) -> Retention | None:
-    """`30s`, `30m`, `1h` or `pin`. Raises `RequestError` for anything else."""
-    if header is None:
+def retention_of(given: bytes | None, name: str = "x-tokenspeed-retention") -> Retention | None:
+    """`30s`, `30m`, `1h` or `pin`. Raises `RequestError` naming the field for anything else."""
+    if given is None:
         return None
-    text = header.decode("latin-1").strip().lower()
+    text = given.decode("latin-1").strip().lower()
     if text == "pin":
         return Retention(pinned=True)
     found = _RETENTION.fullmatch(text)
     seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
     if not 0 < seconds <= MAX_RETENTION_S:
         raise RequestError(
-            "x-tokenspeed-retention: must be pin, or a time of at most 24h such as 90s, 30m or 1h",
-            field="x-tokenspeed-retention",
+            f"{name}: must be pin, or a time of at most 24h such as 90s, 30m or 1h", field=name
         )
     return Retention(float(seconds))
 

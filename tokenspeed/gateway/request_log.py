@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tokenspeed.engine.messages import TokenOutput
+from tokenspeed.engine.messages import Retention, TokenOutput
 
 CLIENT_CLOSED = 499  # the status that is logged if nobody was left to answer
 _BARE = re.compile(r"[A-Za-z0-9._:@/+-]+")
@@ -53,18 +53,26 @@ class RequestRecord:
     reason: str = ""  # why the cache had no more
     status: int = 0
     error: str = ""
+    # What the session keeps, and is never told of:
+    salt: bytes = b""
+    prompt_ids: Sequence[int] = ()
+    output_ids: list[int] = field(default_factory=list)
+    retention: Retention | None = None  # that the session has been given
 
-    def submit(self, prompts: Sequence[int]) -> None:
-        """The engine has been asked; `prompts` are the prompts' lengths."""
+    def submit(self, prompts: Sequence[Sequence[int]], salt: bytes) -> None:
+        """The engine has been asked to go on with each prompt's ids."""
         self.submitted = time.monotonic()
-        self.num_prompt = sum(prompts)
+        self.num_prompt = sum(map(len, prompts))
+        self.prompt_ids, self.salt = prompts[0], salt
 
-    def feed(self, output: TokenOutput) -> None:
-        """Tokens have come."""
+    def feed(self, index: int, output: TokenOutput) -> None:
+        """Tokens have come for a choice."""
         if output.token_ids:
             self.last = time.monotonic()
             self.first = self.first or self.last
             self.num_steps += 1
+            if index == 0 and self.session is not None:
+                self.output_ids += output.token_ids
         if output.prefill_s:
             self.queue_s, self.prefill_s = output.queue_s, output.prefill_s
 

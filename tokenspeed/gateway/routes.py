@@ -4,6 +4,7 @@
 from functools import partial
 from typing import Any
 
+from tokenspeed.gateway import sessions_routes as sessions
 from tokenspeed.gateway import small_routes as small
 from tokenspeed.gateway.app import RouteSpec
 from tokenspeed.gateway.messages import count_tokens, messages
@@ -14,6 +15,7 @@ from tokenspeed.gateway.openai_completions import CompletionRequest, completions
 from tokenspeed.gateway.openai_schema import ChatRequest
 from tokenspeed.gateway.openapi import openapi_route
 from tokenspeed.gateway.service import Service
+from tokenspeed.gateway.tenants import ROLES
 
 
 def route_table(service: Service) -> list[RouteSpec]:
@@ -22,22 +24,30 @@ def route_table(service: Service) -> list[RouteSpec]:
     def on(method: str, path: str, handler: Any, summary: str, **rest: Any) -> RouteSpec:
         return RouteSpec(method, path, partial(handler, service), summary, **rest)
 
-    chat, text = {"body": ChatRequest}, {"body": CompletionRequest}
+    one, own = "/v1/sessions/{session}", {"roles": ("inference", "admin")}
+    pin: dict[str, Any] = own | {"body": sessions.PinRequest}
+    rule: dict[str, Any] = {"admin": True, "roles": ("admin",)}
+    work: dict[str, Any] = {"metered": True}
+    chat, text = work | {"body": ChatRequest}, work | {"body": CompletionRequest}
     to_ids, to_text = {"body": small.TokenizeRequest}, {"body": small.DetokenizeRequest}
     blocks = {"body": MessagesRequest, "failure": failure}
     table = [
         on("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", **chat),
         on("POST", "/v1/completions", completions, "Continue a text", **text),
-        on("POST", "/v1/messages", messages, "Answer messages of blocks", **blocks),
+        on("POST", "/v1/messages", messages, "Answer messages of blocks", metered=True, **blocks),
         on("POST", "/v1/messages/count_tokens", count_tokens, "Count their tokens", **blocks),
+        on("GET", "/v1/sessions", sessions.list_sessions, "Conversations at work", **own),
+        on("GET", one, sessions.get_session, "One of them", **own),
+        on("POST", f"{one}/pin", sessions.pin_session, "Keep what it has cached", **pin),
+        on("DELETE", one, sessions.drop_session, "Drop what it has cached", **own),
         on("GET", "/v1/models", small.models, "The models served"),
         on("GET", "/v1/models/{model:path}", small.models, "One model"),
         on("POST", "/tokenize", small.tokenize, "Text to ids", **to_ids),
         on("POST", "/detokenize", small.detokenize, "Ids to text", **to_text),
-        on("GET", "/version", small.version, "The server's version"),
+        on("GET", "/version", small.version, "The server's version", roles=ROLES),
         on("GET", "/health", small.health, "Liveness", open=True),
         on("GET", "/ready", small.readiness, "Readiness and loading progress", open=True),
-        on("GET", "/metrics", small.metrics, "Prometheus metrics", admin=True),
-        on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", admin=True),
+        on("GET", "/metrics", small.metrics, "Prometheus metrics", admin=True, roles=("metrics",)),
+        on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", **rule),
     ]
     return [*table, openapi_route(table)]

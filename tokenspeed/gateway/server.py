@@ -24,6 +24,7 @@ import uvloop
 
 from tokenspeed.config import EngineConfig, ServerOptions
 from tokenspeed.errors import EngineDeadError
+from tokenspeed.gateway import request_log
 from tokenspeed.gateway.api_error import overloaded
 from tokenspeed.gateway.app import Application, RouteSpec
 from tokenspeed.gateway.auth import Keys
@@ -31,8 +32,10 @@ from tokenspeed.gateway.engine_client import ENGINE_COMMAND
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.http_protocol import BoundedProtocol
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.request_log import Journal, RequestLog
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
+from tokenspeed.gateway.tenants import read_tenants
 from tokenspeed.models.hub import resolve_model
 from tokenspeed.text.channels import Format
 from tokenspeed.text.chat_template import ChatTemplate
@@ -53,7 +56,9 @@ def serve(
     Raises `ModelLoadError`, `ValueError` or `OSError` for what cannot be served as asked.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    keys = Keys(options.api_key)
+    keys = _keys(options)
+    if options.log_requests:
+        request_log.log.setLevel(logging.INFO)
     folder = resolve_model(config.model.model, config.model.revision)
     if config.model.tokenizer is not None:
         folder = resolve_model(config.model.tokenizer)
@@ -94,7 +99,9 @@ async def _run(
         await pool.start()
         gc.collect()
         gc.freeze()  # what exists now stays: later collections need not look at it
-        servers = _servers(options, keys, route_table(service))
+        _reload_on_hangup(options, keys)
+        journal = Journal(names[0], [service.sessions, RequestLog()])
+        servers = _servers(options, keys, route_table(service), journal)
         return await _until_the_end(pool, options, servers, sockets)
     finally:
         await pool.close()
@@ -107,11 +114,37 @@ def _public_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def _servers(options: ServerOptions, keys: Keys, table: list[RouteSpec]) -> list["_Server"]:
+def _keys(options: ServerOptions) -> Keys:
+    tenants = () if options.tenants is None else read_tenants(options.tenants)
+    return Keys(options.api_key, tenants)
+
+
+def _reload_on_hangup(options: ServerOptions, keys: Keys) -> None:
+    """SIGHUP reads the tenants again. A file that is wrong changes nothing."""
+    path = options.tenants
+    if path is None:
+        return
+
+    def reload() -> None:
+        try:
+            keys.replace(read_tenants(path))
+        except ValueError as error:
+            log.error("the tenants stay as they were: %s", error)
+        else:
+            log.warning("the tenants were read again")
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
+
+def _servers(
+    options: ServerOptions, keys: Keys, table: list[RouteSpec], journal: Journal | None = None
+) -> list["_Server"]:
     local = _is_loopback(options.host)
 
     def server(routes: list[RouteSpec], loopback: bool) -> _Server:
-        app = Application(routes, keys, loopback=loopback, max_body=options.max_body_bytes)
+        app = Application(
+            routes, keys, loopback=loopback, max_body=options.max_body_bytes, journal=journal
+        )
         return _Server(
             uvicorn.Config(
                 app,

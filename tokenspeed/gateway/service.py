@@ -16,6 +16,7 @@ from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.sessions import Sessions
 from tokenspeed.text.channels import Format
 from tokenspeed.text.conversation import Conversation
 from tokenspeed.text.prompt import Prompt
@@ -41,6 +42,7 @@ class Service:
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
 
     def __post_init__(self) -> None:
+        self.sessions = Sessions(self.keys.pseudonym)
         added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
         self.markers = frozenset(self.format.markers)
         self.marker_tokens = self.markers & added
