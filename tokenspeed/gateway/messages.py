@@ -4,12 +4,15 @@
 Any model name is taken, and the answer repeats it: clients ask for several of Anthropic's.
 """
 
+import math
+
 import msgspec
 
 from tokenspeed.engine.messages import Retention
 from tokenspeed.errors import ContextLengthError
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.gateway.app import Call, check_depth, encode_json
+from tokenspeed.gateway.identity import Hints
 from tokenspeed.gateway.messages_error import too_long
 from tokenspeed.gateway.messages_input import Input
 from tokenspeed.gateway.messages_output import Message
@@ -40,13 +43,14 @@ async def messages(service: Service, call: Call) -> None:
     asked = _turn_request(request, call, notes)
     call.headers |= notes.header()
     limits = service.pool.check_room()
+    kept = asked.caller.retention or asked.retention
     try:
         async with open_turn(service, asked) as turn:
             message = Message(
                 turn.generation,
                 request.model,
                 page_size=limits.page_size,
-                kept_s=asked.retention.seconds,
+                kept_s=math.inf if kept.pinned else kept.seconds,
                 silent=request.max_tokens == 0,
                 omit=(request.thinking or {}).get("display") == "omitted",
             )
@@ -87,7 +91,7 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
             stop=stop_sequences(request.stop_sequences),
             **{name: value for name, value in given.items() if value is not None},
         ),
-        caller=call.caller(),
+        caller=call.caller(Hints(metadata=request.metadata)),
         tool_choice=tool_choice(request.tool_choice, shown, tools.hosted),
         output_format=output_format(request),
         retention=Retention(notes.retention_s),
