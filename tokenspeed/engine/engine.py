@@ -39,6 +39,7 @@ from tokenspeed.engine.messages import (
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
+from tokenspeed.execution.grammars import VOCABULARY, News
 from tokenspeed.execution.runner import InFlight, Plans
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step import PromptLogprobs, StepOutput
@@ -59,6 +60,7 @@ class Runner(Protocol):
 
     def add(self, request_id: int, sequence: Sequence) -> None: ...
     def remove(self, request_id: int) -> None: ...
+    def tell_grammars(self, news: News) -> None: ...
     def launch(self, plans: Plans) -> InFlight: ...
     def close(self) -> None: ...
 
@@ -108,6 +110,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._live: dict[int, _Live] = {}
+        self._grammars: set[str] = set()  # keys that requests may name
         self._death: RankDiedError | None = None  # of another rank: nothing can run any more
 
     def add_request(self, request: GenerateRequest) -> None:
@@ -116,6 +119,9 @@ class Engine:
         prompt = check(request, self._limits)
         # A tokenizer may name an end that this model has no logit for.
         stop_ids = [token for token in request.stop_ids if token < self._limits.vocab_size]
+        if params.grammar is not None:
+            self._check_grammar(params.grammar.key)
+            stop_ids = stop_ids or [self._limits.vocab_size - 1]  # the end must have a name
         try:
             self._schedulers.submit(
                 request.request_id,
@@ -135,6 +141,26 @@ class Engine:
         sequence = Sequence(prompt, params, stop_ids, seed)
         self._live[request.request_id] = _Live(sequence)
         self._runner.add(request.request_id, sequence)
+
+    def add_grammar(self, key: str, data: bytes) -> None:
+        """Requests may name this grammar until it is dropped. What is wrong with it shows there."""
+        if key != VOCABULARY:
+            self._grammars.add(key)
+        self._runner.tell_grammars((key, data))
+
+    def drop_grammar(self, key: str) -> None:
+        """No later request names it; those that run have theirs."""
+        if key in self._grammars:
+            self._grammars.discard(key)
+            self._runner.tell_grammars((key, None))
+
+    def _check_grammar(self, key: str) -> None:
+        if key not in self._grammars:
+            raise RequestError(
+                "grammar: the engine was not given this grammar",
+                field="grammar",
+                code="unknown_grammar",
+            )
 
     def abort(self, request_id: int) -> None:
         """Ends a request in any state; no output follows. Unknown ids are ignored."""

@@ -84,6 +84,24 @@ class EngineStats:
 
 
 @dataclass(frozen=True)
+class AddGrammar:
+    """Down: requests may name this grammar from now on, until it is dropped.
+
+    The first is the vocabulary, under its own key (`execution/grammars.py`). Keys are the sender's.
+    """
+
+    key: str
+    data: bytes
+
+
+@dataclass(frozen=True)
+class DropGrammar:
+    """Down: no later request names it."""
+
+    key: str
+
+
+@dataclass(frozen=True)
 class RetainPrefix:
     """Down: put the cached pages of these tokens under retention; the answer is `PrefixPages`.
 
@@ -186,5 +204,7 @@ class Fatal:
 
 
 PrefixOrder = RetainPrefix | ReleasePrefix
-Down = PrefixOrder | GenerateRequest | AbortRequest | FlushCache | Shutdown
+Down = (
+    PrefixOrder | GenerateRequest | AbortRequest | FlushCache | Shutdown | AddGrammar | DropGrammar
+)
 Up = Loading | Ready | Outputs | Rejected | StatsMessage | PrefixPages | Heartbeat | Fatal

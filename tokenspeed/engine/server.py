@@ -146,6 +146,10 @@ class Loop:
                     )
             case m.AbortRequest():
                 self._engine.abort(message.request_id)
+            case m.AddGrammar():
+                self._engine.add_grammar(message.key, message.data)
+            case m.DropGrammar():
+                self._engine.drop_grammar(message.key)
             case m.RetainPrefix() | m.ReleasePrefix():
                 num_pages = self._engine.order_prefix(message)
                 self._outbox.send(m.PrefixPages(message.call_id, num_pages))

@@ -27,6 +27,8 @@ _TYPES: tuple[type, ...] = (
     m.StatsMessage,
     m.Heartbeat,
     m.Fatal,
+    m.AddGrammar,
+    m.DropGrammar,
     m.RetainPrefix,
     m.ReleasePrefix,
     m.PrefixPages,
