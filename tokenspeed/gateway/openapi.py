@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The OpenAPI 3.1 document, made from the route table and the request types. Knows no handler."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +68,7 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
     anything: dict[str, Any] = {"application/json": {"schema": {}}}
     if spec.path == "/metrics":
         anything = {"text/plain": {"schema": {"type": "string"}}}
-    if spec.path.endswith("/completions"):
+    if spec.metered or "{response_id}" in path:
         anything["text/event-stream"] = {"schema": {}}
     made: dict[str, Any] = {
         "summary": spec.summary,
@@ -79,9 +80,10 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
     }
     if not spec.open:
         made["security"] = [{"bearer": []}, {"apiKey": []}]
-    if "{model}" in path:
-        schema = {"type": "string", "minLength": 1}
-        made["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": schema}]
+    schema = {"type": "string", "minLength": 1}
+    for name in re.findall(r"{(\w+)}", path):
+        place = {"name": name, "in": "path", "required": True, "schema": schema}
+        made.setdefault("parameters", []).append(place)
     if spec.body is not None:
         ref = {"$ref": f"#/components/schemas/{spec.body.__name__}"}
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": ref}}}

@@ -4,6 +4,7 @@
 from functools import partial
 from typing import Any
 
+from tokenspeed.gateway import responses
 from tokenspeed.gateway import sessions_routes as sessions
 from tokenspeed.gateway import small_routes as small
 from tokenspeed.gateway.app import RouteSpec
@@ -14,6 +15,7 @@ from tokenspeed.gateway.openai_chat import chat_completions
 from tokenspeed.gateway.openai_completions import CompletionRequest, completions
 from tokenspeed.gateway.openai_schema import ChatRequest
 from tokenspeed.gateway.openapi import openapi_route
+from tokenspeed.gateway.responses_schema import ResponsesRequest
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.tenants import ROLES
 
@@ -31,6 +33,7 @@ def route_table(service: Service) -> list[RouteSpec]:
     chat, text = work | {"body": ChatRequest}, work | {"body": CompletionRequest}
     to_ids, to_text = {"body": small.TokenizeRequest}, {"body": small.DetokenizeRequest}
     blocks = {"body": MessagesRequest, "failure": failure}
+    items, kept = work | {"body": ResponsesRequest}, "/v1/responses/{response_id}"
     table = [
         on("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", **chat),
         on("POST", "/v1/completions", completions, "Continue a text", **text),
@@ -40,6 +43,11 @@ def route_table(service: Service) -> list[RouteSpec]:
         on("GET", one, sessions.get_session, "One of them", **own),
         on("POST", f"{one}/pin", sessions.pin_session, "Keep what it has cached", **pin),
         on("DELETE", one, sessions.drop_session, "Drop what it has cached", **own),
+        on("POST", "/v1/responses", responses.create_response, "Answer items", **items),
+        on("GET", kept, responses.get_response, "A response"),
+        on("DELETE", kept, responses.delete_response, "Forget a response"),
+        on("POST", f"{kept}/cancel", responses.cancel_response, "Stop a response"),
+        on("GET", f"{kept}/input_items", responses.list_input_items, "A response's input"),
         on("GET", "/v1/models", small.models, "The models served"),
         on("GET", "/v1/models/{model:path}", small.models, "One model"),
         on("POST", "/tokenize", small.tokenize, "Text to ids", **to_ids),

@@ -16,6 +16,7 @@ from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.responses_store import ResponseStore
 from tokenspeed.gateway.sessions import Sessions
 from tokenspeed.text.channels import Format
 from tokenspeed.text.conversation import Conversation
@@ -38,6 +39,7 @@ class Service:
     tokenizer: Tokenizer | None  # None: token ids in, token ids out
     template: TemplateWorker | None
     format: Format
+    responses: ResponseStore = field(default_factory=ResponseStore)
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
 
@@ -111,6 +113,7 @@ class Service:
         return self.tokenizer
 
     def close(self) -> None:
+        self.responses.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self.template is not None:
             self.template.close()

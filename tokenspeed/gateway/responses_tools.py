@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: MIT
+"""Tools of the Responses dialect as `Tool`s of unique names, and its `tool_choice`. Runs none.
+
+A namespace's tools get names of their own (`mcp__demo` + `add` = `mcp__demo__add`); the answer
+names them as the client did. Tools that only OpenAI's servers can run are left out and noted.
+"""
+
+import dataclasses
+from typing import Any
+
+from tokenspeed.errors import RequestError
+from tokenspeed.gateway.openai_tools import chat_tool_choice, custom_tool, function_tool, unique
+from tokenspeed.text.conversation import Tool, ToolChoice
+
+_READERS = {"function": function_tool, "custom": custom_tool}
+Given = dict[str, Any]
+
+
+def read_tools(given: list[Given] | None, ignored: list[str]) -> tuple[Tool, ...]:
+    """The tools that the model sees; what it does not see goes to `ignored`, once each."""
+    made: list[Tool] = []
+    for i, entry in enumerate(given or ()):
+        kind, at = str(entry.get("type")), f"tools[{i}]"
+        if kind in _READERS:
+            made.append(_READERS[kind](entry, at))
+        elif kind == "namespace":
+            made += _of_namespace(entry, at, ignored)
+        else:
+            note(ignored, f"tools.{kind[:40]}")
+    return unique(tuple(_with_free_names(made)))
+
+
+def _of_namespace(entry: Given, at: str, ignored: list[str]) -> list[Tool]:
+    space, tools = entry.get("name"), entry.get("tools")
+    if not isinstance(space, str) or not 0 < len(space) <= 256 or not space.isprintable():
+        why = f"{at}.name: must be 1 to 256 printable characters"
+        raise RequestError(why, field=f"{at}.name")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RequestError(f"{at}.tools: must be a list of tools", field=f"{at}.tools")
+    made = []
+    for j, about in enumerate(tools):
+        kind = str(about.get("type", "function"))
+        if kind not in _READERS:
+            note(ignored, f"tools.{kind[:40]}")
+            continue
+        tool = _READERS[kind](about, f"{at}.tools[{j}]")
+        flat = joined_name(space, tool.name)
+        made.append(dataclasses.replace(tool, name=flat, namespace=space, own_name=tool.name))
+    return made
+
+
+def joined_name(space: str, name: str) -> str:
+    """What the model calls a namespace's tool."""
+    return f"{space}{name}" if space.endswith("__") else f"{space}__{name}"
+
+
+def _with_free_names(tools: list[Tool]) -> list[Tool]:
+    """Namespaces' tools whose joined name is taken get a number; others keep theirs."""
+    taken = {tool.name for tool in tools if tool.namespace is None}
+    made = []
+    for tool in tools:
+        if tool.namespace is not None:
+            name, n = tool.name, 2
+            while name in taken:
+                name, n = f"{tool.name}_{n}", n + 1
+            taken.add(name)
+            tool = dataclasses.replace(tool, name=name)
+        made.append(tool)
+    return made
+
+
+def model_name(name: str, space: str | None, tools: tuple[Tool, ...]) -> str:
+    """What the model calls a tool that the client names so, be it offered still or not."""
+    if space is None:
+        return name
+    for tool in tools:
+        if (tool.namespace, tool.own_name) == (space, name):
+            return tool.name
+    return joined_name(space, name)
+
+
+def shown_tools(given: list[Given] | None) -> list[Given]:
+    """The tools that are served, as a response repeats them: every field that it must have."""
+    made = []
+    for entry in given or ():
+        if entry.get("type") == "function":
+            made.append(entry | {name: entry.get(name) for name in ("parameters", "strict")})
+        elif entry.get("type") == "namespace":
+            made.append({"description": "", **entry})
+        elif entry.get("type") == "custom":
+            made.append(entry)
+    return made
+
+
+def read_tool_choice(
+    given: str | Given | None, parallel: bool | None, tools: tuple[Tool, ...], ignored: list[str]
+) -> tuple[ToolChoice, tuple[Tool, ...]]:
+    """The choice, and the tools that are left of `tools` if only some are allowed.
+
+    A choice of what was left out is no choice: the model answers as it likes.
+    """
+    if isinstance(given, dict) and given.get("type") == "allowed_tools":
+        tools = _allowed(given, tools)
+        given = given.get("mode", "auto")
+    hosted = isinstance(given, dict) and str(given.get("type")) not in _READERS
+    if hosted or (given == "required" and not tools and ignored):
+        note(ignored, "tool_choice")
+        given = None
+    if isinstance(given, dict):
+        space = given.get("namespace")
+        name = model_name(str(given.get("name")), space if isinstance(space, str) else None, tools)
+        given = {"type": given["type"], "name": name}
+    return chat_tool_choice(given, parallel, tools), tools
+
+
+def _allowed(given: Given, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    allowed = given.get("tools")
+    if not isinstance(allowed, list) or not all(isinstance(one, dict) for one in allowed):
+        raise RequestError("tool_choice.tools: must be a list of tools", field="tool_choice.tools")
+    whole = [one.get("name") for one in allowed if one.get("type") == "namespace"]
+    names = [(one.get("namespace"), one.get("name")) for one in allowed]
+    return tuple(
+        tool
+        for tool in tools
+        if (tool.namespace, tool.own_name or tool.name) in names
+        or (tool.namespace is not None and tool.namespace in whole)
+    )
+
+
+def note(ignored: list[str], what: str) -> None:
+    """Adds to the list of what was ignored, once."""
+    if what not in ignored:
+        ignored.append(what)
