@@ -32,6 +32,7 @@ class TurnRequest:
     caller: Caller = field(default_factory=Caller)
     tool_choice: ToolChoice = field(default_factory=ToolChoice)
     output_format: OutputFormat | None = None
+    output_field: str = "response_format"  # what the dialect calls it
     cache_salt: str | None = None
     retention: Retention = field(default_factory=Retention)
     limit_field: str = "messages"  # what the dialect calls the part that can be too long
@@ -65,7 +66,15 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     max_tokens = room_left(
         request.params.max_tokens, [prompt.ids], limits.max_model_len, request.limit_field
     )
-    params = request.params.replace(max_tokens=max_tokens)
+    grammar = await service.grammars.of(
+        limits.vocab_size,
+        tools=request.conversation.tools,
+        choice=request.tool_choice,
+        output=request.output_format,
+        starts_in=prompt.starts_in,
+        field=request.output_field,
+    )
+    params = request.params.replace(max_tokens=max_tokens, grammar=grammar)
     sent = Sent(
         salt=service.keys.salt(request.caller.salt, request.cache_salt),
         user=request.caller.user,
@@ -86,7 +95,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
 
 
 def _answer(service: Service, request: TurnRequest, prompt: Prompt) -> Answer:
-    inputs = Inputs(prompt.starts_in, request.conversation.tools, service.marker_tokens)
+    inputs = Inputs(prompt.starts_in, request.conversation.callable, service.marker_tokens)
     parser = service.format.make(inputs)
     max_calls = None if request.tool_choice.parallel else 1
     return Answer(parser, prompt.starts_in, max_calls)

@@ -63,6 +63,7 @@ class Conversation:
 
     An assistant's message may have `reasoning_content`, `content` and `tool_calls`; arguments are
     JSON text. A tool's message has `tool_call_id`. System messages stand where the client put them.
+    `loaded` are tools whose definitions stand in messages, so that what came before stays cached.
     """
 
     messages: list[dict[str, Any]]
@@ -70,7 +71,13 @@ class Conversation:
     options: dict[str, Any] = field(default_factory=dict)  # for the template
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
+    loaded: tuple[Tool, ...] = ()
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """All that the model may call."""
+        return self.tools + self.loaded
 
     def tool(self, name: str) -> Tool | None:
         """The tool that the model calls so."""
-        return next((tool for tool in self.tools if tool.name == name), None)
+        return next((tool for tool in self.callable if tool.name == name), None)
