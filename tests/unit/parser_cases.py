@@ -8,7 +8,8 @@ A `Said` is an answer as meant. `WRITERS` has, for each format, what renders it;
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from tokenspeed.text.channels import (
@@ -25,7 +26,7 @@ from tokenspeed.text.channels import (
     joined,
 )
 from tokenspeed.text.conversation import Tool
-from tokenspeed.text.parsers.schema_kinds import KINDS
+from tokenspeed.text.parsers.schema_kinds import KINDS, kinds_of
 from tokenspeed.text.parsers.typed import converted
 
 
@@ -133,7 +134,113 @@ def only_text(said: Said) -> bool:
     return not said.calls
 
 
+def in_groups(said: Said, calls: Callable[[list[Call], bool], str]) -> str:
+    """As `in_blocks`, but calls that stand next to each other are written as one, and told
+    whether they stand where content begins."""
+    parts = []
+    for is_call, group in groupby(said.blocks, lambda block: isinstance(block, Call)):
+        parts.append(calls(list(group), not parts) if is_call else "".join(group))
+    return thought(said) + "\n\n".join(parts)
+
+
+def _kimi(calls: list[Call], first: bool) -> str:
+    written = "".join(
+        f"<|tool_call_begin|>functions.{call.name}:{i}<|tool_call_argument_begin|>"
+        f"{dumps(call.arguments)}<|tool_call_end|>"
+        for i, call in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{written}<|tool_calls_section_end|>"
+
+
+def _deepseek(head: str, before: str, after: str) -> Callable[[list[Call], bool], str]:
+    def write(calls: list[Call], first: bool) -> str:
+        written = "\n".join(
+            f"<｜tool▁call▁begin｜>{head.format(call.name)}{before}{dumps(call.arguments)}{after}"
+            "<｜tool▁call▁end｜>"
+            for call in calls
+        )
+        return f"<｜tool▁calls▁begin｜>{written}<｜tool▁calls▁end｜>"
+
+    return write
+
+
+def _dsml(section: str, dsml: str = "｜DSML｜") -> Callable[[list[Call], bool], str]:
+    def write(calls: list[Call], first: bool) -> str:
+        written = "".join(f"{one(call)}\n" for call in calls)
+        return f"<{dsml}{section}>\n{written}</{dsml}{section}>"
+
+    def one(call: Call) -> str:
+        lines = "".join(
+            f'<{dsml}parameter name="{key}" string="{dumps(isinstance(value, str))}">'
+            f"{raw(value)}</{dsml}parameter>\n"
+            for key, value in call.arguments.items()
+        )
+        return f'<{dsml}invoke name="{call.name}">\n{lines}</{dsml}invoke>'
+
+    return write
+
+
+def _harmony(said: Said) -> str:
+    messages = [f"<|channel|>analysis<|message|>{said.reasoning}"] if said.reasoning else []
+    for block in said.blocks:
+        if not isinstance(block, Call):
+            messages.append(f"<|channel|>final<|message|>{block}")
+            continue
+        to = f" to=functions.{block.name}"
+        head = f"{to}<|channel|>commentary json", f"<|channel|>commentary{to} <|constrain|>json"
+        messages.append(f"{head[len(messages) % 2]}<|message|>{dumps(block.arguments)}<|call|>")
+    return "<|start|>assistant".join(
+        m if m.endswith("<|call|>") else f"{m}<|end|>" for m in messages
+    )
+
+
+def _object(call: Call, arguments: str) -> str:
+    return dumps({"name": call.name, arguments: call.arguments})
+
+
+def _llama(calls: list[Call], first: bool) -> str:
+    tag = "" if first and len(calls) % 2 else "<|python_tag|>"
+    return tag + "; ".join(_object(call, "parameters") for call in calls)
+
+
+def _plain_json(calls: list[Call], first: bool) -> str:
+    objects = ", ".join(_object(call, "arguments") for call in calls)
+    text = objects if len(calls) == 1 else f"[{objects}]"
+    return text if first else f"```json\n{text}\n```"
+
+
+def _pythonic(calls: list[Call], first: bool) -> str:
+    written = ", ".join(
+        f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
+        for call in calls
+    )
+    return f"[{written}]" if first else f"<|python_start|>[{written}]<|python_end|>"
+
+
+def keyword_keys(said: Said) -> bool:
+    return all(key.isidentifier() for call in said.calls for key in call.arguments)
+
+
+def grouped(
+    calls: Callable[[list[Call], bool], str], fits: Callable[[Said], bool] = anything
+) -> Writer:
+    return Writer(lambda said: in_groups(said, calls), fits)
+
+
+_NO_DSML = no_ending("</｜DSML｜parameter>", "</｜DSML｜invoke>")
+_NO_DSML_41 = no_ending("</｜DSML｜ parameter>", "</｜DSML｜ invoke>")
+
 WRITERS: dict[str, Writer] = {
+    "kimi_k2": grouped(_kimi),
+    "deepseek_v3": grouped(_deepseek("function<｜tool▁sep｜>{}", "\n```json\n", "\n```")),
+    "deepseek_v31": grouped(_deepseek("{}<｜tool▁sep｜>", "", "")),
+    "deepseek_v32": grouped(_dsml("function_calls"), _NO_DSML),
+    "deepseek_v4": grouped(_dsml("tool_calls"), _NO_DSML),
+    "deepseek_v41": grouped(_dsml("calls", "｜DSML｜ "), _NO_DSML_41),
+    "harmony": Writer(_harmony),
+    "llama3_json": grouped(_llama),
+    "json": grouped(_plain_json),
+    "pythonic": grouped(_pythonic, keyword_keys),
     "hermes": Writer(lambda said: in_blocks(said, _hermes)),
     "qwen3_xml": Writer(
         lambda said: in_blocks(said, _qwen_xml), no_ending("</parameter>", "</function>")
@@ -146,9 +253,11 @@ WRITERS: dict[str, Writer] = {
 }
 
 _WORDS = (
-    "I'll look", "<", "</", "<b>", "a < b && c > d", "{", "}", "[1, 2]", '"', "'", "\\", "\\n", "\n",
+    "I'll look",
+    "<", "</", "<b>", "a < b && c > d", "{", "}", "[1, 2]", '"', "'", "\\", "\\n", "\n",
     "\n\n", "  ", "\t", "é", "日本語", "🙂", "\u2028", "|", "｜", "<|", "｜>", "```", "```json\n",
-    "function", "name", "arguments", "null", "true", "5", ": ", ", ", "=", ">", "/>", "&lt;", "tool",
+    "function", "name", "arguments", "null", "true", "5", ": ", ", ", "=", ">", "/>", "&lt;",
+    "tool",
     "def f(x):\n    return x<3\n", "<tool", "<thin", "think>", "call>", "\r\n", "0", "-", ".",
 )  # fmt: skip
 _NAMES = ("read_file", "f", "mcp__github__list-issues", "get.weather", "Bash", "run2")
@@ -187,7 +296,7 @@ def some_schema(rng: random.Random, value: Any) -> Any:
         choices += [{"anyOf": [plain, {"type": "null"}]}, {"type": [kind, "null"]}]
         choices += [plain | {"nullable": True}]
     if loose:
-        choices += [{}, True, {"$ref": "#"}, {"anyOf": [plain, {"$ref": "#/properties"}]}]
+        choices += [{}, True, {"$ref": "#/nowhere"}, {"anyOf": [plain, {"$ref": "#/properties"}]}]
     return rng.choice(choices)
 
 
@@ -205,49 +314,41 @@ def some_said(rng: random.Random, format_: Format, writer: Writer) -> Said:
 def _some_said(rng: random.Random, markers: Sequence[str], writer: Writer) -> Said:
     num_calls = rng.choice([0, 1, 1, 2, 3]) if writer.parallel else rng.choice([0, 1])
     blocks: list[str | Call] = []
+    tools: dict[str, Tool] = {}
     for i in range(num_calls + 1):
         talks = writer.talks_before if i == 0 else writer.talks_after
         text = some_text(rng).strip() if talks and rng.random() < 0.6 else ""
         blocks += [text] if text else []
         if i < num_calls:
-            keys = rng.sample(_KEYS, rng.randint(0, 3))
-            arguments = {key: some_value(rng, markers) for key in keys}
-            blocks.append(Call(rng.choice(_NAMES), arguments))
+            blocks.append(_some_call(rng, markers, tools))
     reasoning = some_text(rng).strip() if writer.reasons and rng.random() < 0.6 else ""
-    return Said(reasoning, tuple(blocks), _tools(rng, blocks))
+    return Said(reasoning, tuple(blocks), tuple(tools.values()))
 
 
-def _tools(rng: random.Random, blocks: Iterable[str | Call]) -> tuple[Tool, ...]:
-    """Tools for the calls; where two calls of a name disagree, the schema says nothing of types."""
-    schemas: dict[str, dict[str, Any]] = {}
-    seen: dict[tuple[str, str], Any] = {}
-    for call in blocks:
-        if not isinstance(call, Call):
-            continue
-        properties = schemas.setdefault(call.name, {})
-        for key, value in call.arguments.items():
-            if (call.name, key) in seen:
-                both = [seen[call.name, key], value]
-                properties[key] = (
-                    {"type": "string"} if all(isinstance(v, str) for v in both) else {}
-                )
-            else:
-                properties[key] = some_schema(rng, value)
-            seen[call.name, key] = value
-    return tuple(
-        Tool(name, parameters={"type": "object", "properties": properties})
-        for name, properties in schemas.items()
-    )
+def _some_call(rng: random.Random, markers: Sequence[str], tools: dict[str, Tool]) -> Call:
+    """A call of a new tool, added to `tools`, or of one there is, whose schema gives the types."""
+    keys = rng.sample(_KEYS, rng.randint(0, 3))
+    call = Call(rng.choice(_NAMES), {key: some_value(rng, markers) for key in keys})
+    if call.name in tools:
+        keys = [key for key in tools[call.name].parameters["properties"] if rng.random() < 0.7]
+        return Call(call.name, {key: _fitting(rng, tools[call.name], key) for key in keys})
+    properties = {key: some_schema(rng, value) for key, value in call.arguments.items()}
+    tools[call.name] = Tool(call.name, parameters={"type": "object", "properties": properties})
+    return call
 
 
-def one_value_a_key(said: Said) -> Said:
-    """The same, but every call of a name has the arguments of the first."""
-    first: dict[str, Call] = {}
-    blocks = [
-        first.setdefault(block.name, block) if isinstance(block, Call) else block
-        for block in said.blocks
-    ]
-    return replace(said, blocks=tuple(blocks))
+def _fitting(rng: random.Random, tool: Tool, key: str) -> Any:
+    """A value of a type that is read back by whatever schema allows it."""
+    kinds = kinds_of([tool], tool.name, key)
+    examples = {
+        "integer": 7,
+        "number": -2.5,
+        "boolean": True,
+        "object": {"a": [None]},
+        "null": None,
+    }
+    examples |= {"array": [{}, "x"], "string": '<string>\n"quoted"'}
+    return examples[rng.choice(sorted(kinds))]
 
 
 def expected(said: Said) -> list[Event | Call]:

@@ -62,7 +62,7 @@ class JsonCall:
             self.broken = True
             return at
         if char == '"':
-            self._value, self._key = JsonText(), None
+            self._value, self._key, self._streams = JsonText(), None, False
             return at
         self._last = char
         if char == "}":
