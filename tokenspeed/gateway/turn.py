@@ -68,7 +68,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     )
     grammar = await service.grammars.of(
         limits.vocab_size,
-        tools=request.conversation.tools,
+        tools=request.conversation.callable,
         choice=request.tool_choice,
         output=request.output_format,
         starts_in=prompt.starts_in,
