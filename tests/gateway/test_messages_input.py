@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Anthropic's messages and tools as the model's conversation, and every way they can be wrong."""
 
+import json
+
 import pytest
 
 from tests.gateway.harness import TOKENIZER, gateway
@@ -31,9 +33,9 @@ def assistant(*blocks):
     return {"role": "assistant", "content": list(blocks)}
 
 
-def read(*messages, system=None):
+def read(*messages, system=None, tools=()):
     notes = Notes()
-    made = Input(notes)
+    made = Input(notes, Tools(list(tools), notes))
     made.read(system, list(messages))
     return made, notes
 
@@ -294,19 +296,30 @@ def entry(name, **more):
     return {"name": name, "description": name.upper(), "input_schema": {"type": "object"}, **more}
 
 
-def names(*entries, referred=()):
-    notes = Notes()
-    return [tool.name for tool in Tools(list(entries), notes).shown(referred)], notes.ignored
+def test_deferred_tools_are_shown_where_they_are_referred_to():
+    late = [entry("x", defer_loading=True), entry("y", defer_loading=True, strict=True)]
+    tools = Tools([entry("a"), *late, entry("b")], Notes())
+    assert [tool.name for tool in tools.shown] == ["a", "b"]
+    assert tools.loaded == ()
+    said = [tools.load(name) for name in ("y", "gone", "y", "x", "a")]
+    assert [tool.name for tool in tools.shown] == ["a", "b"]
+    assert [(tool.name, tool.strict) for tool in tools.loaded] == [("y", True), ("x", False)]
+    about = {"name": "y", "description": "Y", "parameters": {"type": "object"}}
+    head, _, definition = said[0].partition(": ")
+    assert head == "Tool loaded"
+    assert json.loads(definition) == {"type": "function", "function": about}
+    assert said[1:3] == ["Tool loaded: gone", "Tool loaded: y"]
+    assert said[4] == "Tool loaded: a"
 
 
-def test_deferred_tools_are_shown_once_they_are_referred_to():
+def test_deferred_tools_that_nobody_could_find_are_shown_from_the_start():
     late = [entry("x", defer_loading=True), entry("y", defer_loading=True)]
-    assert names(entry("a"), *late, entry("b")) == (["a", "b"], [])
-    # Where they were loaded stays where it is: the prompt's beginning does not change again.
-    loaded = names(entry("a"), *late, entry("b"), referred=["y", "gone", "y", "x", "a"])
-    assert loaded == (["a", "b", "y", "x"], [])
     search = {"type": "tool_search_tool_regex_20251119", "name": "tool_search_tool_regex"}
-    assert names(search, entry("a"), *late)[0] == ["a", "x", "y"]
+    for given, names in (([search, entry("a"), *late], ["a", "x", "y"]), (late, ["x", "y"])):
+        tools = Tools(given, Notes())
+        assert [tool.name for tool in tools.shown] == names
+        assert tools.load("x") == "Tool loaded: x"
+        assert tools.loaded == ()
 
 
 def test_hosted_tools_are_ignored_by_name():
@@ -318,9 +331,11 @@ def test_hosted_tools_are_ignored_by_name():
         {"type": "computer_20250124", "name": "computer", "display_width_px": 1},
         {"type": "evil\r\nx-a: b", "name": "z"},
     ]
-    found, ignored = names(*given)
-    assert found == ["mine"]
-    assert ignored == [
+    notes = Notes()
+    tools = Tools(given, notes)
+    assert [tool.name for tool in tools.shown] == ["mine"]
+    assert tools.hosted == {"web_search", "bash", "str_replace_based_edit_tool", "computer", "z"}
+    assert notes.ignored == [
         "tools.0 web_search_20250305",
         "tools.2 bash_20250124",
         "tools.3 text_editor_20250728",
@@ -354,7 +369,7 @@ def test_two_tools_of_one_name():
 
 
 def test_tool_choice():
-    tools = Tools([entry("a")], Notes()).shown(())
+    tools = Tools([entry("a")], Notes()).shown
 
     def chosen(given, shown=tools, hosted=frozenset()):
         made = tool_choice(given, shown, set(hosted))

@@ -78,13 +78,13 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
         check_depth(getattr(request, name), name)
     note_hosted(request, notes)
     notes.keep(request.cache_control, "body")
-    history = Input(notes)
-    history.read(request.system, request.messages)
     tools = Tools(request.tools, notes)
-    shown = tools.shown(history.referred)
+    history = Input(notes, tools)
+    history.read(request.system, request.messages)
+    options = template_options(request, notes)
     given = {name: getattr(request, name) for name in _SAME_NAME}
     return TurnRequest(
-        conversation=Conversation(history.messages, shown, template_options(request, notes)),
+        conversation=Conversation(history.messages, tools.shown, options, loaded=tools.loaded),
         params=SamplingParams(
             # 0 asks for the prompt to be cached; one token is the least that the engine makes.
             max_tokens=request.max_tokens or 1,
@@ -92,7 +92,8 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
             **{name: value for name, value in given.items() if value is not None},
         ),
         caller=call.caller(Hints(metadata=request.metadata)),
-        tool_choice=tool_choice(request.tool_choice, shown, tools.hosted),
+        tool_choice=tool_choice(request.tool_choice, (*tools.shown, *tools.loaded), tools.hosted),
         output_format=output_format(request),
+        output_field="output_config.format",
         retention=Retention(notes.retention_s),
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's system prompt and messages as OpenAI's chat messages. Knows no tools, no answers.
+"""Anthropic's system prompt and messages as OpenAI's chat messages. Knows no answers.
 
 Neighbours of one role are one turn. Tool results become messages of their own, before what the
 user says with them. System messages stay where they are.
@@ -10,6 +10,7 @@ from typing import Any
 
 from tokenspeed.gateway.app import encode_json
 from tokenspeed.gateway.messages_schema import Notes, refuse
+from tokenspeed.gateway.messages_tools import Tools
 
 Block = tuple[str, dict[str, Any]]  # where it stands, and the block
 Message = dict[str, Any]
@@ -19,12 +20,11 @@ _SAYS_SO = 40  # characters in which a failed call's text should say that it fai
 
 
 class Input:
-    """Reads a request's messages. `referred` are the tools named by tool references, in order."""
+    """Reads a request's messages, and loads the tools that they refer to."""
 
-    def __init__(self, notes: Notes) -> None:
+    def __init__(self, notes: Notes, tools: Tools) -> None:
         self.messages: list[Message] = []
-        self.referred: list[str] = []
-        self._notes = notes
+        self._notes, self._tools = notes, tools
         self._open: set[str] = set()  # calls of the last assistant turn that have no result yet
         self._answered: set[str] = set()
 
@@ -133,9 +133,7 @@ class Input:
             head = [_string(block, "title", at), _string(block, "source", at)]
             return "\n".join([*head, *(self._text(one, where) for where, one in inner)])
         if kind == "tool_reference" and of_a_tool:
-            name = _string(block, "tool_name", at)
-            self.referred.append(name)
-            return f"Tool loaded: {name}"
+            return self._tools.load(_string(block, "tool_name", at))
         if kind == "image" and of_a_tool:
             # What a tool returned stays in the history: refusing it would end the session.
             self._notes.ignore(at, kind)

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT
 """Anthropic's tools and tool choice as `Tool` and `ToolChoice`. Knows no messages.
 
-A deferred tool is shown to the model once a `tool_reference` in the history has named it; or at
-once, if the client counts on Anthropic's own search to find it, which is not here.
+A deferred tool is shown to the model once a `tool_reference` has named it, and where it did so:
+what came before stays in the cache. Where Anthropic's own search should find it, which is not here,
+or where no other tools are, it is shown from the start.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,24 +18,41 @@ _CHOICES = ("auto", "any", "tool", "none")
 
 
 class Tools:
-    """The tools of a request. `shown` are the model's; `hosted` names those that run elsewhere."""
+    """The tools of a request. `hosted` names those that only run elsewhere."""
 
     def __init__(self, given: list[Any] | None, notes: Notes) -> None:
-        self._own: dict[str, Tool] = {}
-        self._deferred: set[str] = set()
+        self._first: dict[str, Tool] = {}
+        self._deferred: dict[str, Tool] = {}
+        self._loaded: dict[str, Tool] = {}
         self.hosted: set[str] = set()
-        self._search = False
+        search = False
         for i, entry in enumerate(given or ()):
             self._read(entry, f"tools.{i}", notes)
-        if len(self._own) > MAX_TOOLS:
+            search |= str(entry.get("type")).startswith("tool_search_tool")
+        if search or not self._first:
+            self._first |= self._deferred
+            self._deferred = {}
+        if len(self._first) + len(self._deferred) > MAX_TOOLS:
             refuse("tools", f"at most {MAX_TOOLS}")
 
-    def shown(self, referred: Sequence[str]) -> tuple[Tool, ...]:
-        """Those loaded from the start, then the deferred ones in the order they were `referred`."""
-        found = self._own if self._search else dict.fromkeys(referred)
-        late = [name for name in found if name in self._deferred]
-        first = [name for name in self._own if name not in self._deferred]
-        return tuple(self._own[name] for name in (*first, *late))
+    @property
+    def shown(self) -> tuple[Tool, ...]:
+        """Those that the model knows from the start."""
+        return tuple(self._first.values())
+
+    @property
+    def loaded(self) -> tuple[Tool, ...]:
+        """Those that it came to know in the history."""
+        return tuple(self._loaded.values())
+
+    def load(self, name: str) -> str:
+        """What a `tool_reference` says to the model. Tools that are gone are said to be loaded,
+        too: they were."""
+        tool = self._deferred.get(name)
+        if tool is None or name in self._loaded:
+            return f"Tool loaded: {name}"
+        self._loaded[name] = tool
+        return f"Tool loaded: {json.dumps(tool.definition(), ensure_ascii=False, sort_keys=True)}"
 
     def _read(self, entry: Any, at: str, notes: Notes) -> None:
         if not isinstance(entry, dict):
@@ -43,19 +62,17 @@ class Tools:
         if kind != "custom" and "input_schema" not in entry:
             notes.ignore(at, kind)
             self.hosted.add(str(entry.get("name")))
-            self._search |= str(kind).startswith("tool_search_tool")
             return
         name = tool_name(entry, at)
-        if name in self._own:
+        if name in self._first or name in self._deferred:
             refuse(at, f"tool names must be unique, {name[:100]!r} is not")
         about, schema = entry.get("description"), entry.get("input_schema")
         if not isinstance(schema, dict):
             refuse(f"{at}.input_schema", "must be an object")
         if about is not None and not isinstance(about, str):
             refuse(f"{at}.description", "must be a string")
-        self._own[name] = Tool(name, about, schema, strict=entry.get("strict") is True)
-        if entry.get("defer_loading") is True:
-            self._deferred.add(name)
+        group = self._deferred if entry.get("defer_loading") is True else self._first
+        group[name] = Tool(name, about, schema, strict=entry.get("strict") is True)
 
 
 def tool_choice(
