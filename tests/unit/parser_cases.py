@@ -138,8 +138,11 @@ def in_groups(said: Said, calls: Callable[[list[Call], bool], str]) -> str:
     """As `in_blocks`, but calls that stand next to each other are written as one, and told
     whether they stand where content begins."""
     parts = []
-    for is_call, group in groupby(said.blocks, lambda block: isinstance(block, Call)):
-        parts.append(calls(list(group), not parts) if is_call else "".join(group))
+    for _, group in groupby(said.blocks, lambda block: isinstance(block, Call)):
+        blocks = list(group)
+        found = [block for block in blocks if isinstance(block, Call)]
+        texts = [block for block in blocks if isinstance(block, str)]
+        parts.append(calls(found, not parts) if found else "".join(texts))
     return thought(said) + "\n\n".join(parts)
 
 

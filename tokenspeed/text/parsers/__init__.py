@@ -14,6 +14,7 @@ from tokenspeed.text.parsers.kimi import KIMI
 from tokenspeed.text.parsers.llama_json import LLAMA_JSON
 from tokenspeed.text.parsers.minimax import MINIMAX_M2
 from tokenspeed.text.parsers.plain_json import PLAIN_JSON
+from tokenspeed.text.parsers.pythonic import PYTHONIC
 from tokenspeed.text.parsers.qwen_xml import QWEN3_XML
 from tokenspeed.text.parsers.thinking import THINKING
 
@@ -29,6 +30,7 @@ _ALL: tuple[Format, ...] = (
     GLM45,
     QWEN3_XML,
     HERMES,
+    PYTHONIC,
     LLAMA_JSON,
     PLAIN_JSON,
     THINKING,  # of no calls: after all others

@@ -2,8 +2,7 @@
 """`MarkedJsonParser`: calls whose arguments are a JSON object between two markers.
 
 What Kimi's, DeepSeek's and OpenAI's formats share: they differ in how a call is headed, and a
-subclass reads that. The call ends where its object does. Text in it that only looks like the marker
-after it is text while a string is open.
+subclass reads that. The call ends where its object does; a marker in one of its strings is text.
 """
 
 from tokenspeed.text.channels import Inputs
@@ -69,8 +68,8 @@ class MarkedJsonParser(ThinkParser):
         json = self._json
         if not json.first:
             return self._feed("{}")  # no arguments
-        if not json.broken and marker not in self.inputs.tokens and json.feed(marker)[0]:
-            self.out.arguments(self.scan.expect(marker) or "")  # it stands in a string
+        if not json.broken and json.feed(marker)[0]:  # in a string
+            self.out.arguments(self.scan.expect(marker) or "")
             return True
         self.close_call(complete=False)
         self.state = self._read_rest

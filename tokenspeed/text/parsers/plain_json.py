@@ -10,14 +10,20 @@ names a tool of the request and has no members but a call's. All else is content
 import re
 
 from tokenspeed.text.channels import Format, Inputs
+from tokenspeed.text.parsers.bare import BareParser
 from tokenspeed.text.parsers.blocks import Blocks
 from tokenspeed.text.parsers.json_call import JsonCall
-from tokenspeed.text.parsers.thinking import END_THINK, THINK, ThinkParser, think_starts_in
+from tokenspeed.text.parsers.json_text import quoted
+from tokenspeed.text.parsers.thinking import END_THINK, THINK, think_starts_in
 
 FENCE, END_FENCE = "```json", "```"
 _ARGUMENTS = ("arguments", "parameters")
 _MEMBERS = ("name", *_ARGUMENTS, "type", "id")
 _TOOLS = re.compile(r"\btools\b")
+
+
+def quote(text: str) -> str:
+    return f'"{quoted(text)}"'
 
 
 class KnownCall(JsonCall):
@@ -27,16 +33,23 @@ class KnownCall(JsonCall):
         super().__init__(out)
         self._names = names
         self._name = ""
+        self._keys = frozenset(map(quote, _MEMBERS))
+        self._quoted = frozenset(map(quote, names))
 
     def _between(self, text: str, at: int) -> int:
         if self._last == ":" and self._key in _ARGUMENTS and self._name:
             self._start()
         return super()._between(text, at)
 
-    def _ended(self) -> None:
-        super()._ended()
-        if self._last == "key" and self._key not in _MEMBERS:
-            self.broken = True
+    def _within(self, text: str, at: int) -> int:
+        """Character by character, so that what is no call's is text from there on."""
+        if self._out.in_call or self._key not in (None, "name"):
+            return super()._within(text, at)
+        wanted = self._keys if self._key is None else self._quoted
+        super()._within(text[at], 0)
+        read = "".join(self._parts)
+        self.broken |= not any(word.startswith(read) for word in wanted)
+        return at + 1
 
     def _named(self, name: str) -> None:
         self._name = name
@@ -54,25 +67,19 @@ class KnownCall(JsonCall):
         super()._end()
 
 
-class PlainJsonParser(ThinkParser):
+class PlainJsonParser(BareParser):
     openers: tuple[str, ...] = (FENCE,)
+
+    starts = "{["
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__(inputs)
-        self._known = frozenset(tool.name for tool in inputs.tools)
         self._call = self._new_call()
         self._array = self._fenced = False
 
-    def read_text(self) -> bool:
-        if self._known and self.out.channel == "content" and self.out.blank:
-            self.out.text(self.scan.skip_space())
-            if not self.scan.peek():
-                return False
-            if self.scan.peek() in "{[":
-                self.raw, self._array, self._fenced = [], False, False
-                self.state = self._read_start
-                return True
-        return super().read_text()
+    def begins(self) -> None:
+        self._array = self._fenced = False
+        self.state = self._read_start
 
     def opened(self, marker: str) -> None:
         self._array, self._fenced = False, marker == FENCE
@@ -82,17 +89,16 @@ class PlainJsonParser(ThinkParser):
         self._call.flush()
         if self.out.in_call:
             self.close_call(self._call.complete)
-        else:
-            self.give_up()
+            return
+        if self.raw[:1] in ([","], [";"]) and not "".join(self.raw[1:]).strip():
+            self.raw = []  # nothing follows what would part calls
+        self.give_up()
 
     def _calls(self) -> tuple[str, ...]:
-        return super()._calls() if self._known and self.out.channel == "content" else ()
+        return super()._calls() if self.known and self.out.channel == "content" else ()
 
     def _new_call(self) -> JsonCall:
-        return KnownCall(self.out, self._known)
-
-    def _skip(self, char: str) -> None:
-        self.scan.seek(self.scan.view()[1] + len(char))
+        return KnownCall(self.out, self.known)
 
     def _read_start(self) -> bool:
         """Where a call or an array of calls may begin."""
@@ -104,7 +110,7 @@ class PlainJsonParser(ThinkParser):
         elif char == "[" and not self._array:
             self._array = True
             self.raw.append(char)
-            self._skip(char)
+            self.skip(char)
         elif char:
             return self.give_up()
         return bool(char)
@@ -129,12 +135,13 @@ class PlainJsonParser(ThinkParser):
         """What may stand after a call's object."""
         self.out.text(self.scan.skip_space())
         char = self.scan.peek()
-        if char in ",;" and char:
-            self._skip(char)
+        if char in ("," if self._array else ";") and char:
+            self.raw = [char]
+            self.skip(char)
             self.state = self._read_start
         elif char == "]" and self._array:
             self._array = False
-            self._skip(char)
+            self.skip(char)
         elif char == "`" and self._fenced:
             found = self.scan.expect(END_FENCE)
             self._fenced = found is None
