@@ -179,7 +179,10 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the gateway is reached and how long it waits. These options never change answers."""
+    """How the gateway is reached, how long it waits, and how conversations become prompts.
+
+    `canonical_rules` and `history_bytes` change prompts; the others never change answers.
+    """
 
     host: str = option("127.0.0.1", "address to listen on")
     port: int = option(8000, "port to listen on; 0 picks a free one", low=0)
@@ -189,6 +192,14 @@ class ServerOptions:
     log_requests: bool = option(False, "one line in the log for each request, without contents")
     otlp_endpoint: str | None = option(None, "URL that OpenTelemetry spans are sent to")
     admin_port: int | None = option(None, "moves /metrics and admin routes to a port of their own")
+    canonical_rules: tuple[str, ...] = option(
+        ("all",), "what clients rotate and is taken out of prompts: all, none, or names of rules"
+    )
+    history_bytes: int = option(
+        256 * 2**20,
+        "for ids of answers that may come back; 0: every prompt is tokenised anew",
+        low=0,
+    )
     max_body_bytes: int = option(32 * 2**20, "larger bodies are answered 413", low=1024)
     keepalive_s: float = option(5.0, "seconds between SSE comments while nothing comes", low=0.01)
     drain_timeout_s: float = option(30.0, "seconds that open requests get after SIGTERM", low=0)

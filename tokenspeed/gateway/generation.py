@@ -54,6 +54,8 @@ class Choice:
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: list[TokenLogprobs | None] | None = None
         self.num_tokens = 0
+        self.output_ids: list[int] = []  # all of them
+        self.stop_token_id: int | None = None  # that ended it, the last of its ids
         self.num_cached = 0
         self.receipt: CacheReceipt | None = None
         self.begun = False  # for a dialect that opens a choice with something of its own
@@ -97,8 +99,10 @@ class Choice:
             self.logprobs += output.logprobs[: len(ids)]
         self.num_tokens += len(ids)
         self.token_ids += ids
+        self.output_ids += ids
         if self.finish_reason is None and output.finish_reason is not None:
             self.finish_reason = output.finish_reason
+            self.stop_token_id = output.stop_token_id
             if output.stop_token_id in (self.params.stop_token_ids or ()):
                 self.stop_reason = output.stop_token_id
         if self.answer is not None and self.finish_reason == "stop" and self.answer.calls:
@@ -177,6 +181,7 @@ class Generation(AbstractContextManager["Generation"]):
         answer: Callable[[], Answer] | None = None,
         shown: frozenset[str] = frozenset(),
         record: RequestRecord | None = None,
+        finished: Callable[[Choice], None] | None = None,
     ) -> None:
         if len(prompts) * params.n > MAX_CHOICES:
             raise RequestError(
@@ -190,6 +195,7 @@ class Generation(AbstractContextManager["Generation"]):
         self.num_running = len(self.choices)
         self.params = params
         self._record = record or RequestRecord()
+        self._finished = finished  # told of a choice before its client sees its end
         self._pool, self._sent = pool, sent
         self._eos = tokenizer.eos_ids if tokenizer is not None else ()
 
@@ -240,6 +246,8 @@ class Generation(AbstractContextManager["Generation"]):
                 changed.append(choice)
             if finished:
                 self.num_running -= 1
+                if self._finished is not None:
+                    self._finished(choice)
                 if output.finish_reason is None:
                     self.mailbox.stop_early(choice.request_id)
         return changed

@@ -94,7 +94,7 @@ async def _run(
     worker = TemplateWorker(template) if template else None
     if worker is not None:
         worker.start()
-    service = Service(names, pool, metrics, keys, tokenizer, worker, answers)
+    service = Service(names, pool, metrics, keys, tokenizer, worker, answers, options)
     try:
         await pool.start()
         gc.collect()

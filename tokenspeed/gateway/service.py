@@ -10,7 +10,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from tokenspeed.errors import ContextLengthError, RequestError
+from tokenspeed.config import ServerOptions
+from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
@@ -20,12 +21,11 @@ from tokenspeed.gateway.responses_store import ResponseStore
 from tokenspeed.gateway.sessions import Sessions
 from tokenspeed.text.channels import Format
 from tokenspeed.text.conversation import Conversation
-from tokenspeed.text.prompt import Prompt
+from tokenspeed.text.prompt import Prompt, Prompts, check_length
 from tokenspeed.text.template_worker import TemplateWorker
 from tokenspeed.text.tokenizer import Tokenizer
 
 _SHORT_TEXT = 2048  # characters that are encoded at once, on the event loop
-_PROMPT_END = 512  # characters that say in which channel an answer begins
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Service:
     tokenizer: Tokenizer | None  # None: token ids in, token ids out
     template: TemplateWorker | None
     format: Format
+    options: ServerOptions = field(default_factory=ServerOptions)
     responses: ResponseStore = field(default_factory=ResponseStore)
     created: int = field(default_factory=lambda: int(time.time()))
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "text"))
@@ -48,6 +49,15 @@ class Service:
         added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
         self.markers = frozenset(self.format.markers)
         self.marker_tokens = self.markers & added
+        self.prompts: Prompts | None = None
+        if self.tokenizer is not None and self.template is not None:
+            self.prompts = Prompts(
+                self.tokenizer,
+                self.template.render,
+                self.format,
+                self.options.canonical_rules,
+                self.options.history_bytes,
+            )
 
     def model_name(self, asked: str | None) -> str:
         """The name that the answer carries. Raises 404 for a model that is not served."""
@@ -68,23 +78,18 @@ class Service:
         """Ids. Refuses a text that cannot fit the context before it is encoded."""
         tokenizer = self.tokenizer_or_refuse()
         ready = self.pool.ready
-        if ready and len(text) > ready.max_model_len * tokenizer.max_chars_per_token:
-            raise ContextLengthError(
-                f"This model's maximum context length is {ready.max_model_len} tokens. However,"
-                f" your prompt has {len(text)} characters, which cannot fit.",
-                -(-len(text) // tokenizer.max_chars_per_token),
-                ready.max_model_len,
-                field=field_name,
-            )
+        check_length(text, tokenizer, ready.max_model_len if ready else None, field_name)
         if len(text) < _SHORT_TEXT:
             return tokenizer.encode(text, add_special_tokens)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, tokenizer.encode, text, add_special_tokens)
 
-    async def prompt(self, conversation: Conversation, caller: Caller) -> Prompt:
-        """A conversation's ids, by the model's template."""
-        template, options = self.template, conversation.options
-        if template is None:
+    async def prompt(
+        self, conversation: Conversation, caller: Caller, cache_salt: str | None = None
+    ) -> Prompt:
+        """A conversation's ids: as they were sampled, and by the model's template."""
+        options = conversation.options
+        if self.prompts is None:
             raise RequestError("messages: this server has no tokenizer", field="messages")
         if not conversation.messages:
             raise RequestError("messages: must not be empty", field="messages")
@@ -94,18 +99,16 @@ class Service:
                 f"chat_template_kwargs: {min(taken)} is not an option", field="chat_template_kwargs"
             )
 
-        def render() -> str:
-            return template.render(
-                conversation.messages,
-                tools=[tool.definition() for tool in conversation.tools] or None,
-                add_generation_prompt=conversation.add_generation_prompt,
-                **options,
-            )
-
-        loop = asyncio.get_running_loop()
-        text = await loop.run_in_executor(self._threads, render)
-        ids = await self.encode(text, conversation.add_special_tokens, "messages")
-        return Prompt(ids, self.format.starts_in(text[-_PROMPT_END:]))
+        ready = self.pool.ready
+        salt = self.keys.salt(caller.salt, cache_salt) + caller.tenant.encode()
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads,
+            self.prompts.make,
+            conversation,
+            salt,
+            caller.session,
+            ready.max_model_len if ready else None,
+        )
 
     def tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:

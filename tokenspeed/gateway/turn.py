@@ -15,11 +15,12 @@ from tokenspeed.engine.messages import Retention
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.gateway.answer import Answer
 from tokenspeed.gateway.engine_pool import Sent
-from tokenspeed.gateway.generation import Generation, room_left
+from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.channels import Inputs
 from tokenspeed.text.conversation import Conversation, OutputFormat, ToolChoice
+from tokenspeed.text.history_keys import Spoken
 from tokenspeed.text.prompt import Prompt
 
 
@@ -60,7 +61,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     Raises `RequestError` for what cannot be served as asked, `ApiError` 503 if there is no room.
     """
     service.pool.check_room()
-    prompt = await service.prompt(request.conversation, request.caller)
+    prompt = await service.prompt(request.conversation, request.caller, request.cache_salt)
     request.caller.record.prompted = time.monotonic()
     limits = service.pool.check_room()
     max_tokens = room_left(
@@ -89,6 +90,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         answer=lambda: _answer(service, request, prompt),
         shown=service.markers,
         record=request.caller.record,
+        finished=lambda choice: _remember(service, prompt, choice),
     )
     with generation:
         yield Turn(request, prompt, generation)
@@ -99,3 +101,16 @@ def _answer(service: Service, request: TurnRequest, prompt: Prompt) -> Answer:
     parser = service.format.make(inputs)
     max_calls = None if request.tool_choice.parallel else 1
     return Answer(parser, prompt.starts_in, max_calls)
+
+
+def _remember(service: Service, prompt: Prompt, choice: Choice) -> None:
+    """A finished answer's ids, for the conversation that goes on from it."""
+    answer = choice.answer
+    if answer is None or service.prompts is None:
+        return
+    spoken = Spoken(
+        tuple(block.text for block in answer.blocks if block.kind == "content"),
+        tuple((block.name, block.call_id, block.text) for block in answer.calls),
+        answer.text("reasoning"),
+    )
+    service.prompts.record(prompt, spoken, choice.output_ids, choice.stop_token_id)
