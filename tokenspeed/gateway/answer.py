@@ -76,6 +76,11 @@ class Answer:
         return self._num_calls == self._max_calls and self.blocks[-1].complete
 
     @property
+    def has_calls(self) -> bool:
+        """Whether a tool call has begun."""
+        return self._num_calls > 0
+
+    @property
     def calls(self) -> list[Block]:
         """The tool calls."""
         return [block for block in self.blocks if block.kind == "call"]

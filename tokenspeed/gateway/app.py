@@ -49,6 +49,7 @@ class Call:
     send: Send
     max_body_bytes: int
     identify: "Callable[[Call, Hints], Caller]"
+    settle: "Callable[[Call, RequestRecord], None]"
     tenant: Tenant = field(default_factory=Tenant)  # whose key it brought
     record: RequestRecord = field(default_factory=RequestRecord)
     path: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +104,11 @@ class Call:
     def caller(self, hints: Hints = Hints()) -> Caller:  # noqa: B008
         """Who asks, by headers and by what the body says. Raises 400 for a header that is wrong."""
         return self.identify(self, hints)
+
+    def detach(self) -> Callable[[], None]:
+        """The request outlives this call: it is over when what is returned is called."""
+        record, self.record = self.record, RequestRecord()
+        return lambda: self.settle(self, record)
 
     async def reply(
         self,
@@ -176,7 +182,7 @@ class Application:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             raise RuntimeError(f"unexpected scope {scope['type']}")
-        call = Call(scope, receive, send, self._max_body, self._identify)
+        call = Call(scope, receive, send, self._max_body, self._identify, self._settle)
         try:
             await self._handle(call)
         except (ClientGone, asyncio.CancelledError):
@@ -186,8 +192,7 @@ class Application:
         finally:
             if call.watcher is not None:
                 call.watcher.cancel()
-            if call.record.route:
-                self._finish(call)
+            self._settle(call, call.record)
 
     async def _handle(self, call: Call) -> None:
         if self._loopback and not self._keys:
@@ -223,8 +228,10 @@ class Application:
         retention = caller.retention or record.retention
         return replace(caller, record=record, retention=retention)
 
-    def _finish(self, call: Call) -> None:
-        record = call.record
+    def _settle(self, call: Call, record: RequestRecord) -> None:
+        """The request is over: it is charged, and told of, if it is metered."""
+        if not record.route:
+            return
         record.status = call.status or CLIENT_CLOSED
         call.tenant.limiter.charge(record.num_charged)
         self._journal.finish(record)

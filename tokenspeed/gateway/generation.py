@@ -242,6 +242,8 @@ class Generation(AbstractContextManager["Generation"]):
                 continue
             self._record.feed(index, output)
             finished = choice.feed(output)
+            if choice.answer is not None and choice.answer.has_calls:
+                self._record.call_seen()
             if choice not in changed:
                 changed.append(choice)
             if finished:

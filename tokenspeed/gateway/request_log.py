@@ -76,6 +76,10 @@ class RequestRecord:
         if output.prefill_s:
             self.queue_s, self.prefill_s = output.queue_s, output.prefill_s
 
+    def call_seen(self) -> None:
+        """The answer has a tool call in it."""
+        self.first_call = self.first_call or self.last
+
     @property
     def tps(self) -> float:
         """Tokens per second after the first output; 0 if there is none."""

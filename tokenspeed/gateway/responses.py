@@ -4,7 +4,6 @@
 Knows HTTP and the order of things; reading requests and making items is done elsewhere.
 """
 
-from dataclasses import replace
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -15,7 +14,6 @@ from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.app import Call, encode_json, log
 from tokenspeed.gateway.generation import SSE_HEADERS, Choice, Generation
 from tokenspeed.gateway.identity import Hints
-from tokenspeed.gateway.request_log import RequestRecord
 from tokenspeed.gateway.responses_background import KEEP_ALIVE, Running
 from tokenspeed.gateway.responses_schema import ResponsesRequest
 from tokenspeed.gateway.responses_store import Kept, unpack
@@ -90,8 +88,7 @@ async def _start(service: Service, call: Call, asked: Asked) -> None:
     caller, streams = asked.turn.caller, bool(asked.request.stream)
     _check_background(service, call, caller.tenant)
     # What the work costs is known, and charged, long after this call has been answered.
-    record = RequestRecord()
-    turn = replace(asked.turn, caller=replace(caller, record=record))
+    over = call.detach()
     running = Running(asked.output, asked.given, streams=streams)
     key = (caller.tenant, asked.output.id)
 
@@ -100,10 +97,10 @@ async def _start(service: Service, call: Call, asked: Asked) -> None:
         if asked.output.status == "in_progress":
             asked.output.cancel()
         asked.keep(running.events if streams else None)
-        call.tenant.limiter.charge(record.num_charged)
+        over()
 
     service.responses.running[key] = running
-    running.start(_answer(service, replace(asked, turn=turn), running), ended)
+    running.start(_answer(service, asked, running), ended)
     if streams:
         await _follow(call, running, 0)
     else:

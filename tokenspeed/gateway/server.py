@@ -36,6 +36,7 @@ from tokenspeed.gateway.request_log import Journal, RequestLog
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.tenants import read_tenants
+from tokenspeed.gateway.tracing import Tracing, tracing_to
 from tokenspeed.models.hub import resolve_model
 from tokenspeed.text.channels import Format
 from tokenspeed.text.chat_template import ChatTemplate
@@ -57,6 +58,7 @@ def serve(
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     keys = _keys(options)
+    tracing = [] if options.otlp_endpoint is None else [tracing_to(options.otlp_endpoint)]
     if options.log_requests:
         request_log.log.setLevel(logging.INFO)
     folder = resolve_model(config.model.model, config.model.revision)
@@ -73,8 +75,10 @@ def serve(
         sockets = [stack.enter_context(listener) for listener in _listeners(options)]
         if options.uds is not None:
             stack.callback(Path(options.uds).unlink, missing_ok=True)
+        for one in tracing:
+            stack.callback(one.close)
         return uvloop.run(
-            _run(config, options, command, keys, tokenizer, template, answers, sockets)
+            _run(config, options, command, keys, tokenizer, template, answers, sockets, tracing)
         )
 
 
@@ -87,6 +91,7 @@ async def _run(
     template: ChatTemplate | None,
     answers: Format,
     sockets: list[socket.socket],
+    tracing: list[Tracing],
 ) -> int:
     names = config.model.served_model_name or (_public_name(config.model.model),)
     metrics = Metrics(names[0], config.parallel.data_parallel_size)
@@ -100,7 +105,7 @@ async def _run(
         gc.collect()
         gc.freeze()  # what exists now stays: later collections need not look at it
         _reload_on_hangup(options, keys)
-        journal = Journal(names[0], [service.sessions, RequestLog()])
+        journal = Journal(names[0], [service.sessions, RequestLog(), *tracing])
         servers = _servers(options, keys, route_table(service), journal)
         return await _until_the_end(pool, options, servers, sockets)
     finally:
