@@ -67,7 +67,7 @@ def test_file_sizes() -> None:
         limit = MAX_KERNEL_FILE if kernel else MAX_FILE
         assert length <= limit, f"{path.relative_to(ROOT)} has {length} lines, {limit} allowed"
     written = [n for n in lengths.values() if n > 0]
-    assert median(written) <= 120
+    assert median(written) <= 150
 
 
 @pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(PACKAGE)))
