@@ -4,6 +4,7 @@
 Any model name is taken, and the answer repeats it: clients ask for several of Anthropic's.
 """
 
+import logging
 import math
 
 import msgspec
@@ -33,6 +34,8 @@ from tokenspeed.text.conversation import Conversation
 _DECODER = msgspec.json.Decoder(MessagesRequest)
 _SAME_NAME = ("temperature", "top_p", "top_k")
 
+log = logging.getLogger("tokenspeed.gateway")
+
 
 async def messages(service: Service, call: Call) -> None:
     """The handler of /v1/messages."""
@@ -42,6 +45,8 @@ async def messages(service: Service, call: Call) -> None:
     notes = Notes()
     asked = _turn_request(request, call, notes)
     call.headers |= notes.header()
+    if notes.ignored:
+        log.info("ignored of a request: %s", call.headers["x-tokenspeed-ignored"])
     limits = service.pool.check_room()
     kept = asked.caller.retention or asked.retention
     try:

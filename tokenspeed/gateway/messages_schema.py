@@ -19,7 +19,7 @@ _TTL = re.compile(r"([0-9]{1,4})([smh])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _THINKS = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
-_HOSTED = ("mcp_servers", "container", "context_management", "fallbacks")
+_HOSTED = ("mcp_servers", "container", "fallbacks")
 _WORD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 MAX_IGNORED = 20
 
@@ -91,6 +91,14 @@ def note_hosted(request: MessagesRequest, notes: Notes) -> None:
     for name in _HOSTED:
         if getattr(request, name):
             notes.ignore(name)
+    edits = (request.context_management or {}).get("edits", [])
+    if not isinstance(edits, list) or not all(map(_keeps_all, edits)):
+        notes.ignore("context_management")
+
+
+def _keeps_all(edit: Any) -> bool:
+    """Whether an edit of the history leaves it as it is, which is what happens here."""
+    return isinstance(edit, dict) and edit.get("keep") == "all"
 
 
 def template_options(request: MessagesRequest, notes: Notes) -> dict[str, Any]:
