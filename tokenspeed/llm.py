@@ -17,12 +17,14 @@ from tqdm import tqdm
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import build_engine, resolve_folders
-from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.engine.messages import AddGrammar, DropGrammar, GenerateRequest, TokenOutput
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.models.hf_config import eos_token_ids
 from tokenspeed.text.chat_template import ChatTemplate
 from tokenspeed.text.detokenizer import Detokenizer
+from tokenspeed.text.grammar import GrammarCompiler, GrammarMirror, GrammarSpec
+from tokenspeed.text.output_format import content_tag, structured_outputs
 from tokenspeed.text.tokenizer import Tokenizer
 
 Prompt = str | list[int] | dict[str, Any]  # a dict has one key: prompt or prompt_token_ids
@@ -114,11 +116,15 @@ class LLM:
         # Other ranks end with this object, or with the interpreter.
         self._end = weakref.finalize(self, self._engine.close)
         self._ids = itertools.count()
+        self._grammars: GrammarCompiler | None = None
+        self._mirror = GrammarMirror(self._tell_grammar)
         self._unread: dict[int, list[TokenOutput]] = {}  # of requests that another call drives
 
     def close(self) -> None:
-        """Ends the processes of the other ranks. May be called again; nothing else may."""
+        """Ends the other processes. May be called again; nothing else may."""
         self._end()
+        if self._grammars is not None:
+            self._grammars.close()
 
     def __enter__(self) -> "LLM":
         return self
@@ -227,6 +233,7 @@ class LLM:
             for (text, ids), asked in zip(prompts, params, strict=True):
                 request = RequestOutput(str(len(requests)), text, ids, [])
                 requests.append(request)
+                asked = self._with_grammar(asked)
                 for index, one in enumerate(asked.choices()):
                     output = CompletionOutput(index, logprobs=_empty(one.logprobs))
                     request.outputs.append(output)
@@ -240,6 +247,29 @@ class LLM:
             self._abort(choices)
             raise
         return requests, choices
+
+    def _with_grammar(self, params: SamplingParams) -> SamplingParams:
+        """With the grammar of its `structured_outputs`, if it has any: of the whole answer."""
+        if params.structured_outputs is None:
+            return params
+        output = structured_outputs(params.structured_outputs)
+        if output is None:
+            return params.replace(structured_outputs=None)
+        if self._grammars is None:
+            tokenizer = self.get_tokenizer()
+            self._grammars = GrammarCompiler(tokenizer, self._engine.ready.vocab_size)
+        added = {text: token for token, text in self.get_tokenizer().added_tokens.items()}
+        spec = GrammarSpec(content_tag(output, "structured_outputs", added))
+        grammar = self._grammars.compile(spec)
+        self._mirror.provide(grammar)
+        return params.replace(structured_outputs=None, grammar=grammar)
+
+    def _tell_grammar(self, message: AddGrammar | DropGrammar) -> bool:
+        if isinstance(message, AddGrammar):
+            self._engine.add_grammar(message.key, message.data)
+        else:
+            self._engine.drop_grammar(message.key)
+        return True
 
     def _detokenizer(self, params: SamplingParams, prompt_ids: list[int]) -> Detokenizer | None:
         if self._tokenizer is None:

@@ -128,7 +128,8 @@ class Engine:
                 prompt,
                 request.salt,
                 max_tokens=params.max_tokens or self._limits.max_model_len - len(prompt),
-                min_tokens=params.min_tokens,
+                # What has a grammar may have to end early; the sampler sees to the rest.
+                min_tokens=0 if params.grammar else params.min_tokens,
                 stop_ids=np.array(stop_ids, np.int32),
                 prompt_logprobs=params.prompt_logprobs is not None,
                 user=user_key(request.user),

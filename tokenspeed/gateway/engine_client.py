@@ -23,6 +23,7 @@ from tokenspeed.errors import EngineDeadError, RequestError
 from tokenspeed.gateway.api_error import overloaded
 from tokenspeed.gateway.mailbox import Mailbox
 from tokenspeed.gateway.metrics import EngineMetrics
+from tokenspeed.text.grammar import GrammarMirror
 
 ENGINE_COMMAND = (sys.executable, "-m", "tokenspeed.engine.server")
 _SEND_LIMIT = 4096  # messages that may wait for the engine
@@ -64,6 +65,7 @@ class EngineClient:
         self._watchdog_timeout_s = watchdog_timeout_s
         self._limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
         self._open: dict[int, _Open] = {}
+        self._grammars = GrammarMirror(lambda message: self._send(message))
         self._waiting_tokens = 0  # the sum of `uncached` over what is open
         self._orders: dict[int, asyncio.Future[int]] = {}  # what the engine is to answer
         self._unsent: set[int] = set()  # aborts that did not fit into the engine's queue
@@ -135,6 +137,9 @@ class EngineClient:
         `uncached`: prompt tokens that the engine will probably have to compute. False, and nothing
         is sent, if too many messages wait for the engine.
         """
+        grammar = request.params.grammar
+        if grammar is not None and not self._grammars.provide(grammar):
+            return False
         if not self._send(request):
             return False
         length = len(request.prompt_ids)
@@ -172,6 +177,7 @@ class EngineClient:
 
     def check_pulse(self) -> None:
         """To be called several times a second: notices whether the engine makes progress."""
+        self._grammars.sweep()
         silent_s = time.monotonic() - min(self._beat, self._moved)
         hung = silent_s > self._watchdog_timeout_s
         if hung != self._hung:

@@ -22,6 +22,7 @@ from tokenspeed.gateway.generation import (
 )
 from tokenspeed.gateway.openai_chat import MIN_LOGPROB, prompt_extras, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
+from tokenspeed.gateway.openai_structured import output_format_of
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -69,6 +70,10 @@ async def completions(service: Service, call: Call) -> None:
         tokenizer=service.tokenizer,
         vocab_size=limits.vocab_size,
     )
+    output = output_format_of(request.response_format, request.structured_outputs)
+    if output is not None:
+        grammar = await service.grammars.of(limits.vocab_size, output=output)
+        params = params.replace(grammar=grammar)
     salt = service.keys.salt(caller.salt, request.cache_salt)
     sent = Sent(salt, caller.user, caller.retention or Retention())
     with Generation(

@@ -13,6 +13,7 @@ import msgspec
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.gateway.identity import Hints
+from tokenspeed.gateway.openai_structured import GUIDED, refuse_guided
 from tokenspeed.text.detokenizer import check_stop
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -77,6 +78,8 @@ class Sampling(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     user: Any = None
     safety_identifier: Any = None
     metadata: Any = None
@@ -86,8 +89,6 @@ class Sampling(msgspec.Struct, kw_only=True):
     use_beam_search: bool | None = None
     length_penalty: float | None = None
     logits_processors: Refused = None
-    response_format: dict[str, Any] | None = None
-    structured_outputs: Refused = None
     guided_json: Refused = None
     guided_regex: Refused = None
     guided_choice: Refused = None
@@ -113,11 +114,6 @@ class Sampling(msgspec.Struct, kw_only=True):
         names = (
             "use_beam_search",
             "logits_processors",
-            "structured_outputs",
-            "guided_json",
-            "guided_regex",
-            "guided_choice",
-            "guided_grammar",
             "prompt_embeds",
             "repetition_detection",
             "kv_transfer_params",
@@ -128,8 +124,6 @@ class Sampling(msgspec.Struct, kw_only=True):
             "length_penalty": self.length_penalty not in (None, 1.0),
             "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
             "spaces_between_special_tokens": self.spaces_between_special_tokens is False,
-            "response_format": self.response_format is not None
-            and self.response_format.get("type") != "text",
         }
 
 
@@ -184,6 +178,9 @@ class ChatRequest(Sampling, kw_only=True):
 
 def check_served(request: Sampling) -> None:
     """Raises 400 for the first field that asks for what is not served, and for a malformed salt."""
+    for name in GUIDED:
+        if getattr(request, name):
+            raise refuse_guided(name)
     for name, refused in request.refusals().items():
         if refused:
             raise RequestError(

@@ -15,6 +15,12 @@ _CHAR = re.compile(
 _NAMED = {"n": "\n", "r": "\r", "t": "\t", "b": "\b", "f": "\f", "v": "\v", "a": "\a", "0": "\0"}
 _LAST = 0x10FFFF
 _MUST = (0x22, 0x5C)  # the quote and the backslash must be escaped, and so must all below a space
+_GAP = r"[ \n\r\t]*"
+_INDENTS = [" " * n for n in range(0, 42, 2)] + ["\\t" * n for n in range(1, 11)]
+_SPACE = (
+    'json_space ::= "" | " " | "\\n" json_indent\n'
+    f"json_indent ::= {' | '.join(f'{chr(34)}{indent}{chr(34)}' for indent in _INDENTS)}\n"
+)
 _USUAL = ('"', "\\", "\n", "\r", "\t", "\b", "\f")  # what classes get an escape for
 
 
@@ -54,6 +60,20 @@ def with_tokens(grammar: str, tokens: Mapping[str, int]) -> str:
         )
 
     return _PART.sub(rewrite, grammar)
+
+
+def with_little_space(grammar: str) -> str:
+    """A grammar of JSON in which a gap is a space, or a line break and its indentation.
+
+    Models that have nothing to say can otherwise fill gaps until their tokens are spent.
+    """
+    return "\n".join(map(_narrow_gaps, grammar.split("\n"))) + "\n" + _SPACE
+
+
+def _narrow_gaps(rule: str) -> str:
+    """All but those in its lookahead, which only says what can follow at most."""
+    body, mark, ahead = rule.partition(" (=(")
+    return body.replace(_GAP, "json_space") + mark + ahead
 
 
 def literal(text: str) -> str:

@@ -26,7 +26,7 @@ from io import BufferedRWPair
 from typing import IO, TYPE_CHECKING, Any
 
 from tokenspeed.execution.grammars import tokenizer_info
-from tokenspeed.text.ebnf import in_json_string, with_tokens
+from tokenspeed.text.ebnf import in_json_string, with_little_space, with_tokens
 
 if TYPE_CHECKING:
     import xgrammar
@@ -203,6 +203,8 @@ def _job(header: Header, spec: Any, info: "xgrammar.TokenizerInfo") -> tuple[Hea
     except MemoryError:
         return _refusal(header, "takes too much memory to compile", "grammar_limit")
     except Exception as error:
+        if "bad_alloc" in str(error):
+            return _refusal(header, "takes too much memory to compile", "grammar_limit")
         return _refusal(header, _plain(str(error)), "invalid_grammar")
     if len(data) > MAX_DATA:
         return _refusal(header, "is too large once compiled", "grammar_limit")
@@ -216,16 +218,16 @@ def _refusal(header: Header, why: str, code: str) -> tuple[Header, bytes]:
 def compile_spec(spec: dict[str, Any], info: "xgrammar.TokenizerInfo") -> bytes:
     """`{"format": structural tag, "tokens": {marker: id}}` -> xgrammar's compiled form.
 
+    The markers are those of tags in arguments that are no JSON.
+
     Besides xgrammar's own, a tag may hold `{"type": "foreign", "syntax": "lark" | "ebnf" | "regex",
     "text": .., "quoted": bool}`: a grammar in that syntax, or of a JSON string of what it matches.
     Raises whatever xgrammar does, and `ValueError` for a grammar that nothing fits.
     """
     import xgrammar
 
-    tag = {"type": "structural_tag", "format": _translate(spec["format"], info)}
-    grammar = xgrammar.Grammar.from_structural_tag(tag)
-    if spec["tokens"]:
-        grammar = xgrammar.Grammar.from_ebnf(with_tokens(str(grammar), spec["tokens"]))
+    tag = _translate(spec["format"], spec["tokens"], info)
+    grammar = xgrammar.Grammar.from_structural_tag({"type": "structural_tag", "format": tag})
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     compiled = compiler.compile_grammar(grammar)
     mask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
@@ -235,18 +237,22 @@ def compile_spec(spec: dict[str, Any], info: "xgrammar.TokenizerInfo") -> bytes:
     return compiled.serialize_json().encode()
 
 
-def _translate(tag: Any, info: "xgrammar.TokenizerInfo") -> Any:
-    """The tag with its foreign grammars in xgrammar's syntax. Not deeper than specs may be."""
+def _translate(tag: Any, tokens: dict[str, int], info: "xgrammar.TokenizerInfo") -> Any:
+    """The tag with its schemas and foreign grammars as EBNF. Not deeper than specs may be."""
     import xgrammar
 
     if isinstance(tag, list):
-        return [_translate(one, info) for one in tag]
+        return [_translate(one, tokens, info) for one in tag]
     if not isinstance(tag, dict):
         return tag
     if tag.get("type") == "json_schema":
-        return tag
+        alone = {"type": "structural_tag", "format": tag}
+        text = with_little_space(str(xgrammar.Grammar.from_structural_tag(alone)))
+        if tokens and tag.get("style", "json") != "json":
+            text = with_tokens(text, tokens)
+        return {"type": "grammar", "grammar": text}
     if tag.get("type") != "foreign":
-        return {name: _translate(value, info) for name, value in tag.items()}
+        return {name: _translate(value, tokens, info) for name, value in tag.items()}
     text = tag["text"]
     if tag["syntax"] == "lark":
         text = str(xgrammar.Grammar.from_lark(text, tokenizer_info=info))

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""`Grammars`: the grammar of a turn's answer, made without holding up the event loop.
+
+Knows what a turn asks for and the model's format; no dialect, no engine. Nothing is loaded before
+the first request that needs it.
+"""
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.sampling_params import Grammar
+from tokenspeed.text.answer_grammar import AnswerGrammar
+from tokenspeed.text.channels import Channel, Format
+from tokenspeed.text.conversation import OutputFormat, Tool, ToolChoice
+from tokenspeed.text.grammar import CompiledGrammar, GrammarCompiler, GrammarSpec
+from tokenspeed.text.tokenizer import Tokenizer
+
+
+class Grammars:
+    """For one model and its tokenizer (None: whatever needs a grammar is refused)."""
+
+    def __init__(self, tokenizer: Tokenizer | None, answers: Format) -> None:
+        self._tokenizer = tokenizer
+        added = {} if tokenizer is None else tokenizer.added_tokens
+        self._answers = AnswerGrammar(answers, {text: token for token, text in added.items()})
+        self._compiler: GrammarCompiler | None = None
+        self._lock = threading.Lock()
+
+    async def of(
+        self,
+        vocab_size: int,
+        *,
+        tools: Sequence[Tool] = (),
+        choice: ToolChoice | None = None,
+        output: OutputFormat | None = None,
+        starts_in: Channel | None = None,
+        field: str = "response_format",
+    ) -> Grammar | None:
+        """What the answer must follow, or None. `field`: what the dialect calls `output`.
+
+        `starts_in`: where the answer begins; None: it has no channels.
+
+        `RequestError` for what cannot be enforced, with the codes `invalid_grammar`,
+        `grammar_limit` and `unsupported_parameter`.
+        """
+        choice = choice or ToolChoice()
+        if output is None and not _needs_grammar(tools, choice):
+            return None
+
+        def make(loose: bool) -> GrammarSpec | None:
+            return self._answers.spec(tools, choice, output, starts_in, field=field, loose=loose)
+
+        spec = await asyncio.to_thread(make, False)
+        if spec is None:
+            return None
+        try:
+            return await self._compile(spec, vocab_size)
+        except RequestError:
+            # A schema that nobody asked to enforce may be the one that does not compile.
+            looser = await asyncio.to_thread(make, True)
+            if looser is None or looser == spec:
+                raise
+            return await self._compile(looser, vocab_size)
+
+    def close(self) -> None:
+        """Ends the process that compiles, if there is one."""
+        with self._lock:
+            if self._compiler is not None:
+                self._compiler.close()
+
+    async def _compile(self, spec: GrammarSpec, vocab_size: int) -> CompiledGrammar:
+        def submit() -> "asyncio.Future[CompiledGrammar]":
+            return asyncio.wrap_future(self._at(vocab_size, spec.field).submit(spec), loop=loop)
+
+        loop = asyncio.get_running_loop()
+        # Others may wait for the same one: leaving does not cancel it.
+        return await asyncio.shield(await asyncio.to_thread(submit))
+
+    def _at(self, vocab_size: int, field: str) -> GrammarCompiler:
+        if self._tokenizer is None:
+            why = f"{field}: this server has no tokenizer"
+            raise RequestError(why, field=field, code="unsupported_parameter")
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(self._tokenizer, vocab_size)
+            return self._compiler
+
+
+def _needs_grammar(tools: Sequence[Tool], choice: ToolChoice) -> bool:
+    if choice.mode == "none":
+        return False
+    forced = choice.mode == "required" or choice.name is not None
+    return forced or any(tool.strict or tool.grammar for tool in tools)
