@@ -21,6 +21,7 @@ struct Counters {
     int64_t preemptions = 0, hit_tokens = 0, from_device = 0, malformed = 0, drained = 0;
     int64_t num_machines = 0, firm = 0, leaked = 0;
     int64_t micro_steps = 0, chunks_in_flight = 0;  // planned beside others in flight
+    int64_t retained = 0, released = 0, misses[5] = {};
     int64_t foretold = 0;  // admissions of which `match_prefix` had said what they would find
 };
 
@@ -51,6 +52,10 @@ class Walk {
     void drain();
     void compare_replay();
     void foretell(const NewRequest& request);
+    void take_receipts(const Updates& updates);
+    void retain();
+    void release();
+    Tokens some_tokens(uint8_t& salt);
     NewRequest random_request(Truth& truth, Tokens& stop_ids);
 
     std::mt19937_64 random_;
@@ -62,6 +67,8 @@ class Walk {
     std::vector<std::unique_ptr<Truth>> gone_;
     std::map<uint64_t, Truth*> by_id_;
     std::vector<Tokens> plans_;
+    std::map<uint64_t, Retention> asked_;  // of those whose receipt has not come
+    TimeUs now_ = 0;
     uint64_t next_id_ = 1;
     int32_t foretold_ = -1;  // tokens that the request `foretold_id_` will find; -1: unknown
     uint64_t foretold_id_ = 0;
@@ -80,6 +87,7 @@ SchedulerOptions Walk::random_options() {
     o.enable_prefix_caching = !one_in(5);
     o.max_retractions = below(4);
     o.record_events = 1;
+    o.retention_permille = 500 * below(3);
     return o;
 }
 
@@ -90,6 +98,8 @@ NewRequest Walk::random_request(Truth& truth, Tokens& stop_ids) {
     request.min_tokens = one_in(3) ? below(request.max_tokens + 1) : 0;
     request.read_cache = !one_in(8);
     request.prompt_logprobs = one_in(8);
+    request.user = below(3);
+    request.retention = {.for_us = one_in(2) ? below(60) : 0, .pinned = one_in(8)};
     for (int i = below(3); i > 0; --i) stop_ids.push_back(below(13));
     truth.salt = one_in(4);
     truth.read_cache = request.read_cache;
@@ -143,6 +153,7 @@ void Walk::submit() {
     }
     foretell(request);
     scheduler_.submit(request);
+    asked_[next_id_] = request.retention;
     by_id_[next_id_] = truth.get();
     truths_[next_id_++] = std::move(truth);
 }
@@ -232,7 +243,73 @@ void Walk::commit() {
     device_.committed();
 }
 
+// One receipt for each request, with the first that is heard of it.
+void Walk::take_receipts(const Updates& updates) {
+    for (size_t i = 0; i < updates.receipt_ids.size(); ++i) {
+        const uint64_t id = updates.receipt_ids[i];
+        const auto asked = asked_.find(id);
+        TS_CHECK(asked != asked_.end());
+        const Truth& truth = *by_id_.at(id);
+        const auto at = std::ranges::find(updates.request_ids, id) - updates.request_ids.begin();
+        const int32_t cached = updates.num_cached[at];
+        const int32_t most = (truth.num_prompt - 1) / options_.page_size * options_.page_size;
+        const bool reads =
+            options_.enable_prefix_caching && truth.read_cache && !truth.prompt_logprobs;
+        const auto miss = static_cast<Miss>(updates.receipt_miss[i]);
+        ++count_.misses[updates.receipt_miss[i]];
+        TS_CHECK((miss == Miss::kDisabled) == !reads);
+        TS_CHECK((miss == Miss::kNone) == (reads && cached >= most));
+        TS_CHECK(miss != Miss::kDiverged || cached > 0);
+        const int budget = options_.num_pages * options_.retention_permille / 1000;
+        const bool keeps =
+            options_.enable_prefix_caching && truth.num_prompt / options_.page_size <= budget;
+        const TimeUs wish = asked->second.pinned ? kMaxRetentionUs : asked->second.for_us;
+        TS_CHECK(updates.receipt_kept_us[i] == (keeps ? wish : 0));
+        asked_.erase(asked);
+    }
+    for (uint64_t id : updates.request_ids) TS_CHECK(!asked_.contains(id));
+}
+
+// What somebody said so far, and its salt.
+Tokens Walk::some_tokens(uint8_t& salt) {
+    if (by_id_.empty()) return {};
+    const auto& [id, truth] = *std::next(by_id_.begin(), below(static_cast<int>(by_id_.size())));
+    salt = truth->salt;
+    return {truth->sequence.begin(), truth->sequence.begin() + truth->known};
+}
+
+void Walk::retain() {
+    uint8_t salt = 0;
+    Tokens tokens = some_tokens(salt);
+    const Stats before = scheduler_.stats();
+    const Retention retention{.for_us = one_in(2) ? below(60) : 0, .pinned = one_in(4)};
+    const int count = scheduler_.retain(tokens, {&salt, 1}, retention);
+    tokens.push_back(0);  // a match leaves the last token out
+    const int most = scheduler_.match_prefix(tokens, {&salt, 1}) / options_.page_size;
+    const Stats after = scheduler_.stats();
+    TS_CHECK(after.num_free_pages == before.num_free_pages);
+    if (retention.for_us > 0 || retention.pinned) {
+        TS_CHECK(count == most);
+        count_.retained += after.num_retained_pages + after.num_pinned_pages;
+    } else {
+        TS_CHECK(count <= most);
+    }
+}
+
+void Walk::release() {
+    uint8_t salt = 0;
+    Tokens tokens = some_tokens(salt);
+    const Stats before = scheduler_.stats();
+    const int count = scheduler_.release(tokens, {&salt, 1});
+    const Stats after = scheduler_.stats();
+    TS_CHECK(after.num_free_pages - before.num_free_pages == count);
+    TS_CHECK(before.num_cached_pages - after.num_cached_pages == count);
+    foretold_ = -1;
+    count_.released += count;
+}
+
 void Walk::take_updates(const Updates& updates) {
+    take_receipts(updates);
     size_t at = 0;
     for (size_t i = 0; i < updates.request_ids.size(); ++i) {
         const auto found = truths_.find(updates.request_ids[i]);
@@ -288,7 +365,10 @@ void Walk::step() {
         foretold_ = -1;
         return void(scheduler_.flush_cache());
     }
-    if (choice < 42) return device_.run_one();
+    if (choice < 34) return scheduler_.advance(now_ += below(20));
+    if (choice < 35) return retain();
+    if (choice < 36) return release();
+    if (choice < 44) return device_.run_one();
     if (choice < 68) return commit();
     plan();
 }
@@ -358,12 +438,17 @@ void print(const Counters& c, double seconds) {
         "retractions %lld, firm promises after them %lld, tokens hit %lld, tokens from the device "
         "%lld, drained %lld times, "
         "leaked pages %lld\n"
+        "marks after retaining by hand %lld, pages released by hand %lld; found all %lld, diverged "
+        "%lld, evicted %lld, "
+        "never cached %lld, not looked %lld\n"
         "steps planned beside others in flight %lld, chunks behind chunks in flight %lld\n",
         (long long)c.ops, (long long)c.num_machines, double(c.ops) / seconds, (long long)c.plans,
         (long long)c.finished, (long long)c.stopped, (long long)c.errors, (long long)c.aborts,
         (long long)c.refused, (long long)c.malformed, (long long)c.preemptions, (long long)c.firm,
         (long long)c.hit_tokens, (long long)c.from_device, (long long)c.drained,
-        (long long)c.leaked, (long long)c.micro_steps, (long long)c.chunks_in_flight);
+        (long long)c.leaked, (long long)c.retained, (long long)c.released, (long long)c.misses[0],
+        (long long)c.misses[1], (long long)c.misses[2], (long long)c.misses[3],
+        (long long)c.misses[4], (long long)c.micro_steps, (long long)c.chunks_in_flight);
 }
 
 }  // namespace
@@ -388,8 +473,10 @@ int main(int argc, char** argv) {
     // A walk that meets nothing proves nothing.
     const auto& c = counters;
     for (int64_t met :
-         {c.finished, c.stopped, c.errors, c.aborts, c.refused, c.malformed, c.preemptions, c.firm,
-          c.hit_tokens, c.from_device, c.micro_steps, c.chunks_in_flight, c.foretold}) {
+         {c.finished,    c.stopped,          c.errors,    c.aborts,     c.refused,
+          c.malformed,   c.preemptions,      c.firm,      c.hit_tokens, c.from_device,
+          c.micro_steps, c.chunks_in_flight, c.foretold,  c.retained,   c.released,
+          c.misses[0],   c.misses[1],        c.misses[2], c.misses[3],  c.misses[4]}) {
         TS_CHECK(met > 0);
     }
     return 0;
