@@ -15,6 +15,7 @@ from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_pool import EnginePool
+from tokenspeed.gateway.grammars import Grammars
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.gateway.responses_store import ResponseStore
@@ -49,6 +50,7 @@ class Service:
         added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
         self.markers = frozenset(self.format.markers)
         self.marker_tokens = self.markers & added
+        self.grammars = Grammars(self.tokenizer, self.format)
         self.prompts: Prompts | None = None
         if self.tokenizer is not None and self.template is not None:
             self.prompts = Prompts(
@@ -116,6 +118,7 @@ class Service:
         return self.tokenizer
 
     def close(self) -> None:
+        self.grammars.close()
         self.responses.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self.template is not None:
