@@ -15,7 +15,7 @@ from tokenspeed.gateway.responses_tools import model_name, note
 from tokenspeed.text.conversation import Tool
 
 Item = dict[str, Any]
-_ROLES = {"user": "user", "system": "system", "developer": "system", "assistant": "assistant"}
+_ROLES = {"user": "user", "system": "system", "developer": "developer", "assistant": "assistant"}
 _TEXTS = frozenset({"text", "input_text", "output_text", "summary_text", "reasoning_text"})
 _RESULTS = frozenset(
     "function_call_output custom_tool_call_output local_shell_call_output shell_call_output".split()
@@ -135,7 +135,9 @@ def content_text(content: Any, at: str, *, images: bool = False) -> str:
 
 
 def _part(part: Any, at: str, images: bool) -> str:
-    kind = str(part.get("type", "text")) if isinstance(part, dict) else "none"
+    kind = "none"
+    if isinstance(part, dict):
+        kind = str(part.get("type", "text" if "text" in part else "part"))
     if kind == "refusal":
         return _string(part, "refusal", at)
     if kind in _TEXTS:

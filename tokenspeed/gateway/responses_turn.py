@@ -58,8 +58,6 @@ class Asked:
     def fail(self, error: ApiError) -> list[bytes]:
         """The last events of a response that broke."""
         code = "server_error" if error.status >= 500 else "invalid_prompt"
-        if error.code == "context_length_exceeded":
-            code = error.code  # by which clients know that they must shorten the conversation
         return self.output.fail(code, str(error))
 
     def keep(self, events: list[bytes] | None = None) -> None:
