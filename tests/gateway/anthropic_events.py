@@ -4,9 +4,11 @@
 import json
 from typing import Any
 
+import msgspec
 from anthropic.types import Message, RawMessageStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+ENCODER = msgspec.json.Encoder()
 _EVENT: TypeAdapter[Any] = TypeAdapter(RawMessageStreamEvent)
 _DELTAS = {
     "text": {"text_delta": "text"},
@@ -17,6 +19,8 @@ _DELTAS = {
 
 def parse(text: str) -> list[dict[str, Any]]:
     """The events of a body; their names must be their types. Comments are left out."""
+    if not text:
+        return []
     assert text.endswith("\n\n")
     events = []
     for block in text[:-2].split("\n\n"):

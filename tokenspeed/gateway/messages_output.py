@@ -70,7 +70,7 @@ class Message:
         self._choice = generation.choices[0]
         self._page_size, self._kept_s = page_size, kept_s
         self._silent, self._omit = silent, omit
-        self._blocks = _Blocks(omit)
+        self._blocks = Blocks(omit)
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
@@ -146,7 +146,7 @@ class Message:
         }
 
 
-class _Blocks:
+class Blocks:
     """The blocks of a stream, one after the other."""
 
     def __init__(self, omit: bool) -> None:
