@@ -61,6 +61,16 @@ class Echo:
         found = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
         self.num_aborted += found is not None
 
+    def order(self, order: m.PrefixOrder) -> m.PrefixPages:
+        """What is dropped is what was asked for, or the beginning of it."""
+        ids, found = order.token_ids, 0
+        for salt, prompt in list(self._seen):
+            if salt == order.salt and ids[: len(prompt)] == list(prompt):
+                found = max(found, len(prompt) // PAGE_SIZE)
+                if isinstance(order, m.ReleasePrefix):
+                    self._seen.discard((salt, prompt))
+        return m.PrefixPages(order.call_id, found)
+
     def admit(self) -> None:
         for request_id in list(self.waiting):
             if len(self.running) >= self._max_num_seqs:
@@ -142,6 +152,8 @@ def run(args: argparse.Namespace) -> int:
                     echo.add(request)
                 case m.AbortRequest() as abort:
                     echo.abort(abort.request_id)
+                case m.RetainPrefix() | m.ReleasePrefix() as order:
+                    outbox.send(encode(echo.order(order)))
                 case m.Shutdown():
                     if args.stamps:
                         Path(f"{args.stamps}.{args.share[0]}").write_text(json.dumps(stamps))

@@ -3,7 +3,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,9 +19,10 @@ from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.engine_client import EngineClient
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.metrics import EngineMetrics, Metrics
-from tokenspeed.gateway.request_log import Journal, RequestLog
+from tokenspeed.gateway.request_log import Journal, Observer, RequestLog
 from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
+from tokenspeed.gateway.tenants import TenantSpec
 from tokenspeed.models.hub import DEMO_FOLDER
 from tokenspeed.text.chat_template import ChatTemplate
 from tokenspeed.text.parsers import choose
@@ -63,6 +64,8 @@ class FakeClient(EngineClient):
             self.echo.add(message)
         elif isinstance(message, m.AbortRequest):
             self.echo.abort(message.request_id)
+        elif isinstance(message, m.RetainPrefix | m.ReleasePrefix):
+            self._up(self.echo.order(message))
 
     def die(self) -> None:
         """What `_watch` does when the engine process ends."""
@@ -138,6 +141,8 @@ async def gateway(
     echo: Echo | None = None,
     engines: int = 1,
     keys: tuple[str, ...] = (),
+    tenants: Sequence[TenantSpec] = (),
+    observers: Sequence[Observer] = (),
     template: str | None = None,
     tokenizer: Tokenizer | None = TOKENIZER,
     config: dict[str, Any] | None = None,
@@ -157,13 +162,13 @@ async def gateway(
     worker = TemplateWorker(templates) if tokenizer is not None else None
     answers = choose("".join(templates.sources.values()), made.model.answer_format)
     names = made.model.served_model_name
-    service = Service(names, pool, metrics, Keys(keys), tokenizer, worker, answers, settings)
+    service = Service(names, pool, metrics, Keys(keys, tenants), tokenizer, worker, answers, settings)
     app = Application(
         route_table(service),
         service.keys,
         loopback=True,
         max_body=settings.max_body_bytes,
-        journal=Journal("null", [service.sessions, RequestLog()]),
+        journal=Journal("null", [service.sessions, RequestLog(), *observers]),
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     await pool.start()
