@@ -400,3 +400,51 @@ def steps_of(text: str, cuts: Sequence[int]) -> list[list[Piece]]:
     """`text` cut at `cuts`, a piece a step."""
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     return [[Piece(text[a:b])] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def every_cut(
+    format_: Format,
+    text: str,
+    tools: Sequence[Tool] = (),
+    starts_in: Channel = "content",
+) -> list[Event]:
+    """The events of `text`, which are the same for it in two parts, wherever cut, and in many."""
+    inputs = Inputs(starts_in, tools, frozenset())
+    whole = parse(format_, inputs, steps_of(text, []))
+    for cuts in (range(len(text)), *([cut] for cut in range(len(text)))):
+        assert parse(format_, inputs, steps_of(text, cuts)) == whole, (text, cuts)
+    return whole
+
+
+def calls_of(events: Iterable[Event]) -> list[tuple[str, str | None, str, bool]]:
+    """Name, id, arguments and whether complete, of each call."""
+    calls: list[tuple[str, str | None, str, bool]] = []
+    for event in events:
+        if isinstance(event, CallStart):
+            calls.append((event.name, event.id, "", False))
+        elif isinstance(event, CallArguments | CallEnd):
+            name, call_id, text, _ = calls[-1]
+            more = event.text if isinstance(event, CallArguments) else ""
+            calls[-1] = (name, call_id, text + more, event == CallEnd(complete=True))
+    return calls
+
+
+def check_cut_off(
+    format_: Format, text: str, tools: Sequence[Tool] = (), starts_in: Channel = "content"
+) -> None:
+    """An answer cut anywhere has the whole one's calls, the last one as far as it came."""
+    inputs = Inputs(starts_in, tools, frozenset())
+    whole = calls_of(parse(format_, inputs, steps_of(text, [])))
+    assert all(complete for *_, complete in whole)
+    for end in range(len(text)):
+        events = parse(format_, inputs, steps_of(text[:end], []))
+        assert parse(format_, inputs, steps_of(text[:end], range(end))) == events, text[:end]
+        calls = calls_of(events)
+        for got, want in zip(calls, whole, strict=False):
+            assert got == want or (got is calls[-1] and not got[3]), text[:end]
+        if calls:
+            assert whole[len(calls) - 1][2].startswith(calls[-1][2]), text[:end]
+
+
+def names(events: Iterable[Event]) -> list[str]:
+    return [event.name for event in events if isinstance(event, CallStart)]

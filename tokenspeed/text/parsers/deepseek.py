@@ -49,7 +49,7 @@ class _DeepseekParser(MarkedJsonParser):
 
 
 def _speaks_v3(source: str) -> bool:
-    return SEPARATOR in source and FENCE in source
+    return SEPARATOR in source and f"{FENCE}json" in source
 
 
 def _speaks_v31(source: str) -> bool:

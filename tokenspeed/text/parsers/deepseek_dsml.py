@@ -8,12 +8,14 @@
 </｜DSML｜tool_calls>
 
 V3.2 has `function_calls` for `tool_calls`, V4.1 ` calls` and a space before the other names. A
-value with `string="true"` is text, any other is JSON. Source: the models' encoding documents.
+value with `string="true"` is text, any other is JSON; one object may stand for all parameters.
+Source: the models' encoding documents.
 """
 
 import re
 
-from tokenspeed.text.channels import Format
+from tokenspeed.text.channels import Format, Inputs
+from tokenspeed.text.parsers.json_text import JsonText
 from tokenspeed.text.parsers.schema_kinds import KINDS
 from tokenspeed.text.parsers.tags import TagParser, Tags
 from tokenspeed.text.parsers.thinking import END_THINK, THINK, think_starts_in
@@ -46,10 +48,42 @@ class _DsmlParser(TagParser):
     closers: tuple[str, ...] = (_V4.section[1], _V32.section[1])
     inner = _V4.call[:1]
 
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__(inputs)
+        self._object = JsonText()
+
     def opened(self, marker: str) -> None:
         super().opened(marker)
         if marker in self.openers:
             self.state = self._find_call
+
+    def _between(self) -> bool:
+        """Instead of parameters, the whole arguments may stand there as an object."""
+        self.scan.skip_space()
+        if self._count or self.scan.peek() != "{":
+            return super()._between()
+        self._object = JsonText()
+        self.state = self._read_object
+        return True
+
+    def _read_object(self) -> bool:
+        end, part = self._object.feed(*self.scan.view())
+        self.scan.seek(end)
+        self.out.arguments(part)
+        if self._object.broken:
+            return self.close_call(complete=False, unclosed=True)
+        if self._object.done:
+            self.close_call(unclosed=True)
+            self.state = self._read_rest
+        return self._object.done
+
+    def _read_rest(self) -> bool:
+        """After an object: the call's closing tag."""
+        self.out.text(self.scan.skip_space())
+        found = self.scan.expect(self.tags.call[1])
+        if found is not None:
+            self.state = self.read_text
+        return found is not None
 
     def parameter(self, header: str) -> tuple[str, frozenset[str]]:
         name, _, flag = header.rpartition(" string=")
