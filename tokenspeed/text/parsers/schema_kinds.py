@@ -13,6 +13,17 @@ from tokenspeed.text.conversation import Tool
 KINDS = frozenset({"string", "integer", "number", "boolean", "null", "object", "array"})
 _MAX_DEPTH = 32
 _UNIONS = ("anyOf", "oneOf")
+# What people write where JSON schema has another word.
+_ALIASES = {
+    **dict.fromkeys(("str", "text", "char", "enum"), "string"),
+    **dict.fromkeys(("int", "int32", "int64", "long", "short"), "integer"),
+    **dict.fromkeys(("float", "double", "decimal"), "number"),
+    **dict.fromkeys(("dict", "map", "hashmap"), "object"),
+    **dict.fromkeys(("list", "tuple", "set", "arraylist"), "array"),
+    "bool": "boolean",
+    "none": "null",
+    **{kind: kind for kind in KINDS},
+}
 # Types that a schema without `type` is about.
 _HINTS = {"properties": "object", "items": "array", "prefixItems": "array", "pattern": "string"}
 
@@ -79,7 +90,8 @@ def _own(schema: dict[str, Any]) -> frozenset[str]:
     listed = schema.get("type")
     names = [listed] if isinstance(listed, str) else listed
     if isinstance(names, list):
-        known = frozenset(name for name in names if isinstance(name, str)) & KINDS
+        words = [name.lower() for name in names if isinstance(name, str)]
+        known = frozenset(_ALIASES[word] for word in words if word in _ALIASES)
         if known:
             return known
     if "const" in schema:
