@@ -107,7 +107,8 @@ void RetainingLru::retain(PageId page, TimeUs deadline, bool pinned) {
     p.deadline = latest;
     p.pinned |= pinned;
     mark(page);
-    while (num_marked_[kTimed] + num_marked_[kPinned] > max_marked_) {
+    while (num_marked_[kTimed] + num_marked_[kPinned] > max_marked_ &&
+           !mutant(Mutant::kR1BudgetIgnored)) {
         unretain(marks_.front(num_marked_[kTimed] > 0 ? kTimed : kPinned));
     }
     if (idle) put_in(page);

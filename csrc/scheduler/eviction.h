@@ -93,6 +93,7 @@ class RetainingLru : public EvictionPolicy {
     int num_pinned() const override { return num_marked_[kPinned]; }
 
   private:
+    friend class Inspector;               // tests/cpp/explore_inspect.h
     enum List : int { kStale, kLru };     // of lists_
     enum Mark : int { kTimed, kPinned };  // of marks_, in order of granting
     enum class Place : uint8_t { kOut, kListed, kHeld };

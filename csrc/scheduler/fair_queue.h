@@ -61,6 +61,7 @@ class FairQueue {
     const std::map<uint64_t, Entry>& all() const { return all_; }  // by arrival
 
   private:
+    friend class Inspector;  // tests/cpp/explore_inspect.h
     struct Ranked {
         uint64_t tag, head;
         User* user;

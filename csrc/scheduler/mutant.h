@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Known ways to break the scheduler, to test its tests. A build with -DTS_MUTANT=kName has that one
 // defect, and the exploration must find it (tests/cpp/mutants.cmake). Every other build has none:
-// `mutant` is false at compile time. K.., I.. and M.. are the classes of docs/scheduler.md.
+// `mutant` is false at compile time. K.., I.., M.. and R.. are the classes of docs/scheduler.md.
 #pragma once
 
 namespace tokenspeed {
@@ -34,6 +34,11 @@ enum class Mutant {
     kM1PlannedTwice,         // a request is in two micro-steps at once
     kM1CommitOutOfOrder,     // a later step may commit before the oldest one
     kM2Uneven,               // a micro-step takes every decoding request that it finds
+    kR1BudgetIgnored,        // marks beyond the share stay
+    kR2MarkOutlivesPage,     // a page that was taken is still marked
+    kR3MarksHoldBack,        // what is marked does not count as available
+    kR4PromiseBeyondBudget,  // a receipt promises what the share does not allow
+    kR5ReceiptTwice,         // a request is told again what was found for it
 };
 
 #ifndef TS_MUTANT

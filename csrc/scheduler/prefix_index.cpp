@@ -107,7 +107,7 @@ void PrefixIndex::drop(PageId page) {
 // Forgets a kept page.
 void PrefixIndex::remove(PageId page) {
     if (!mutant(Mutant::kK4VictimStays)) policy_->removed(page);
-    policy_->unretain(page);
+    if (!mutant(Mutant::kR2MarkOutlivesPage)) policy_->unretain(page);
     --num_kept_;
     ghosts_.add(entries_[page].hash);
     table_erase(page);

@@ -10,6 +10,7 @@
 //  X4  Nothing depends on the order of the table: it is only ever probed, never iterated.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -80,7 +81,10 @@ class PrefixIndex : public PageKeeper {
     bool keep(PageId page) override;
     void reused(PageId page) override;
     PageId give_back() override;
-    int num_kept() const override { return num_kept_; }
+    int num_kept() const override {
+        if (!mutant(Mutant::kR3MarksHoldBack)) return num_kept_;
+        return std::max(0, num_kept_ - policy_->num_retained() - policy_->num_pinned());
+    }
 
     bool published(PageId page) const { return entries_[page].published; }
     Hash128 hash(PageId page) const { return entries_[page].hash; }

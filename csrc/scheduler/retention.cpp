@@ -38,7 +38,8 @@ void Scheduler::retain_pages(Request& request) {
 // What is promised of the prompt's pages. Nothing if they cannot all be marked.
 TimeUs Scheduler::kept_us(const Request& request) const {
     const int num_pages = request.num_prompt / options_.page_size;
-    if (!options_.enable_prefix_caching || num_pages > max_retained()) return 0;
+    const bool fits = num_pages <= max_retained() || mutant(Mutant::kR4PromiseBeyondBudget);
+    if (!options_.enable_prefix_caching || !fits) return 0;
     return request.retention.pinned ? kMaxRetentionUs : request.retention.for_us;
 }
 

@@ -240,7 +240,7 @@ void Scheduler::report(Request& request, Finish finish, std::span<const int32_t>
     updates_.num_ids.push_back(static_cast<int32_t>(ids.size()));
     updates_.num_cached.push_back(request.num_cached);
     updates_.ids.insert(updates_.ids.end(), ids.begin(), ids.end());
-    if (std::exchange(request.reported, true)) return;
+    if (std::exchange(request.reported, !mutant(Mutant::kR5ReceiptTwice))) return;
     updates_.receipt_ids.push_back(request.id);
     updates_.receipt_miss.push_back(static_cast<int32_t>(request.miss));
     updates_.receipt_kept_us.push_back(kept_us(request));

@@ -203,7 +203,10 @@ bool report(const Coverage& c) {
         {"failed rows", c.failed_rows},
         {"micro-steps in flight together", c.micro_steps},
         {"chunks behind chunks in flight", c.chunks_in_flight},
-        {"answers of match_prefix", c.foretold}};
+        {"answers of match_prefix", c.foretold},
+        {"later arrivals of other users first", c.overtaken},
+        {"pages under retention", c.retained},
+        {"evictions of such pages", c.marks_evicted}};
     bool all = true;
     std::printf("edges with");
     for (const auto& [name, count] : counts) {

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "scheduler/scheduler.h"
@@ -59,12 +60,14 @@ class Inspector {
     Hash128 hash(PageId page) const { return s_.index_.hash(page); }
     const PrefixIndex& index() const { return s_.index_; }
 
-    uint64_t canonical_hash() const {
+    // `shares`: there is more than one user.
+    uint64_t canonical_hash(bool shares) const {
         Digest digest;
         Names pages(s_.pool_.num_pages()), slots(s_.slots_.num_slots());
         const std::vector<const Request*> all = s_.all_requests();
         for (const Request* request : all) add_request(*request, all, digest, pages, slots);
         add_index(digest, pages);
+        if (shares) add_shares(all, digest);
         for (const auto& step : s_.in_flight_) {
             digest.add(step.rows.size());
             for (const auto& row : step.rows) {
@@ -89,7 +92,7 @@ class Inspector {
              {request.id, uint64_t(request.state.index()), uint64_t(request.retractions),
               uint64_t(request.num_cached), uint64_t(request.refused_at == s_.room_version_), twin,
               uint64_t(request.twin_pages), uint64_t(request.tainted), s_.turn(request),
-              uint64_t(request.tokens.size())}) {
+              uint64_t(request.reported), uint64_t(request.tokens.size())}) {
             digest.add(word);
         }
         for (int32_t token : request.tokens) digest.add(static_cast<uint64_t>(token));
@@ -104,6 +107,46 @@ class Inspector {
         for (int i = 0; i < held->pages.size(); ++i) digest.add(pages.of(held->pages.id(i)));
     }
 
+    // Marks in order of granting, and when pages became idle: their deadlines' order hides it.
+    void add_retention(Digest& digest, Names& pages) const {
+        const auto& policy = static_cast<const RetainingLru&>(s_.index_.policy());
+        std::vector<PageId> marks, idle;
+        policy.marks(marks);
+        for (PageId page : marks) digest.add(pages.of(page));
+        bool any = false;
+        for (PageId page = 0; page < s_.pool_.num_pages(); ++page) {
+            const TimeUs deadline = policy.deadline(page);
+            any |= deadline > 0 || policy.pinned(page);
+            if (is_published(page) && s_.pool_.num_users(page) == 0) idle.push_back(page);
+        }
+        if (!any) return;
+        std::ranges::sort(idle, {}, [&](PageId page) { return policy.pages_[page].tick; });
+        for (PageId page : idle) digest.add(pages.of(page));
+    }
+    uint64_t retention_of(PageId page) const {
+        const auto& policy = static_cast<const RetainingLru&>(s_.index_.policy());
+        const TimeUs deadline = policy.deadline(page);
+        const TimeUs left = deadline == 0 ? 0 : std::max<TimeUs>(deadline - s_.now_, 0) + 1;
+        return uint64_t(left) << 2 | uint64_t(policy.pinned(page)) << 1 |
+               uint64_t(policy.pages_[page].marked);
+    }
+
+    // One user alone is served in order of arrival, whatever its tag.
+    void add_shares(const std::vector<const Request*>& all, Digest& digest) const {
+        for (const Request* request : all) {
+            digest.add(request->user == nullptr ? 0 : request->user->key);
+        }
+        std::map<uint64_t, uint64_t> tags;
+        for (const auto& [key, user] : s_.waiting_.users_) tags.emplace(key, user.tag);
+        for (const auto& [key, tag] : tags) {
+            digest.add(key);
+            digest.add(tag);
+        }
+        digest.add(s_.waiting_.highest_tag_);
+        digest.add(s_.waiting_.virtual_time());
+        for (const auto& [arrival, entry] : s_.waiting_.all()) digest.add(entry.num_passed);
+    }
+
     // Superseded and least recently used pages stand in one order, and new ones join at its two
     // ends, so where the first kind stops does not matter.
     void add_index(Digest& digest, Names& pages) const {
@@ -111,6 +154,7 @@ class Inspector {
         s_.index_.policy().order(order);
         digest.add(order.size());
         for (PageId page : order) digest.add(pages.of(page));
+        add_retention(digest, pages);
         std::vector<PageId> named(s_.pool_.num_pages(), kNoPage);
         for (PageId page = 0; page < s_.pool_.num_pages(); ++page) {
             if (is_published(page)) named[pages.of(page)] = page;
@@ -118,9 +162,10 @@ class Inspector {
         for (PageId page : named) {
             if (page == kNoPage) continue;
             const auto& entry = s_.index_.entries_[page];
-            for (uint64_t word : {pages.of(page), entry.hash.low, uint64_t(entry.generated),
-                                  uint64_t(entry.superseded), pages.of(entry.parent),
-                                  pages.of(entry.first_child), pages.of(entry.next_sibling)}) {
+            for (uint64_t word :
+                 {pages.of(page), entry.hash.low, uint64_t(entry.generated),
+                  uint64_t(entry.superseded), retention_of(page), pages.of(entry.parent),
+                  pages.of(entry.first_child), pages.of(entry.next_sibling)}) {
                 digest.add(word);
             }
         }

@@ -9,10 +9,16 @@ namespace tokenspeed {
 
 void World::plan() {
     const int num_published = Inspector(*scheduler_).num_published();
+    const Stats before = scheduler_->stats();
+    const int64_t num_marks = before.num_retained_pages + before.num_pinned_pages;
     num_decoding_ = num_decoding();
     const std::span<const int32_t> words = scheduler_->next_plan();
     unbind_retracted();
     coverage_.evictions += check_ && Inspector(*scheduler_).num_published() < num_published;
+    const Stats after = scheduler_->stats();
+    coverage_.retained += check_ && num_marks > 0;
+    coverage_.marks_evicted +=
+        check_ && after.num_retained_pages + after.num_pinned_pages < num_marks;
     planned_ = !words.empty();
     if (!planned_) return demand(!flights_.empty() || !any_live(), "I9: nobody can run: stuck");
     demand(words[kPlanHeaderMagic] == kPlanMagic && words[kPlanHeaderVersion] == kLayoutVersion &&
@@ -264,6 +270,13 @@ void World::count(const Flight& flight) {
         const Request* request =
             life && life->live ? scheduler_->find(id_of(life->client)) : nullptr;
         coverage_.held_back += request != nullptr && request->twin_pages > 0;
+        if (request == nullptr || holdings(request->state) != nullptr) continue;
+        for (const Row& row : flight.rows) {
+            const Request* other = scheduler_->find(id_of(row.life->client));
+            coverage_.overtaken += row.life->next == row.end() &&
+                                   other->arrival > request->arrival &&
+                                   other->user != request->user && request->retractions == 0;
+        }
     }
 }
 

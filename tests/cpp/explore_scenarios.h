@@ -57,6 +57,22 @@ inline std::vector<Scenario> quick_scenarios() {
                        tight_options(3, 2, mode),
                        {{.prompt = {1, 2, 3}, .max_tokens = 3},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}}}});
+        SchedulerOptions kept = tight_options(3, 1, mode);
+        kept.retention_permille = 700;  // two of the pages
+        all.push_back({in_mode("2x3 retention, pages of 1", mode),
+                       kept,
+                       {{.prompt = {1, 2}, .max_tokens = 2, .retention = {.for_us = 1}},
+                        {.prompt = {1, 3}, .max_tokens = 2, .retention = {.pinned = true}}},
+                       /*again=*/true,
+                       /*time=*/true});
+        SchedulerOptions one = tight_options(3, 1, mode);
+        one.max_num_seqs = 1;
+        all.push_back({in_mode("3x3 users, one slot, once", mode),
+                       one,
+                       {{.prompt = {1}, .max_tokens = 3, .user = 1},
+                        {.prompt = {2}, .max_tokens = 2, .user = 1},
+                        {.prompt = {3}, .max_tokens = 2, .user = 2}},
+                       /*again=*/false});
         if (mode.num_micro_steps > 1) {
             all.push_back({in_mode("2x3 chunks in flight, pages of 2", mode),
                            tight_options(3, 2, mode),

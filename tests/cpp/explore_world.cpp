@@ -40,6 +40,8 @@ std::vector<Move> World::moves() const {
     }
     if (scenario_.again && scheduler_->stats().num_cached_pages > 0)
         all.push_back({Move::kFlush, 0});
+    if (scenario_.time && scheduler_->stats().num_retained_pages > 0)
+        all.push_back({Move::kTime, 0});
     if (num_in_flight() < scheduler_->max_in_flight()) all.push_back({Move::kPlan, 0});
     if (flights_.empty()) return all;
     std::vector<uint32_t> outcomes = {0};
@@ -69,6 +71,8 @@ void World::apply(Move move, bool check) {
             return commit(move.detail);
         case Move::kFlush:
             return demand(scheduler_->flush_cache() > 0, "nothing was flushed");
+        case Move::kTime:
+            return scheduler_->advance(++now_);
     }
 }
 
@@ -82,7 +86,9 @@ NewRequest World::request(int client) const {
             .stop_ids = kStops,
             .salt = spec.salt,
             .read_cache = spec.read_cache,
-            .prompt_logprobs = spec.prompt_logprobs};
+            .prompt_logprobs = spec.prompt_logprobs,
+            .user = spec.user,
+            .retention = spec.retention};
 }
 
 void World::submit(int client) {
@@ -128,6 +134,8 @@ void World::commit(uint32_t outcomes) {
     demand(updates.finish == expected.finish, "wrong finish reason");
     demand(updates.num_ids == expected.num_ids && updates.ids == expected.ids, "wrong ids");
     demand(updates.num_cached == expected.num_cached, "wrong count of cached tokens");
+    demand(updates.receipt_ids == expected.receipt_ids, "not one receipt with the first report");
+    demand(updates.receipt_kept_us == expected.receipt_kept_us, "a wrong promise of retention");
     for (const Row& row : flight.rows) unbind_if_over(*row.life);
 }
 
@@ -172,6 +180,13 @@ void World::settle(const Row& row, Move::Outcome outcome, int32_t id, Updates& e
     expected.num_ids.push_back(failed ? 0 : 1);
     expected.num_cached.push_back(std::min(life.resumed_at, static_cast<int>(spec.prompt.size())));
     if (!failed) expected.ids.push_back(id);
+    if (std::exchange(life.heard, true)) return;
+    const SchedulerOptions& options = scenario_.options;
+    const int budget = options.num_pages * options.retention_permille / 1000;
+    const bool keeps = static_cast<int>(spec.prompt.size()) / page_size_ <= budget;
+    const TimeUs wish = spec.retention.pinned ? kMaxRetentionUs : spec.retention.for_us;
+    expected.receipt_ids.push_back(id_of(life.client));
+    expected.receipt_kept_us.push_back(keeps ? wish : 0);
 }
 
 std::vector<int32_t> World::result(const Flight& flight, uint32_t outcomes) const {
@@ -220,7 +235,9 @@ int World::pages_for(int num_tokens) const { return (num_tokens + page_size_ - 1
 
 uint64_t World::hash() const {
     Digest digest;
-    digest.add(Inspector(*scheduler_).canonical_hash());
+    const bool shares =
+        std::ranges::any_of(scenario_.specs, [](const Spec& spec) { return spec.user != 0; });
+    digest.add(Inspector(*scheduler_).canonical_hash(shares));
     for (const Flight& flight : flights_) {
         for (const Row& row : flight.rows) digest.add(row.life->poisoned);
     }
@@ -229,7 +246,8 @@ uint64_t World::hash() const {
 }
 
 std::string World::describe(Move move) const {
-    static constexpr const char* kKinds[] = {"submit ", "abort ", "plan", "commit", "flush"};
+    static constexpr const char* kKinds[] = {"submit ", "abort ", "plan",
+                                             "commit",  "flush",  "time"};
     std::string text = kKinds[move.kind];
     if (move.kind == Move::kSubmit || move.kind == Move::kAbort) {
         text += static_cast<char>('A' + move.detail);

@@ -34,6 +34,8 @@ struct Spec {
     std::vector<uint8_t> salt = {};
     bool read_cache = true;
     bool prompt_logprobs = false;
+    Retention retention = {};
+    uint64_t user = 0;
 };
 
 struct Scenario {
@@ -41,6 +43,7 @@ struct Scenario {
     SchedulerOptions options;
     std::vector<Spec> specs;
     bool again = true;  // clients submit again when they are over, and the cache is flushed
+    bool time = false;  // it passes while anything is retained
 };
 
 inline constexpr int32_t kStopId = 9;
@@ -61,11 +64,14 @@ struct Coverage {
     size_t micro_steps = 0;       // steps planned beside others in flight, without overlap
     size_t chunks_in_flight = 0;  // chunks planned behind a chunk in flight
     size_t foretold = 0;          // non-zero answers of match_prefix
+    size_t overtaken = 0;         // admissions of a later arrival of another user
+    size_t retained = 0;          // plans made while pages are marked, by time or pinned
+    size_t marks_evicted = 0;     // pages that were taken although they were marked
 };
 
 // What may happen next. A commit's `detail` has two bits for each row of the step: its outcome.
 struct Move {
-    enum Kind : uint8_t { kSubmit, kAbort, kPlan, kCommit, kFlush };
+    enum Kind : uint8_t { kSubmit, kAbort, kPlan, kCommit, kFlush, kTime };
     enum Outcome : uint32_t { kToken = 0, kStop = 1, kFail = 2 };
     Kind kind;
     uint32_t detail;
@@ -100,6 +106,7 @@ class World {
         int next = -1;                       // position of the next row; -1: the first one says
         bool sampled = false;                // since it was bound
         bool poisoned = false;               // a row failed
+        bool heard = false;                  // something was reported
     };
     using LifeOf = std::shared_ptr<Life>;
     struct Row {
@@ -167,6 +174,7 @@ class World {
     std::vector<Cell> cells_;                  // [page * page_size + offset]
     std::deque<Flight> flights_;
     uint64_t next_step_ = 0;
+    TimeUs now_ = 0;
     bool planned_ = false;
     int num_decoding_ = 0;  // before the plan that is being checked
     bool check_ = true;
