@@ -162,7 +162,8 @@ async def gateway(
     worker = TemplateWorker(templates) if tokenizer is not None else None
     answers = choose("".join(templates.sources.values()), made.model.answer_format)
     names = made.model.served_model_name
-    service = Service(names, pool, metrics, Keys(keys, tenants), tokenizer, worker, answers, settings)
+    owners = Keys(keys, tenants)
+    service = Service(names, pool, metrics, owners, tokenizer, worker, answers, settings)
     app = Application(
         route_table(service),
         service.keys,
