@@ -1,112 +1,137 @@
 # SPDX-License-Identifier: MIT
-"""A session's answers come back as the ids that were sampled, in every dialect."""
-
-import json
+"""A session's answers come back as the ids that were sampled: every dialect, every family."""
 
 import pytest
 
 from benchmarks.null_engine import PAGE_SIZE
-from tests.gateway.harness import TOKENIZER, gateway
+from tests.gateway.agents import ChatAgent, MessagesAgent, ResponsesAgent
+from tests.gateway.harness import gateway
 from tests.gateway.paged_script import SessionEngine, odd_ids
+from tests.unit.chat_families import FAMILIES, Family
 
-CHAT = "/v1/chat/completions"
-TOOLS = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": f"Does {name}.",
-            "parameters": {
-                "type": "object",
-                "properties": {"path": {"type": "string"}, "n": {"type": "number"}},
-            },
-        },
-    }
-    for name in ("read_file", "run_tests")
-]
-CALL = '<tool_call>{"name": "%s", "arguments": {"path": "a/%d.py", "n": 1.0}}</tool_call>'
+NUM_TURNS = 10
+DEMO = FAMILIES["demo"]
 
 
-def script(turn: int) -> list[int]:
-    """Thinking, then words on every third turn, else one call or two."""
-    text = f"<think>Turn {turn}: what   now? é</think>"
-    if turn % 3 == 2:
-        text += f"Turn {turn} is done.\n\nIt works.\n"
-    else:
-        text += f"\nI look at {turn}.\n" + CALL % ("read_file", turn)
-        text += CALL % ("run_tests", turn) if turn % 3 == 1 else ""
-    return odd_ids(TOKENIZER, text + "<|end|>")
+def script(family: Family, turn: int) -> list[int]:
+    """Thinking, then words on every third turn, else a call or two."""
+    thought = f"Turn {turn}: what   now? é" if family.thinks else ""
+    talks = turn % 3 == 2
+    content = f"Turn {turn} is done.\n\nIt works, é.\n" if talks else f"I look at {turn}."
+    if not talks and not family.mixed:
+        content = ""
+    calls = [] if talks else [("read_file", {"path": f"a/{turn}.py", "n": 1.0})]
+    if turn % 3 == 1 and family.parallel:
+        calls.append(("run_tests", {"path": "", "n": 2.5}))
+    return odd_ids(family.tokenizer(), family.write(thought, content, calls))
 
 
-def chat_follow_up(message, turn: int):
-    """What an agent sends next: its model's message written anew, results, reminders."""
-    echo = {"role": "assistant", "content": (message["content"] or "").strip() or None}
-    if turn % 2:
-        echo["reasoning_content"] = message["reasoning_content"]
-    results = []
-    for call in message.get("tool_calls", []):
-        function = call["function"]
-        arguments = json.loads(function["arguments"])
-        arguments = {"n": 1, "path": arguments["path"]}  # another order, whole floats as integers
-        again = {"name": function["name"], "arguments": json.dumps(arguments)}
-        echo.setdefault("tool_calls", []).append(
-            {"id": call["id"], "type": "function", "function": again}
-        )
-        results.append({"role": "tool", "tool_call_id": call["id"], "content": f"ok {turn}"})
-    if not results:
-        results = [{"role": "user", "content": [{"type": "text", "text": f"go on {turn}"}]}]
-    if turn % 4 == 1:
-        results.append({"role": "system", "content": f"Reminder {turn}: be brief."})
-    return [echo, *results]
-
-
-async def chat_session(g, num_turns: int, stream: bool, **extra):
-    messages = [
-        {"role": "system", "content": "You are an agent. " * 20},
-        {"role": "user", "content": "Fix the tests."},
-    ]
-    cached = []
+async def run_session(g, agent, num_turns=NUM_TURNS, **extra):
     for turn in range(num_turns):
-        body = {"messages": messages, "tools": TOOLS, **extra}
-        if stream:
-            message, usage = _joined(
-                await g.events(CHAT, {**body, "stream_options": {"include_usage": True}})
-            )
-        else:
-            reply = await g.post(CHAT, body)
-            assert reply.status_code == 200, reply.text
-            message, usage = reply.json()["choices"][0]["message"], reply.json()["usage"]
-        cached.append(usage["prompt_tokens_details"]["cached_tokens"])
-        messages = [*messages, *chat_follow_up(message, turn)]
-    return cached
+        reply = await g.post(agent.path, agent.body() | extra)
+        assert reply.status_code == 200, reply.text
+        agent.take(reply.json(), turn)
 
 
-def _joined(events):
-    message = {"content": "", "reasoning_content": "", "tool_calls": []}
-    for event in events[:-1]:
-        delta = event["choices"][0]["delta"]
-        message["content"] += delta.get("content") or ""
-        message["reasoning_content"] += delta.get("reasoning_content") or ""
-        for call in delta.get("tool_calls", []):
-            if "id" in call:
-                message["tool_calls"].append({"id": call["id"], "function": call["function"]})
-            else:
-                last = message["tool_calls"][-1]["function"]
-                last["arguments"] += call["function"]["arguments"]
-    return message, events[-1]["usage"]
+def family_gateway(family: Family, echo: SessionEngine, **options):
+    return gateway(
+        echo=echo,
+        template=family.template,
+        tokenizer=family.tokenizer(),
+        config={"answer_format": None},
+        **options,
+    )
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("thinking", [False, True])
-async def test_ten_turns_are_continued_token_by_token(stream, thinking):
-    echo = SessionEngine([script(turn) for turn in range(10)])
-    extra = {"chat_template_kwargs": {"enable_thinking": True}} if thinking else {}
-    if thinking:
-        echo.scripts = [ids[len(odd_ids(TOKENIZER, "<think>")) :] for ids in echo.scripts]
-    async with gateway(echo=echo) as g:
-        cached = await chat_session(g, 10, stream, **extra)
-    assert len(echo.prompts) == 10
+def whole_pages(total: list[int]) -> int:
+    """Tokens of a turn that are in whole pages; its last token has not been computed on."""
+    return (len(total) - 1) // PAGE_SIZE * PAGE_SIZE
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("agent", [ChatAgent, MessagesAgent, ResponsesAgent])
+async def test_ten_turns_are_continued_token_by_token(agent, name):
+    family, asking = FAMILIES[name], agent()
+    echo = SessionEngine([script(family, turn) for turn in range(NUM_TURNS)])
+    async with family_gateway(family, echo) as g:
+        await run_session(g, asking)
+        assert g.service.prompts.history.num_hits == NUM_TURNS - 1
+    assert len(echo.prompts) == NUM_TURNS
     for before, prompt in zip(echo.totals, echo.prompts[1:], strict=False):
-        assert prompt[: len(before)] == before
-    expected = [(len(total) - 1) // PAGE_SIZE * PAGE_SIZE for total in echo.totals[:-1]]
-    assert cached == [0, *expected]
+        assert prompt[: len(before) - 1] == before[:-1]
+        # What ended an answer of gpt-oss is written otherwise once it is history.
+        assert name == "harmony" or prompt[len(before) - 1] == before[-1]
+    assert asking.cached == [0, *map(whole_pages, echo.totals[:-1])]
+
+
+async def test_without_history_the_same_session_loses_its_cache():
+    """The template of Qwen 3 leaves old thoughts out, and odd tokens are never made again."""
+    family, asking = FAMILIES["qwen3"], ChatAgent()
+    echo = SessionEngine([script(family, turn) for turn in range(NUM_TURNS)])
+    async with family_gateway(family, echo, history_bytes=0) as g:
+        await run_session(g, asking)
+    lost = zip(asking.cached[1:], echo.totals, strict=False)
+    assert sum(cached < whole_pages(total) for cached, total in lost) > NUM_TURNS // 2
+
+
+@pytest.mark.parametrize("agent", [ChatAgent, MessagesAgent, ResponsesAgent])
+async def test_streamed_answers_are_remembered_too(agent):
+    asking = agent()
+    echo = SessionEngine([script(DEMO, turn) for turn in (0, 0, 1)])
+    async with family_gateway(DEMO, echo) as g:
+        body = asking.body()
+        await g.post(asking.path, body | {"stream": True})
+        streamed = len(g.service.prompts.history)
+        await run_session(g, asking, 2)
+    assert streamed == 1
+    assert echo.prompts[2][: len(echo.totals[1])] == echo.totals[1]
+
+
+async def test_answers_cut_by_their_limit_are_ended_for_them():
+    family, asking = FAMILIES["qwen3"], ChatAgent()
+    tokenizer = family.tokenizer()
+    words = odd_ids(tokenizer, "one two three four")
+    echo = SessionEngine([words, script(family, 2)])
+    async with family_gateway(family, echo) as g:
+        await run_session(g, asking, 2, max_tokens=7)
+    before, prompt = echo.totals[0], echo.prompts[1]
+    assert prompt[: len(before)] == before
+    rest = tokenizer.decode(prompt[len(before) :], skip_special_tokens=False)
+    assert rest == "<|im_end|>\n<|im_start|>user\ngo on 0<|im_end|>\n<|im_start|>assistant\n"
+
+
+async def test_every_choice_is_remembered():
+    echo = SessionEngine([odd_ids(DEMO.tokenizer(), f"answer {i}<|end|>") for i in range(3)])
+    asking = ChatAgent()
+    async with family_gateway(DEMO, echo) as g:
+        reply = (await g.post(asking.path, asking.body() | {"n": 2})).json()
+        reply["choices"].reverse()
+        asking.take(reply, 0)
+        await run_session(g, asking, 1)
+        assert len(g.service.prompts.history) == 3
+    second = next(t for t in echo.totals if DEMO.tokenizer().decode(t).endswith("answer 1"))
+    assert echo.prompts[2][: len(second)] == second
+
+
+@pytest.mark.parametrize("change", ["content", "arguments", "thought", "system", "tenant"])
+async def test_what_is_changed_is_rendered_anew(change):
+    asking = ChatAgent()
+    echo = SessionEngine([script(DEMO, 1), script(DEMO, 2)])
+    keys = ("a" * 20, "b" * 20)
+    headers = [{"authorization": f"Bearer {key}"} for key in keys]
+    async with family_gateway(DEMO, echo, keys=keys) as g:
+        reply = await g.post(asking.path, asking.body(), headers=headers[0])
+        asking.take(reply.json(), 1)
+        answer = asking.messages[2]
+        if change == "content":
+            answer["content"] += "!"
+        elif change == "arguments":
+            answer["tool_calls"][0]["function"]["arguments"] = '{"path": "b.py", "n": 1}'
+        elif change == "thought":
+            answer["reasoning_content"] = "Something else."
+        elif change == "system":
+            asking.messages[0]["content"] += "!"
+        who = headers[change == "tenant"]
+        assert (await g.post(asking.path, asking.body(), headers=who)).status_code == 200
+        assert g.service.prompts.history.num_hits == 0
+    assert echo.prompts[1][: len(echo.totals[0])] != echo.totals[0]

@@ -42,7 +42,11 @@ _TWO = {
     "tool_calls": [_call(2, "first"), _call(3, "second")],
 }
 _ROUND: list[dict[str, Any]] = [_USER, _ONE, _result(1, "first")]
-_BEFORE: tuple[list[dict[str, Any]], ...] = ([_USER], [_SYSTEM, _USER], [_SYSTEM, _USER, _TEXT, *_ROUND, _TEXT, _SYSTEM, _USER])
+_BEFORE: tuple[list[dict[str, Any]], ...] = (
+    [_USER, _TEXT, _USER],
+    [_SYSTEM, _USER, _TEXT, *_ROUND, _TEXT, _USER],
+    [_SYSTEM, _USER, _TEXT, _SYSTEM, _USER],
+)
 _AFTER_TEXT: tuple[list[dict[str, Any]], ...] = (
     [_USER],
     [],
@@ -51,23 +55,27 @@ _AFTER_TEXT: tuple[list[dict[str, Any]], ...] = (
     [_USER, _TEXT, _USER],
     _ROUND,
 )
-_AFTER_CALLS = (
+_AFTER_ONE: tuple[list[dict[str, Any]], ...] = (
+    [_result(1, "first")],
+    [_result(1, "first"), _SYSTEM],
+    [_result(1, "first"), _USER],
+    [_USER],
+)
+_AFTER_TWO: tuple[list[dict[str, Any]], ...] = (
     [_result(2, "first"), _result(3, "second")],
-    [_result(2, "first"), _result(3, "second"), _SYSTEM],
     [_result(2, "first"), _result(3, "second"), _USER],
     [_result(2, "first"), _result(3, "second"), _ONE, _result(1, "first")],
-    [_USER],
 )
 
 
 def _cases() -> list[Case]:
     made = []
     for before in _BEFORE:
-        for turn, afters in ((_TEXT, _AFTER_TEXT), (_TWO, _AFTER_CALLS)):
+        for turn, afters in ((_TEXT, _AFTER_TEXT), (_ONE, _AFTER_ONE), (_TWO, _AFTER_TWO)):
             for after in afters:
                 messages = [*before, turn, *after]
-                needs = turn is _TWO or any("tool_calls" in m for m in messages)
-                made.append(Case(messages, len(before), needs))
+                needs_tools = any("tool_calls" in message for message in messages)
+                made.append(Case(messages, len(before), needs_tools))
     return made
 
 

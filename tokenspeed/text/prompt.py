@@ -90,7 +90,8 @@ class Prompts:
                 wanted = "inline_system" in self._rules
                 systems = probe_systems(self._render) if wanted else Systems()
                 if self.history.max_bytes:
-                    self._tails.is_local()
+                    for tools in (False, True):
+                        self._tails.is_local(tools=tools)
                 self._canonical = Canonical(self._rules, systems)
             return self._canonical
 
