@@ -84,6 +84,10 @@ def _check_item(events: list[dict[str, Any]], items: list[dict[str, Any]]) -> li
     assert all(event["output_index"] == index for event in own)
     cut = not own or own[-1]["type"] != "response.output_item.done"
     kinds = [event["type"].removeprefix("response.") for event in own]
+    if item["type"] in ("tool_search_call", "local_shell_call"):
+        assert kinds == ["output_item.done"]
+        items.append(own[0]["item"])
+        return events[2:]
     if item["type"] in _TEXTS:
         text = _check_text(item["type"], kinds, own, cut)
         key = None

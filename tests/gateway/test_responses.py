@@ -19,7 +19,14 @@ TEMPLATE = (
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
 PATCH = {"type": "custom", "name": "apply_patch", "description": "Edits"}
 SPACE = {"type": "namespace", "name": "mcp__demo", "description": "Demo", "tools": [ADD, PATCH]}
-TOOLS = [ADD, PATCH, SPACE, {"type": "web_search", "external_web_access": True}]
+SEARCH = {
+    "type": "tool_search",
+    "execution": "client",
+    "description": "Finds tools",
+    "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+}
+WEB = {"type": "web_search", "external_web_access": True}
+TOOLS = [ADD, PATCH, SPACE, SEARCH, {"type": "local_shell"}, WEB]
 
 
 def call(name: str, **arguments: object) -> str:
@@ -34,6 +41,7 @@ ANSWERS = {
     "function": f"<think>so</think>I add.{call('add', a=1, b='ü')}",
     "custom": call("apply_patch", input='*** Begin\n+"🙂"\n*** End\n'),
     "namespace": call("mcp__demo__add", a=[1, 2]) + call("mcp__demo__apply_patch", input="x"),
+    "own": call("tool_search", query="add", limit=3) + call("local_shell", command=["ls", "-l"]),
     "unknown": call("nobody", a=1),
     "broken": '<tool_call>{"name": "add", "arguments": {"a": 1',
 }
@@ -95,6 +103,19 @@ async def test_items_of_every_kind():
         "apply_patch",
         "x",
     )
+
+
+async def test_calls_with_items_of_their_own():
+    search, shell = (await outputs(ANSWERS["own"]))["output"]
+    assert search["type"] == "tool_search_call"
+    assert (search["execution"], search["arguments"]) == ("client", {"query": "add", "limit": 3})
+    assert shell["type"] == "local_shell_call"
+    assert (shell["action"]["command"], shell["action"]["env"]) == (["ls", "-l"], {})
+    wrong = call("local_shell", command="ls -l") + '<tool_call>{"name": "tool_search", "arg'
+    shell, *rest = (await outputs(wrong))["output"]
+    assert shell["action"]["command"] == ["bash", "-lc", "ls -l"]
+    assert [item["type"] for item in rest] == ["tool_search_call"]
+    assert (rest[0]["status"], rest[0]["arguments"]) == ("incomplete", {})
 
 
 async def test_usage_counts_reasoning_and_cache():
@@ -164,7 +185,7 @@ async def test_every_field_comes_back():
     }
     made = await outputs(TEXT, **asked)
     assert {name: made[name] for name in asked} == asked
-    assert made["tools"] == TOOLS[:3]
+    assert made["tools"] == TOOLS[:5]
     assert made["top_logprobs"] == 0
     assert made["error"] is None
     assert made["background"] is False

@@ -22,7 +22,7 @@ HOSTED = [
     {"type": kind}
     for kind in (
         "web_search web_search_preview image_generation file_search code_interpreter mcp"
-        " computer_use_preview local_shell shell tool_search of_the_future"
+        " computer_use_preview shell tool_search of_the_future"
     ).split()
 ]
 
@@ -181,6 +181,39 @@ def test_tools_of_every_kind():
     assert tools[1].grammar == ("lark", 'start: "x"')
     assert ignored == [f"tools.{tool['type']}" for tool in HOSTED]
     assert [tool["name"] for tool in shown_tools([ADD, SPACE, *HOSTED])] == ["add", "mcp__demo"]
+
+
+def test_tools_that_items_bring():
+    search = {"type": "tool_search", "execution": "client", "parameters": {"type": "object"}}
+    found = {"type": "tool_search_output", "execution": "client", "call_id": "1"}
+    items = [
+        {"type": "additional_tools", "role": "developer", "tools": [PATCH, ADD]},
+        user("u"),
+        {"type": "tool_search_call", "execution": "client", "call_id": "1", "arguments": {"q": 1}},
+        found | {"tools": [SPACE, ADD]},
+        {"type": "tool_search_call", "execution": "client", "call_id": "2", "arguments": {}},
+        found | {"tools": [SPACE], "call_id": "2"},
+        {"type": "tool_search_call", "execution": "client", "call_id": "3", "arguments": {}},
+        found | {"tools": [], "call_id": "3"},
+    ]
+    ignored = []
+    tools = read_tools([search, ADD], ignored, items)
+    names = [tool.name for tool in tools]
+    assert names == [
+        "tool_search",
+        "add",
+        "apply_patch",
+        "mcp__demo__add",
+        "mcp__demo__apply_patch",
+    ]
+    reader = Messages(tools, ignored)
+    reader.read(items)
+    assert ignored == []
+    calls = [m["tool_calls"][0]["function"] for m in reader.made if "tool_calls" in m]
+    assert calls[0] == {"name": "tool_search", "arguments": '{"q": 1}'}
+    results = [m["content"] for m in reader.made if m["role"] == "tool"]
+    assert results[0] == "Tools found:\nmcp__demo__add\nmcp__demo__apply_patch\nadd"
+    assert results[2] == "No tools found."
 
 
 def test_names_of_namespaces_never_collide():

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.responses_seal import unseal
-from tokenspeed.gateway.responses_tools import model_name, note
+from tokenspeed.gateway.responses_tools import found_names, model_name, note
 from tokenspeed.text.conversation import Tool
 
 Item = dict[str, Any]
@@ -68,6 +68,13 @@ class Messages:
             case "local_shell_call" | "shell_call":
                 action = json.dumps(item.get("action"), ensure_ascii=False)
                 self._call(item, _ACTIONS[kind], action, at)
+            case "tool_search_call" if item.get("execution") == "client":
+                arguments = json.dumps(item.get("arguments"), ensure_ascii=False)
+                self._call(item, "tool_search", arguments, at)
+            case "tool_search_output" if item.get("execution") == "client":
+                self._result({**item, "output": found_names(item.get("tools"), self._tools)}, at)
+            case "additional_tools":
+                pass  # they are among the tools
             case str() if kind in _RESULTS:
                 self._result(item, at)
             case _:

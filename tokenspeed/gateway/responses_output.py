@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenspeed.gateway.app import encode_json
 from tokenspeed.gateway.responses_seal import seal
+from tokenspeed.gateway.responses_tools import ClientTool
 from tokenspeed.text.channels import (
     CallArguments,
     CallEnd,
@@ -49,6 +50,7 @@ class Output:
         self._open: Item | None = None  # the last item, unless it is done
         self._parts: list[str] = []  # its text
         self._input: InputText | None = None  # of a custom tool's call
+        self._own: ClientTool | None = None  # whose call is an item of its own type
         self._made: list[bytes] = []
         self._next = 0
 
@@ -141,6 +143,11 @@ class Output:
     def _start_call(self, name: str, call_id: str) -> None:
         self._close("completed")
         tool = self._conversation.tool(name)
+        if isinstance(tool, ClientTool):
+            self._own = tool
+            item = {"id": _new("tool"), "type": tool.item, "status": "in_progress"}
+            self._add({**item, "call_id": call_id, **tool.fields("")})
+            return
         custom = tool is not None and tool.custom
         kind = _CUSTOM if custom else _FUNCTION
         item = {"id": _new("ctc" if custom else "fc"), "type": kind, "status": "in_progress"}
@@ -159,6 +166,8 @@ class Output:
         if not text or self._open is None:
             return
         self._parts.append(text)
+        if self._own is not None:
+            return
         kind = self._open["type"]
         place: dict[str, Any] = {"item_id": self._open["id"], "output_index": self._index}
         if kind in _CALL_EVENTS:
@@ -175,7 +184,9 @@ class Output:
         place: dict[str, Any] = {"item_id": item["id"], "output_index": self._index}
         kind, item["status"] = item["type"], status
         self._set_text(item, text)
-        if kind in _CALL_EVENTS:
+        if self._own is not None:
+            pass  # nothing is said of it before it is done
+        elif kind in _CALL_EVENTS:
             event, key = _CALL_EVENTS[kind]
             extra = {"name": item["name"]} if kind == _FUNCTION else {}
             self._event(f"{event}.done", **place, **extra, **{key: text})
@@ -187,10 +198,12 @@ class Output:
         if kind == "reasoning" and self._seals:
             item["encrypted_content"] = seal(text)
         self._event("response.output_item.done", output_index=self._index, item=item)
-        self._open, self._parts, self._input = None, [], None
+        self._open, self._parts, self._input, self._own = None, [], None, None
 
     def _set_text(self, item: Item, text: str) -> None:
-        if item["type"] in _CALL_EVENTS:
+        if self._own is not None:
+            item |= self._own.fields(text)
+        elif item["type"] in _CALL_EVENTS:
             item[_CALL_EVENTS[item["type"]][1]] = text
         else:
             item["content"] = [_part(item["type"], text)]

@@ -3,9 +3,12 @@
 
 A namespace's tools get names of their own (`mcp__demo` + `add` = `mcp__demo__add`); the answer
 names them as the client did. Tools that only OpenAI's servers can run are left out and noted.
+Those with items of their own that the client runs (`ClientTool`) are functions to the model.
 """
 
 import dataclasses
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenspeed.errors import RequestError
@@ -13,21 +16,81 @@ from tokenspeed.gateway.openai_tools import chat_tool_choice, custom_tool, funct
 from tokenspeed.text.conversation import Tool, ToolChoice
 
 _READERS = {"function": function_tool, "custom": custom_tool}
+_TOOL_ITEMS = ("additional_tools", "tool_search_output")
+_TEXTS = {"type": "array", "items": {"type": "string"}}
+_SHELL = {
+    "type": "object",
+    "properties": {
+        "command": {**_TEXTS, "description": "The program and its arguments"},
+        "working_directory": {"type": "string"},
+        "timeout_ms": {"type": "integer"},
+    },
+    "required": ["command"],
+}
 Given = dict[str, Any]
 
 
-def read_tools(given: list[Given] | None, ignored: list[str]) -> tuple[Tool, ...]:
-    """The tools that the model sees; what it does not see goes to `ignored`, once each."""
-    made: list[Tool] = []
-    for i, entry in enumerate(given or ()):
-        kind, at = str(entry.get("type")), f"tools[{i}]"
-        if kind in _READERS:
-            made.append(_READERS[kind](entry, at))
-        elif kind == "namespace":
-            made += _of_namespace(entry, at, ignored)
-        else:
-            note(ignored, f"tools.{kind[:40]}")
+@dataclasses.dataclass(frozen=True, slots=True)
+class ClientTool(Tool):
+    """A tool that is called by an item of a type of its own."""
+
+    item: str = ""
+
+    def fields(self, arguments: str) -> Given:
+        """The item's own fields, of the call's arguments as the model wrote them."""
+        try:
+            given = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            given = arguments
+        if self.item == "tool_search_call":
+            asked = given if isinstance(given, dict) else {"query": str(given)}
+            return {"execution": "client", "arguments": asked}
+        about = given if isinstance(given, dict) else {"command": given}
+        command = about.get("command")
+        if command is None:
+            command = []
+        elif not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
+            command = ["bash", "-lc", str(command)]
+        rest = {name: about.get(name) for name in ("timeout_ms", "working_directory")}
+        return {"action": {"type": "exec", "command": command, "env": {}, **rest}}
+
+
+def read_tools(
+    given: Sequence[Given] | None, ignored: list[str], items: Iterable[Given] = ()
+) -> tuple[Tool, ...]:
+    """The tools that the model sees; what it does not see goes to `ignored`, once each.
+
+    Those that `items` bring, as the result of a search or otherwise, come after those `given`.
+    """
+    made = [tool for i, entry in enumerate(given or ()) for tool in _read(entry, i, ignored)]
+    unique(tuple(tool for tool in made if tool.namespace is None))
+    known = {(tool.namespace, tool.own_name or tool.name) for tool in made}
+    for item in items:
+        found = item.get("tools")
+        if item.get("type") not in _TOOL_ITEMS or not isinstance(found, list):
+            continue
+        entries = [one for one in found if isinstance(one, dict)]
+        for tool in [tool for i, one in enumerate(entries) for tool in _read(one, i, ignored)]:
+            if (key := (tool.namespace, tool.own_name or tool.name)) not in known:
+                known.add(key)
+                made.append(tool)
     return unique(tuple(_with_free_names(made)))
+
+
+def _read(entry: Given, index: int, ignored: list[str]) -> list[Tool]:
+    """The tools of one entry."""
+    kind, at = str(entry.get("type")), f"tools[{index}]"
+    if kind in _READERS:
+        return [_READERS[kind](entry, at)]
+    if kind == "namespace":
+        return _of_namespace(entry, at, ignored)
+    if kind == "local_shell":
+        return [ClientTool(kind, "Runs a command.", _SHELL, item="local_shell_call")]
+    if kind == "tool_search" and entry.get("execution") == "client":
+        about = function_tool({**entry, "name": kind}, at)
+        return [ClientTool(kind, about.description, about.parameters, item="tool_search_call")]
+    note(ignored, f"tools.{kind[:40]}")
+    return []
 
 
 def _of_namespace(entry: Given, at: str, ignored: list[str]) -> list[Tool]:
@@ -79,6 +142,19 @@ def model_name(name: str, space: str | None, tools: tuple[Tool, ...]) -> str:
     return joined_name(space, name)
 
 
+def found_names(given: Any, tools: tuple[Tool, ...]) -> str:
+    """What a search of tools tells the model: how it calls what was found."""
+    entries = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    names = []
+    for entry in entries:
+        inner = entry.get("tools") if entry.get("type") == "namespace" else None
+        space = str(entry.get("name")) if isinstance(inner, list) else None
+        for one in inner if isinstance(inner, list) else [entry]:
+            if isinstance(one, dict):
+                names.append(model_name(str(one.get("name")), space, tools))
+    return "\n".join(["Tools found:", *names]) if names else "No tools found."
+
+
 def shown_tools(given: list[Given] | None) -> list[Given]:
     """The tools that are served, as a response repeats them: every field that it must have."""
     made = []
@@ -87,7 +163,7 @@ def shown_tools(given: list[Given] | None) -> list[Given]:
             made.append(entry | {name: entry.get(name) for name in ("parameters", "strict")})
         elif entry.get("type") == "namespace":
             made.append({"description": "", **entry})
-        elif entry.get("type") == "custom":
+        elif _read(entry, 0, []):
             made.append(entry)
     return made
 

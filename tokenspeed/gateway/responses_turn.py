@@ -77,16 +77,16 @@ def read_request(
     for name in _NESTED:
         check_depth(getattr(request, name), name)
     ignored: list[str] = []
-    tools = read_tools(request.tools, ignored)
+    parent = _parent(store, request, caller.tenant)
+    before = [] if parent is None else parent.all_items()
+    items = input_items(request.input, lambda item_id: store.find_item(caller.tenant, item_id))
+    tools = read_tools(request.tools, ignored, [*before, *items])
     choice, tools = read_tool_choice(
         request.tool_choice, request.parallel_tool_calls, tools, ignored
     )
-    parent = _parent(store, request, caller.tenant)
-    items = input_items(request.input, lambda item_id: store.find_item(caller.tenant, item_id))
     reader = Messages(tools, ignored)
     _instructions(reader, request.instructions)
-    if parent is not None:
-        reader.read(parent.all_items())
+    reader.read(before)
     reader.read(items)
     if request.text is not None and request.text.verbosity is not None:
         note(ignored, "text.verbosity")
