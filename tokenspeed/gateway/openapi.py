@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from tokenspeed import __version__
+from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.app import Call, RouteSpec, encode_json
 from tokenspeed.gateway.tenants import ROLES
 
@@ -25,6 +26,21 @@ _ERROR = {
                 "code": {"type": ["string", "null"]},
             },
         }
+    },
+}
+
+# Of routes whose errors have a look of their own, which is Anthropic's.
+_TYPED_ERROR = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+        "request_id": {"type": "string"},
     },
 }
 
@@ -54,7 +70,7 @@ def document(table: Sequence[RouteSpec]) -> dict[str, Any]:
         "info": {"title": "TokenSpeed", "version": __version__},
         "paths": paths,
         "components": {
-            "schemas": {**schemas, "Error": _ERROR},
+            "schemas": {**schemas, "Error": _ERROR, "TypedError": _TYPED_ERROR},
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -64,7 +80,8 @@ def document(table: Sequence[RouteSpec]) -> dict[str, Any]:
 
 
 def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    name = "Error" if spec.failure is ApiError.body else "TypedError"
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
     anything: dict[str, Any] = {"application/json": {"schema": {}}}
     if spec.path == "/metrics":
         anything = {"text/plain": {"schema": {"type": "string"}}}
