@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The `anthropic` SDK against the gateway in process, and errors as it types them."""
 
+import itertools
+import json
 from contextlib import asynccontextmanager
 
 import anthropic
@@ -12,6 +14,7 @@ from pydantic import TypeAdapter
 from tests.gateway import anthropic_events as events
 from tests.gateway.harness import gateway
 from tests.gateway.scripted import Scripted
+from tokenspeed.gateway.messages_schema import MessagesRequest
 
 CONFIG = {"answer_format": "hermes"}
 CALL = '<tool_call>\n{"name": "f", "arguments": {"x": "é", "n": [1, 2]}}\n</tool_call>'
@@ -187,3 +190,16 @@ async def test_deep_json_is_refused_everywhere():
             reply = await g.post(PATH, body)
             assert reply.status_code == 400
             assert "nested too deeply" in reply.json()["error"]["message"]
+
+
+async def test_any_value_in_any_field_is_served_or_named():
+    values = '-1 0 1.5 1e308 2147483648 true null "x" "" [] {} [5] [{}] {"type":"x"} NaN'.split()
+    values += ["9" * 30, "9" * 5000, '[[["a"]]]', '"\\ud800"', '{"type":["a"],"name":{}}']
+    fields = MessagesRequest.__struct_fields__
+    async with gateway(echo=Scripted("ok")) as g:
+        for field, value in itertools.product((*fields, "of_tomorrow"), values):
+            body = json.dumps(ASK | {"max_tokens": 2, field: "@"}).replace('"@"', value)
+            reply = await g.http.post(PATH, content=body, headers=JSON)
+            assert reply.status_code in (200, 400), (field, value[:40], reply.text)
+            if reply.status_code == 400 and "\\" not in value:
+                assert reply.json()["error"]["message"].startswith(field), (value[:40], reply.text)

@@ -82,7 +82,7 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
     for name in ("messages", "tools", "system", "tool_choice", "output_config", "output_format"):
         check_depth(getattr(request, name), name)
     note_hosted(request, notes)
-    notes.keep(request.cache_control, "body")
+    notes.keep(request.cache_control, "")
     tools = Tools(request.tools, notes)
     history = Input(notes, tools)
     history.read(request.system, request.messages)
