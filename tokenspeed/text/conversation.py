@@ -72,6 +72,7 @@ class Conversation:
     add_generation_prompt: bool = True
     add_special_tokens: bool = False
     loaded: tuple[Tool, ...] = ()
+    continue_final: bool = False  # the answer goes on with the last message, the assistant's
 
     @property
     def callable(self) -> tuple[Tool, ...]:

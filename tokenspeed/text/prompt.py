@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
-from tokenspeed.errors import ContextLengthError
+from tokenspeed.errors import ContextLengthError, RequestError
 from tokenspeed.text.canonical import Canonical, chosen_rules
 from tokenspeed.text.canonical_probe import Render, Systems, probe_systems
 from tokenspeed.text.channels import Channel, Format
 from tokenspeed.text.conversation import Conversation
 from tokenspeed.text.history import History, Known, first_difference
-from tokenspeed.text.history_keys import Keys, Spoken, thought_digest, thought_of
+from tokenspeed.text.history_keys import Keys, Spoken, plain_text, thought_digest, thought_of
 from tokenspeed.text.history_tail import Tail, Tails
 from tokenspeed.text.prompt_regions import region_of
 from tokenspeed.text.tokenizer import Tokenizer
 
+_MARK = "\ue000 to be continued \ue000"
 _PROMPT_END = 512  # characters that say in which channel an answer begins
 _MAX_TOLD = 1 << 14  # sessions of which it is remembered what was logged
 
@@ -109,7 +110,8 @@ class Prompts:
         canonical = self._canonical or self.prepare()
         conversation, rules = canonical.apply(conversation)
         made = Prompt([], rules=rules, conversation=conversation)
-        if not self.history.max_bytes or conversation.add_special_tokens:
+        plain = conversation.add_special_tokens or conversation.continue_final
+        if plain or not self.history.max_bytes:
             return self._whole(made, max_model_len)
         messages = conversation.messages
         keys = self._keys.chain(self._root(canonical, conversation, salt), messages)
@@ -194,15 +196,31 @@ class Prompts:
         conversation = made.conversation
         if conversation is None:
             raise ValueError("a prompt is made of a conversation")
-        text = self._render(
-            conversation.messages,
-            tools=[tool.definition() for tool in conversation.tools] or None,
-            add_generation_prompt=conversation.add_generation_prompt,
-            **conversation.options,
-        )
+        text = self._text(conversation)
         check_length(text, self._tokenizer, max_model_len, "messages")
         ids = self._encode(text, conversation.add_special_tokens)
         return replace(made, ids=ids, starts_in=self._format.starts_in(text[-_PROMPT_END:]))
+
+    def _text(self, conversation: Conversation) -> str:
+        """All of it rendered. A last message to go on with is rendered as a mark, and then put
+        where the mark stands: templates close it, and some change it."""
+        messages, final = conversation.messages, None
+        if conversation.continue_final:
+            final = plain_text(messages[-1].get("content"))
+            messages = [*messages[:-1], messages[-1] | {"content": _MARK}]
+        text = self._render(
+            messages,
+            tools=[tool.definition() for tool in conversation.tools] or None,
+            add_generation_prompt=conversation.add_generation_prompt and final is None,
+            **conversation.options,
+        )
+        if final is None:
+            return text
+        before, mark, _ = text.rpartition(_MARK)
+        if not mark:
+            why = "messages: this model's template cannot go on with an assistant's message"
+            raise RequestError(why, field="messages")
+        return before + final
 
     def _encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         return self._share(self._tokenizer.encode(text, add_special_tokens))
