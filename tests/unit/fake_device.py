@@ -65,6 +65,8 @@ class FakeDevice:
         self.outputs: dict[int, list[int]] = {}
         self.finish: dict[int, int] = {}
         self.num_cached: dict[int, int] = {}
+        self.receipts: dict[int, tuple[int, int]] = {}  # request -> MISS_*, microseconds kept
+        self.pages_of: dict[int, list[int]] = {}  # request -> pages of its last row, from its start
         self.first_row: dict[int, int] = {}  # request -> number of plans made before
 
     def run(self, max_steps: int = 10_000) -> None:
@@ -109,10 +111,13 @@ class FakeDevice:
             for i, token in enumerate(given):
                 value = self.last[row.slot] if token == -1 else token
                 self.pages[self._place(row.slot, row.start + i)] = value
+            end = row.start + row.num_tokens
+            self.pages_of[self.bound[row.slot]] = [
+                self.table[row.slot, i] for i in range(-(-end // self.page_size))
+            ]
             failed = self.fails(self.bound[row.slot], row.start)
             words += [row.slot, int(failed), int(bool(row.flags & 1) and not failed)]
             if row.flags & 1:
-                end = row.start + row.num_tokens
                 seen = [self.pages[self._place(row.slot, i)] for i in range(end)]
                 self.last[row.slot] = next_token(seen)
                 ids += [] if failed else [self.last[row.slot]]
@@ -135,6 +140,14 @@ class FakeDevice:
         updates = self.scheduler.commit(self.in_flight.popleft())
         self.scheduler.check_invariants()
         ids = updates.ids.tolist()
+        for request, miss, kept_us in zip(
+            updates.receipt_ids.tolist(),
+            updates.receipt_miss.tolist(),
+            updates.receipt_kept_us.tolist(),
+            strict=True,
+        ):
+            assert request not in self.outputs, "a receipt comes with the first update"
+            self.receipts[request] = (miss, kept_us)
         for request, finish, count, cached in zip(
             updates.request_ids.tolist(),
             updates.finish.tolist(),

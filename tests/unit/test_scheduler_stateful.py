@@ -44,6 +44,9 @@ class Spec(NamedTuple):
     read_cache: bool
     prompt_logprobs: bool
     fails_at: int
+    user: int = 0
+    retention_s: float = 0.0
+    pinned: bool = False
 
     def outcome(self, max_model_len: int) -> tuple[list[int], int]:
         """Its tokens and its finish, computed without a scheduler."""
@@ -184,6 +187,9 @@ specs = st.builds(
     read_cache=st.sampled_from([True, True, False]),
     prompt_logprobs=st.sampled_from([False, False, True]),
     fails_at=st.sampled_from([NEVER] * 6 + [5, 11]),
+    user=st.sampled_from([0, 0, 1, 2**64 - 1]),
+    retention_s=st.sampled_from([0.0, 0.0, 1.5, 1e9]),
+    pinned=st.sampled_from([False, False, False, True]),
 )
 MAX_MODEL_LEN = 22
 
@@ -198,6 +204,7 @@ class AnyOrder(RuleBasedStateMachine):
         extra=st.integers(0, 6),
         mode=st.sampled_from([(0, 1), (1, 1), (0, 2), (0, 3)]),
         caching=st.sampled_from([True, True, False]),
+        share=st.sampled_from([0.5, 1.0, 0.0]),
     )
     def start(
         self,
@@ -207,6 +214,7 @@ class AnyOrder(RuleBasedStateMachine):
         extra: int,
         mode: tuple[int, int],
         caching: bool,
+        share: float,
     ) -> None:
         overlap_depth, num_micro_steps = mode
         self.depth = overlap_depth + num_micro_steps - 1
@@ -222,7 +230,9 @@ class AnyOrder(RuleBasedStateMachine):
             enable_prefix_caching=caching,
             hash_key=bytes(16),
             record_events=True,
+            retention_share=share,
         )
+        self.now, self.share = 0.0, share
         self.device = Device(self.num_pages, page_size, seqs, overlaps=overlap_depth > 0)
         self.live: dict[int, Life] = {}
         self.in_flight: deque[Step] = deque()
@@ -240,6 +250,9 @@ class AnyOrder(RuleBasedStateMachine):
             salt=spec.salt,
             read_cache=spec.read_cache,
             prompt_logprobs=spec.prompt_logprobs,
+            user=spec.user,
+            retention_s=spec.retention_s,
+            pinned=spec.pinned,
         )
 
     @rule(request_id=st.sampled_from([0, 1, 2, 3, 1 << 40]), spec=specs)
@@ -305,6 +318,9 @@ class AnyOrder(RuleBasedStateMachine):
         if not self.in_flight:
             return
         updates = self.scheduler.commit(self.in_flight.popleft().result)
+        receipts = updates.receipt_ids.tolist()
+        for request_id in updates.request_ids.tolist():
+            assert (request_id in receipts) == (not self.live[request_id].heard)
         ids = deque(updates.ids.tolist())
         columns = (updates.request_ids, updates.finish, updates.num_ids)
         for request_id, finish, count in zip(*(c.tolist() for c in columns), strict=True):
@@ -343,6 +359,30 @@ class AnyOrder(RuleBasedStateMachine):
     def flush(self) -> None:
         self.scheduler.flush_cache()
 
+    @rule(seconds=st.sampled_from([0.0, 0.5, 2.0, 2e9]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        self.scheduler.advance(self.now)
+
+    @precondition(lambda self: self.said)
+    @rule(
+        back=st.integers(1, 3),
+        salt=st.sampled_from([b"", b"tenant"]),
+        retention_s=st.sampled_from([0.0, 3.0]),
+        pinned=st.booleans(),
+    )
+    def retain(self, back: int, salt: bytes, retention_s: float, pinned: bool) -> None:
+        tokens = np.array(self.said[-min(back, len(self.said))], np.int32)
+        self.scheduler.retain(tokens, salt, retention_s=retention_s, pinned=pinned)
+
+    @precondition(lambda self: self.said)
+    @rule(back=st.integers(1, 3), salt=st.sampled_from([b"", b"tenant"]))
+    def release(self, back: int, salt: bytes) -> None:
+        tokens = np.array(self.said[-min(back, len(self.said))], np.int32)
+        free = self.scheduler.stats().num_free_pages
+        count = self.scheduler.release(tokens, salt)
+        assert self.scheduler.stats().num_free_pages == free + count
+
     @invariant()
     def books_agree(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -350,6 +390,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.scheduler.check_invariants()
         stats = self.scheduler.stats()
         assert stats.num_running + stats.num_waiting == len(self.live)
+        marked = stats.num_retained_pages + stats.num_pinned_pages
+        assert marked <= self.share * self.num_pages
         if self.live or not self.in_flight:
             assert self.scheduler.has_work() == bool(self.live)
 
