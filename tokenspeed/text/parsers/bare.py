@@ -33,6 +33,11 @@ class BareParser(ThinkParser):
                 return True
         return super().read_text()
 
+    def cut(self) -> None:
+        if not "".join(self.raw).strip(" \t\r\n,;"):
+            self.raw = []  # what parts calls, and no further call
+        super().cut()
+
     def skip(self, text: str) -> None:
         """Reads `text`, which stands next."""
         self.scan.seek(self.scan.view()[1] + len(text))

@@ -89,10 +89,8 @@ class PlainJsonParser(BareParser):
         self._call.flush()
         if self.out.in_call:
             self.close_call(self._call.complete)
-            return
-        if self.raw[:1] in ([","], [";"]) and not "".join(self.raw[1:]).strip():
-            self.raw = []  # nothing follows what would part calls
-        self.give_up()
+        else:
+            super().cut()
 
     def _calls(self) -> tuple[str, ...]:
         return super()._calls() if self.known and self.out.channel == "content" else ()

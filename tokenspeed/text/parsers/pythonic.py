@@ -175,12 +175,12 @@ class _PythonicParser(BareParser):
         return True
 
     def _after_call(self) -> bool:
-        char = self._space()
-        self.raw = []
+        self.out.text(self.scan.skip_space())
+        char = self.scan.peek()
         if char == "]":
             return self._end_list()
         if char == ",":
-            self.skip(char)
+            self._pass(char)
             self.state = self._read_name
         elif char:
             self.state = self.read_text
