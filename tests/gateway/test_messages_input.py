@@ -6,6 +6,7 @@ import json
 import pytest
 
 from tests.gateway.harness import TOKENIZER, gateway
+from tests.gateway.scripted import Scripted
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.messages_input import Input
 from tokenspeed.gateway.messages_schema import (
@@ -236,7 +237,9 @@ WRONG = [
         "messages.2.content.0.content",
     ),
     ([user(text("q")), assistant(USE)], "messages"),
-    ([user(text("q")), assistant(text("so"))], "messages"),
+    ([user(text("q")), assistant(text("so "))], "messages"),
+    ([user(text("q")), assistant({"type": "thinking", "thinking": "hm"})], "messages"),
+    ([{"role": "system", "content": [text("")]}], "messages"),
 ]
 
 
@@ -246,6 +249,28 @@ def test_mistakes_name_their_place(messages, at):
         read(*messages)
     assert found.value.field == at
     assert str(found.value).startswith(f"{at}: ")
+
+
+async def test_the_answer_goes_on_with_the_assistants_last_message():
+    body = {
+        "model": "m",
+        "max_tokens": 9,
+        "messages": [
+            {"role": "user", "content": "JSON please"},
+            {"role": "assistant", "content": '{"a":'},
+        ],
+    }
+    async with gateway(echo=Scripted(" 1}")) as g:
+        reply = await g.post(PATH, body)
+        counted = await g.post(f"{PATH}/count_tokens", body)
+        prompt = TOKENIZER.decode(g.echo.prompts[0], skip_special_tokens=False)
+    assert reply.json()["content"] == [text(" 1}")]
+    assert prompt.endswith('<|end|><|assistant|>{"a":')
+    assert counted.json()["input_tokens"] == reply.json()["usage"]["input_tokens"]
+    async with gateway(template="{{ messages[0].content }}") as g:
+        reply = await g.post(PATH, body)
+    assert reply.status_code == 400
+    assert "cannot go on" in reply.json()["error"]["message"]
 
 
 async def test_mistakes_are_400_in_the_dialect():

@@ -89,7 +89,13 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
     options = template_options(request, notes)
     given = {name: getattr(request, name) for name in _SAME_NAME}
     return TurnRequest(
-        conversation=Conversation(history.messages, tools.shown, options, loaded=tools.loaded),
+        conversation=Conversation(
+            history.messages,
+            tools.shown,
+            options,
+            loaded=tools.loaded,
+            continue_final=history.goes_on,
+        ),
         params=SamplingParams(
             # 0 asks for the prompt to be cached; one token is the least that the engine makes.
             max_tokens=request.max_tokens or 1,

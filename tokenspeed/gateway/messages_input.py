@@ -43,12 +43,23 @@ class Input:
                 self._user(blocks, at)
             else:
                 self._system(blocks)
-        last = self.messages[-1]["role"] if self.messages else ""
-        if last == "assistant" and self._open:
+        if not self.messages:
+            refuse("messages", "at least one message must say something")
+        if self.goes_on:
+            self._check_final()
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the answer is to go on with the last message."""
+        return bool(self.messages) and self.messages[-1]["role"] == "assistant"
+
+    def _check_final(self) -> None:
+        if self._open:
             refuse("messages", "`tool_use` blocks must be followed by their `tool_result` blocks")
-        if last in ("assistant", ""):
-            why = "this model does not support assistant message prefill: the conversation must"
-            refuse("messages", f"{why} end with a user message")
+        text = self.messages[-1]["content"]
+        if not text or text != text.rstrip():
+            why = "a last message of the assistant must have text, and no white space at its end"
+            refuse("messages", why)
 
     def _system(self, blocks: list[Block]) -> None:
         parts = [self._text(block, at) for at, block in blocks]
