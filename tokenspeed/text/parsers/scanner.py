@@ -99,6 +99,13 @@ class Scanner:
         self._at = found.end() if found else self._at
         return found.group() if found else ""
 
+    def cut(self, *markers: str) -> bool:
+        """Whether the text is over in the middle of one of the markers; reads that if so."""
+        rest = self._text[self._at :] if self.closed else ""
+        found = rest in _wanted(markers, self._tokens).prefixes
+        self._at = len(self._text) if found else self._at
+        return found
+
     def skip_space(self) -> str:
         """Reads the spaces, tabs and line breaks that stand next."""
         found = _SPACE.match(self._text, self._at)

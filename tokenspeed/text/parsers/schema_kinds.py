@@ -60,29 +60,29 @@ def _properties(schema: Any, root: Any, key: str, seen: set[int], depth: int) ->
 
 
 def _kinds(schema: Any, root: Any, seen: set[int], depth: int) -> frozenset[str]:
-    """Empty if the schema was looked at already: it allows what it did the first time."""
+    """Empty if the schema only leads back to one that is being looked at: it adds nothing."""
     if not isinstance(schema, dict) or depth > _MAX_DEPTH:
         return KINDS
     if id(schema) in seen:
         return frozenset()
     seen.add(id(schema))
-    allowed = _own(schema)
+    limits = []
     if "$ref" in schema:
-        allowed = _both(allowed, _kinds(_target(schema["$ref"], root), root, seen, depth + 1))
+        limits.append(_kinds(_target(schema["$ref"], root), root, seen, depth + 1))
     for word in _UNIONS:
         branches = schema.get(word)
         if isinstance(branches, list) and branches:
             parts = [_kinds(branch, root, seen, depth + 1) for branch in branches]
-            allowed = _both(allowed, frozenset().union(*parts))
+            limits.append(frozenset().union(*parts))
     branches = schema.get("allOf")
     for branch in branches if isinstance(branches, list) else []:
-        allowed = _both(allowed, _kinds(branch, root, seen, depth + 1))
+        limits.append(_kinds(branch, root, seen, depth + 1))
+    allowed = _own(schema)
+    for limit in limits:
+        allowed = allowed & limit or allowed  # a contradiction allows what the first did
+    if allowed == KINDS and frozenset() in limits:
+        return frozenset()
     return allowed | {"null"} if schema.get("nullable") is True else allowed
-
-
-def _both(left: frozenset[str], right: frozenset[str]) -> frozenset[str]:
-    """What both allow; a contradiction allows what the first did."""
-    return left & right or left
 
 
 def _own(schema: dict[str, Any]) -> frozenset[str]:

@@ -101,8 +101,9 @@ class TagParser(ThinkParser):
         """White space, then a parameter or the call's end."""
         self.scan.skip_space()
         tags = self.tags
-        marker = self.scan.expect(tags.parameter, tags.call[1], *self.closers)
-        if marker is None:
+        follows = (tags.parameter, tags.call[1], *self.closers)
+        marker = self.scan.expect(*follows)
+        if marker is None or (not marker and self.scan.cut(*follows)):
             return False
         if marker == tags.parameter:
             self._part = []
@@ -156,13 +157,15 @@ class TagParser(ThinkParser):
         """A closing tag was read: that of the value, or that of the call if it lacks the other."""
         self._closing.append(self.scan.skip_space())
         whole_call = self._closing[0] != self.tags.value_end
-        follows = self.closers if whole_call else (*self.closers, *self._follows())
+        inner = () if whole_call else (self.tags.parameter, self.tags.call[1])
+        follows = (*inner, *self.closers)
         at = self.scan.view()[1]
         marker = self.scan.expect(*follows)
         self.scan.seek(at)
         if marker is None:
             return False
-        if marker or (self.scan.closed and self.scan.empty):
+        over = self.scan.closed and (self.scan.empty or self.scan.cut(*follows))
+        if marker or over:
             self.out.arguments(self._value.finish())
             self.state = self._between
             if whole_call:
@@ -172,9 +175,6 @@ class TagParser(ThinkParser):
         self._feed("".join(self._closing))
         self.state = self._read_value
         return True
-
-    def _follows(self) -> tuple[str, str]:
-        return self.tags.parameter, self.tags.call[1]
 
     def _feed(self, text: str) -> None:
         """Gives text to the value, but for the line breaks around it."""

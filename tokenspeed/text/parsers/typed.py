@@ -9,6 +9,7 @@ are. Text that fits no allowed type is JSON if it is JSON, else a string: nothin
 import re
 
 from tokenspeed.text.parsers.json_text import as_json, quoted
+from tokenspeed.text.parsers.python_text import PythonValue
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 _NUMBER_START = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]*)?)?")
@@ -78,4 +79,17 @@ def converted(text: str, kinds: frozenset[str]) -> str:
         return json_text
     if low in ("null", "none") and "string" not in kinds:
         return "null"
-    return json_text if json_text and "string" not in kinds else f'"{quoted(text)}"'
+    if "string" not in kinds:
+        json_text = json_text or _from_python(bare, kinds)
+        if json_text:
+            return json_text
+    return f'"{quoted(text)}"'
+
+
+def _from_python(text: str, kinds: frozenset[str]) -> str | None:
+    """An object or array in Python's words, such as `{'a': True}`, which models write too."""
+    if text[:1] not in _STARTS or kinds.isdisjoint(_STARTS.values()):
+        return None
+    value = PythonValue()
+    made, end = value.push(text, 0)
+    return as_json(made) if value.done and end == len(text) else None
