@@ -21,6 +21,8 @@ _SPACE = (
     'json_space ::= "" | " " | "\\n" json_indent\n'
     f"json_indent ::= {' | '.join(f'{chr(34)}{indent}{chr(34)}' for indent in _INDENTS)}\n"
 )
+_AFTER_TAG = re.compile(r'("(?:(?!</)(?:\\.|[^"\\]))*>") ' + re.escape(_GAP))
+_BEFORE_END = re.compile(re.escape(_GAP) + r'(?= "</)')
 _USUAL = ('"', "\\", "\n", "\r", "\t", "\b", "\f")  # what classes get an escape for
 
 
@@ -68,6 +70,16 @@ def with_little_space(grammar: str) -> str:
     Models that have nothing to say can otherwise fill gaps until their tokens are spent.
     """
     return "\n".join(map(_narrow_gaps, grammar.split("\n"))) + "\n" + _SPACE
+
+
+def with_tight_values(grammar: str, *, padded: bool) -> str:
+    """A grammar of values in tags without gaps around them, where space would be the value's.
+
+    `padded`: a line break before and after it is not.
+    """
+    pad = '("" | "\\n")' if padded else ""
+    grammar = _BEFORE_END.sub(lambda _: pad, grammar)
+    return _AFTER_TAG.sub(lambda found: f"{found[1]} {pad}", grammar)
 
 
 def _narrow_gaps(rule: str) -> str:

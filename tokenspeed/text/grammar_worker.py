@@ -26,7 +26,12 @@ from io import BufferedRWPair
 from typing import IO, TYPE_CHECKING, Any
 
 from tokenspeed.execution.grammars import tokenizer_info
-from tokenspeed.text.ebnf import in_json_string, with_little_space, with_tokens
+from tokenspeed.text.ebnf import (
+    in_json_string,
+    with_little_space,
+    with_tight_values,
+    with_tokens,
+)
 
 if TYPE_CHECKING:
     import xgrammar
@@ -247,8 +252,12 @@ def _translate(tag: Any, tokens: dict[str, int], info: "xgrammar.TokenizerInfo")
         return tag
     if tag.get("type") == "json_schema":
         alone = {"type": "structural_tag", "format": tag}
-        text = with_little_space(str(xgrammar.Grammar.from_structural_tag(alone)))
-        if tokens and tag.get("style", "json") != "json":
+        text = str(xgrammar.Grammar.from_structural_tag(alone))
+        style = tag.get("style", "json")
+        if style != "json":
+            text = with_tight_values(text, padded=style == "qwen_xml")
+        text = with_little_space(text)
+        if style != "json" and tokens:
             text = with_tokens(text, tokens)
         return {"type": "grammar", "grammar": text}
     if tag.get("type") != "foreign":
