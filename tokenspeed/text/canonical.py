@@ -50,8 +50,9 @@ class Canonical:
         self.rules, self.systems = rules, systems
         self._tools: dict[bytes, tuple[Tool, bytes, bool]] = {}
 
-    def apply(self, conversation: Conversation) -> tuple[Conversation, Counter[str]]:
-        """The conversation, and how often each rule changed something in it."""
+    def apply(self, conversation: Conversation) -> tuple[Conversation, Counter[str], bytes]:
+        """The conversation, how often each rule changed something in it, and a digest of what the
+        model sees of the tools."""
         done: Counter[str] = Counter()
         messages = conversation.messages
         if "drop_attribution" in self.rules:
@@ -60,21 +61,13 @@ class Canonical:
             messages = _drop_empty_text(messages, done)
         if "inline_system" in self.rules:
             messages = self._place_systems(messages, done)
-        tools = conversation.tools
-        if tools and "sort_tool_keys" in self.rules:
-            found = [self._tool(tool) for tool in tools]
-            done["sort_tool_keys"] += sum(changed for _, _, changed in found)
-            tools = tuple(tool for tool, _, _ in found)
+        found = [self._tool(tool) for tool in conversation.tools]
+        done["sort_tool_keys"] += sum(changed for _, _, changed in found)
+        key = blake2b(b"".join(key for _, key, _ in found), digest_size=16).digest()
         if not +done:
-            return conversation, +done
-        return dataclasses.replace(conversation, messages=messages, tools=tools), +done
-
-    def tools_key(self, tools: Sequence[Tool]) -> bytes:
-        """A digest of what the model sees of the tools."""
-        digest = blake2b(digest_size=16)
-        for tool in tools:
-            digest.update(self._tool(tool)[1])
-        return digest.digest()
+            return conversation, +done, key
+        tools = tuple(tool for tool, _, _ in found)
+        return dataclasses.replace(conversation, messages=messages, tools=tools), +done, key
 
     def _tool(self, tool: Tool) -> tuple[Tool, bytes, bool]:
         """The tool in canonical form, its digest, and whether that is another form."""

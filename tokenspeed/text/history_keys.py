@@ -73,12 +73,13 @@ class Keys:
                 for call in calls:
                     digest.update(self._call(call))
             return digest.digest()
-        role, name, call_id = (message.get(key) for key in ("role", "name", "tool_call_id"))
+        text = (content or "").encode(errors="surrogatepass")
         rest = b"" if message.keys() <= _KNOWN else _json(_rest(message))
         if content is None:
             rest += _json(message.get("content"))
-        text = (content or "").encode(errors="surrogatepass")
-        digest.update(f"{role!r} {name!r} {call_id!r} {len(text)} {len(rest)} ".encode())
+        get = message.get
+        head = (get("role"), get("name"), get("tool_call_id"), len(text), len(rest))
+        digest.update(repr(head).encode(errors="backslashreplace"))
         digest.update(text)
         digest.update(rest)
         return digest.digest()

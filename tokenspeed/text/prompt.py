@@ -108,13 +108,13 @@ class Prompts:
         `salt` keeps apart what was sampled for different tenants.
         """
         canonical = self._canonical or self.prepare()
-        conversation, rules = canonical.apply(conversation)
+        conversation, rules, tools_key = canonical.apply(conversation)
         made = Prompt([], rules=rules, conversation=conversation)
         plain = conversation.add_special_tokens or conversation.continue_final
         if plain or not self.history.max_bytes:
             return self._whole(made, max_model_len)
         messages = conversation.messages
-        keys = self._keys.chain(self._root(canonical, conversation, salt), messages)
+        keys = self._keys.chain(_root(tools_key, conversation, salt), messages)
         name = session.encode(errors="replace") if session else _opening_key(messages, keys)
         name = blake2b(name, digest_size=16, salt=_salt(salt)).digest()
         self._tell(name, rules)
@@ -125,14 +125,6 @@ class Prompts:
             if (done := self._go_on(known_prompt, at, known, max_model_len)) is not None:
                 return done
         return self._whole(replace(made, origin=Origin(keys[-1], name, None)), max_model_len)
-
-    def _root(self, canonical: Canonical, conversation: Conversation, salt: bytes) -> bytes:
-        """The key before the first message."""
-        root = blake2b(digest_size=16, salt=_salt(salt))
-        root.update(canonical.tools_key(conversation.tools))
-        options = json.dumps(conversation.options, sort_keys=True, default=str)
-        root.update(options.encode())
-        return root.digest()
 
     def record(self, prompt: Prompt, spoken: Spoken, output: list[int], stop: int | None) -> None:
         """Remembers a finished answer. `stop` is the token that ended it, the last of `output`."""
@@ -241,6 +233,14 @@ class Prompts:
             self._told.popitem(last=False)
         changes = ", ".join(f"{name} {count}" for name, count in sorted(rules.items()))
         log.info("canonical form of session %s: %s", session.hex()[:8], changes)
+
+
+def _root(tools_key: bytes, conversation: Conversation, salt: bytes) -> bytes:
+    """The key before the first message."""
+    options = json.dumps(conversation.options, sort_keys=True, default=str)
+    root = blake2b(tools_key, digest_size=16, salt=_salt(salt))
+    root.update(options.encode())
+    return root.digest()
 
 
 def _turns(

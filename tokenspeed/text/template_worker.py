@@ -8,11 +8,14 @@ costs one request. The child ends when the parent's end of the pipe closes.
 
 import contextlib
 import json
+import os
 import resource
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 from tokenspeed.errors import ModelLoadError, RequestError
@@ -74,18 +77,10 @@ class TemplateWorker:
     def _exchange(self, line: str) -> dict[str, Any] | None:
         """One question, one answer; None if the child died or had to be killed over it."""
         child = self._child if self._child and self._child.poll() is None else self._start()
-        assert child.stdin is not None
-        assert child.stdout is not None
-        timer = threading.Timer(self._wall_limit_s, child.kill)
-        timer.start()
         try:
-            child.stdin.write(line.encode() + b"\n")
-            child.stdin.flush()
-            answer = child.stdout.readline()
+            answer = _talk(child, line.encode() + b"\n", time.monotonic() + self._wall_limit_s)
         except OSError:
             answer = b""
-        finally:
-            timer.cancel()
         if answer.endswith(b"\n"):
             return dict(json.loads(answer))
         self.num_kills += 1
@@ -100,11 +95,14 @@ class TemplateWorker:
             stdout=subprocess.PIPE,
         )
         assert child.stdin is not None
+        assert child.stdout is not None
         try:
             child.stdin.write(self._hello.encode() + b"\n")
             child.stdin.flush()
         except OSError:
             raise ModelLoadError("the process that renders chat templates did not start") from None
+        for pipe in (child.stdin, child.stdout):
+            os.set_blocking(pipe.fileno(), False)
         return child
 
     def _stop(self) -> None:
@@ -118,6 +116,31 @@ class TemplateWorker:
                 # Unsent bytes of a question that the dead child will never read.
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+def _talk(child: "subprocess.Popen[bytes]", question: bytes, deadline: float) -> bytes:
+    """Writes the question and reads a line, or what there is of it at the deadline."""
+    assert child.stdin is not None
+    assert child.stdout is not None
+    to, back = child.stdin.fileno(), child.stdout.fileno()
+    rest, parts = memoryview(question), [b""]
+    poll = select.poll()
+    poll.register(back, select.POLLIN)
+    poll.register(to, select.POLLOUT)
+    while not parts[-1].endswith(b"\n"):
+        left_ms = (deadline - time.monotonic()) * 1000
+        for file, _ in poll.poll(max(left_ms, 0)) if left_ms > 0 else ():
+            if file == to:
+                rest = rest[os.write(to, rest) :]
+                if not rest:
+                    poll.unregister(to)
+            elif not (part := os.read(back, 1 << 18)):
+                return b""  # the child has ended
+            else:
+                parts.append(part)
+        if left_ms <= 0:
+            break
+    return b"".join(parts)
 
 
 def _answer(template: ChatTemplate, line: bytes) -> dict[str, Any]:
