@@ -62,7 +62,7 @@ inline std::vector<Scenario> quick_scenarios() {
         all.push_back({in_mode("2x3 retention, pages of 1", mode),
                        kept,
                        {{.prompt = {1, 2}, .max_tokens = 2, .retention = {.for_us = 1}},
-                        {.prompt = {1, 3}, .max_tokens = 2, .retention = {.pinned = true}}},
+                        {.prompt = {1, 3, 4}, .max_tokens = 1, .retention = {.pinned = true}}},
                        /*again=*/true,
                        /*time=*/true});
         SchedulerOptions one = tight_options(3, 1, mode);

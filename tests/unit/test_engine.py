@@ -13,7 +13,14 @@ from tests.fake_model import FakeModel
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import assemble
 from tokenspeed.engine.engine import Engine
-from tokenspeed.engine.messages import GenerateRequest, TokenOutput
+from tokenspeed.engine.messages import (
+    CacheReceipt,
+    GenerateRequest,
+    ReleasePrefix,
+    RetainPrefix,
+    Retention,
+    TokenOutput,
+)
 from tokenspeed.engine.part import assemble_part
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -128,6 +135,61 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     engine.flush_cache()
     engine.add_request(request(3, again, max_tokens=5))
     assert drain(engine)[3][0].num_cached_tokens == 0
+
+
+def test_the_first_output_carries_a_receipt() -> None:
+    engine = engine_of(num_pages=64)
+    for request_id, (length, reason) in enumerate([(40, "never_cached"), (40, ""), (30, "")]):
+        wish = Retention(60.0 * request_id)
+        params = SamplingParams(max_tokens=3, temperature=0.0)
+        engine.add_request(GenerateRequest(request_id, list(range(length)), params, retention=wish))
+        outputs = drain(engine)[request_id]
+        receipt = outputs[0].receipt
+        assert receipt == CacheReceipt(
+            outputs[0].num_cached_tokens, 0, reason, kept_until_s=60.0 * request_id
+        )
+        assert [output.receipt for output in outputs[1:]] == [None, None]
+    assert engine.stats().num_retained_pages == 11  # one holds the end of the shorter prompt
+    off = engine_of(enable_prefix_caching=False)
+    off.add_request(request(1, [1, 2, 3], max_tokens=1))
+    assert drain(off)[1][0].receipt == CacheReceipt(reason="disabled")
+
+
+def test_users_take_turns() -> None:
+    engine = engine_of(max_num_seqs=1)
+    for request_id in range(6):
+        params = SamplingParams(max_tokens=2, temperature=0.0)
+        user = "b" if request_id > 3 else "a"
+        ids = [request_id] * 20
+        engine.add_request(GenerateRequest(request_id, ids, params, user=user))
+    assert list(drain(engine)) == [0, 4, 1, 5, 2, 3]
+
+
+def test_prefixes_are_kept_and_dropped_by_message() -> None:
+    engine = engine_of()
+    prompt = list(range(40))
+    engine.add_request(request(1, prompt, max_tokens=1))
+    drain(engine)
+    pin = RetainPrefix(5, prompt, retention=Retention(pinned=True))
+    assert engine.order_prefix(pin) == 10
+    assert engine.stats().num_pinned_pages == 10
+    assert engine.order_prefix(RetainPrefix(6, prompt)) == 10
+    assert engine.stats().num_pinned_pages == 0
+    assert engine.order_prefix(ReleasePrefix(7, prompt, b"another tenant")) == 0
+    assert engine.order_prefix(ReleasePrefix(8, [*prompt, 2**70, -1])) == 10
+    engine.add_request(request(2, prompt, max_tokens=1))
+    receipt = drain(engine)[2][0].receipt
+    assert receipt is not None
+    assert receipt.reason == "evicted"
+    for wrong in ([2**70], [-1], [VOCAB], []):
+        assert engine.order_prefix(ReleasePrefix(9, wrong)) == 0
+    for seconds in (float("nan"), -1.0):
+        assert engine.order_prefix(RetainPrefix(9, prompt, retention=Retention(seconds))) == 10
+        assert engine.stats().num_retained_pages == 0
+    with pytest.raises(RequestError, match="retention_s"):
+        engine.add_request(
+            GenerateRequest(3, prompt, SamplingParams(), retention=Retention(float("nan")))
+        )
 
 
 def test_salts_share_nothing() -> None:

@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tokenspeed._scheduler import FINISH_NONE, Scheduler
-from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView, Words
 
 Prompt = NDArray[np.int32]
@@ -146,6 +146,28 @@ def test_a_request_that_is_refused_counts_nowhere() -> None:
         schedulers.submit(1, prompt(300), b"", max_tokens=2)
     assert_nothing_counted(schedulers)
     assert schedulers.next_plans() is None
+
+
+def test_prefixes_are_retained_and_released_everywhere() -> None:
+    run = Run(make(2))
+    run.schedulers.advance(5.0)
+    for i in range(2):  # on each index, of the same salt
+        run.schedulers.submit(i, prompt(40, i), b"salt", max_tokens=2, retention_s=60.0)
+    run.all()
+    assert run.schedulers.stats()["num_retained_pages"] == 20
+    for i in range(2):
+        assert run.schedulers.retain(prompt(40, i), b"salt", retention_s=0.0, pinned=True) == 10
+    assert run.schedulers.stats()["num_pinned_pages"] == 20
+    assert run.schedulers.release(prompt(40, 0), b"other") == 0
+    assert [run.schedulers.release(prompt(40, i), b"salt") for i in range(2)] == [10, 10]
+    assert run.schedulers.stats()["num_pinned_pages"] == 0
+
+
+def test_users_have_keys_of_64_bits() -> None:
+    keys = {user_key(user) for user in ("", "a", "b", "a:b", "\udc80", "ä" * 1000)}
+    assert len(keys) == 6
+    assert user_key("") == 0
+    assert user_key("a") == user_key("a") < 2**64
 
 
 def test_flushing_forgets_everywhere() -> None:
