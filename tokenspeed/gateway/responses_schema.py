@@ -39,6 +39,7 @@ _HOUR = 3600.0
 _RETENTIONS = {"in_memory": 0.0, "in-memory": 0.0, "24h": 24 * _HOUR}
 _LIFETIMES = {"30m": _HOUR / 2, "12h": 12 * _HOUR}
 _MAX_METADATA = 16
+_MAX_TOKENS = 2**31 - 1
 ENCRYPTED = "reasoning.encrypted_content"
 
 
@@ -170,14 +171,15 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 
     def params(self, tokenizer: Tokenizer | None, vocab_size: int) -> SamplingParams:
         """Checked parameters, with this dialect's names in the errors."""
-        if self.max_output_tokens is not None and self.max_output_tokens < 1:
-            why = "max_output_tokens: must be at least 1"
+        most = self.max_output_tokens
+        if most is not None and not 1 <= most <= _MAX_TOKENS:
+            why = f"max_output_tokens: must be in [1, {_MAX_TOKENS}]"
             raise RequestError(why, field="max_output_tokens")
         sampling = Sampling(**{name: getattr(self, name) for name in _SAMPLING})
         check_served(sampling)
         return sampling_params(
             sampling,
-            max_tokens=self.max_output_tokens,
+            max_tokens=most,
             logprobs=None,
             tokenizer=tokenizer,
             vocab_size=vocab_size,
