@@ -104,6 +104,17 @@ async def test_typed_errors():
             g.pool.draining = False
 
 
+async def test_models_are_listed_for_both_dialects():
+    async with gateway(keys=("secret",)) as g, client(g) as c:
+        listed = [model async for model in c.models.list()]
+        one = await c.models.retrieve("null")
+    assert [model.id for model in listed] == ["null", "org/alias"]
+    assert one == listed[0]
+    assert one.type == "model"
+    assert one.max_input_tokens == 4096
+    assert one.created_at.tzinfo is not None
+
+
 async def test_late_errors_are_typed():
     async with gateway(echo=Scripted("a b c", error="not finite")) as g, client(g) as c:
         with pytest.raises(anthropic.APIStatusError, match="not finite"):

@@ -69,7 +69,10 @@ class Notes:
         ttl = given.get("ttl") if isinstance(given, dict) else None
         found = _TTL.fullmatch("5m" if ttl is None else str(ttl))
         if not isinstance(given, dict) or given.get("type") != "ephemeral" or found is None:
-            refuse(f"{at}.cache_control".lstrip("."), "must be of type ephemeral, with a ttl such as 5m or 1h")
+            refuse(
+                f"{at}.cache_control".lstrip("."),
+                "must be of type ephemeral, with a ttl such as 5m or 1h",
+            )
         seconds = int(found[1]) * _SECONDS[found[2]]
         self.retention_s = max(self.retention_s, float(seconds))
 

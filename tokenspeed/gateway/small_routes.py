@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The small routes: models, tokens, health, readiness, metrics, version. They generate nothing."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -42,7 +43,10 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def models(service: Service, call: Call) -> None:
+    """In OpenAI's and Anthropic's shape at once: they share no field but `id`."""
     ready = service.pool.ready
+    limit = ready.max_model_len if ready else None
+    since = datetime.fromtimestamp(service.created, UTC).isoformat()
     data = [
         {
             "id": name,
@@ -51,13 +55,19 @@ async def models(service: Service, call: Call) -> None:
             "owned_by": "tokenspeed",
             "root": service.names[0],
             "parent": None,
-            "max_model_len": ready.max_model_len if ready else None,
+            "max_model_len": limit,
+            "type": "model",
+            "display_name": name,
+            "created_at": since,
+            "max_input_tokens": limit,
+            "lifecycle": "active",
         }
         for name in service.names
     ]
     asked = call.path.get("model")
     if asked is None:
-        await call.reply(encode_json({"object": "list", "data": data}))
+        page = {"first_id": data[0]["id"], "last_id": data[-1]["id"], "has_more": False}
+        await call.reply(encode_json({"object": "list", "data": data} | page))
     else:
         await call.reply(encode_json(data[service.names.index(service.model_name(asked))]))
 
