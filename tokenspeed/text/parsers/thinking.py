@@ -54,6 +54,8 @@ class ThinkParser:
 
     def finish(self) -> list[Event]:
         self.scan.close()
+        if self.state == self.read_text and self._unclosed and self.out.blank:
+            self.scan.cut(*self.closers)
         self._run()
         if self.state != self.read_text:
             self.cut()
