@@ -135,3 +135,37 @@ async def test_what_is_changed_is_rendered_anew(change):
         assert (await g.post(asking.path, asking.body(), headers=who)).status_code == 200
         assert g.service.prompts.history.num_hits == 0
     assert echo.prompts[1][: len(echo.totals[0])] != echo.totals[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_receipt_says_where_a_session_parted(stream):
+    echo = SessionEngine([script(DEMO, turn) for turn in (2, 0, 1, 2)])
+    asking = ChatAgent()
+    receipts = []
+    async with family_gateway(DEMO, echo) as g:
+        for turn in range(3):
+            if turn == 2:
+                asking.messages[1] = {"role": "user", "content": "Fix the documentation."}
+            body = asking.body() | {"cache_receipt": True, "user": "u", "prompt_cache_key": "s1"}
+            if stream:
+                body |= {"stream_options": {"include_usage": True}}
+                usage = (await g.events(asking.path, body))[-1]["usage"]
+                message = {"content": f"Turn {turn}", "reasoning_content": None}
+                reply = {"choices": [{"message": message}], "usage": usage}
+            else:
+                reply = (await g.post(asking.path, body)).json()
+            receipts.append(reply["usage"]["cache_receipt"])
+            asking.take(reply, turn)
+        plain = await g.post(asking.path, asking.body() | {"max_tokens": 1})
+    assert receipts[0]["matched"] == receipts[0]["expected"] == 0
+    assert receipts[0]["first_divergent_token"] is None
+    if not stream:
+        assert receipts[1]["expected"] == len(echo.totals[0])
+        assert receipts[1]["matched"] == whole_pages(echo.totals[0])
+        assert receipts[1]["by_tier"] == {"device": receipts[1]["matched"], "host": 0}
+    parted = receipts[2]["first_divergent_token"]
+    assert echo.prompts[2][:parted] == echo.totals[1][:parted]
+    assert echo.prompts[2][parted] != echo.totals[1][parted]
+    assert receipts[2]["region"] == "message 1"
+    assert receipts[2]["expected"] == parted
+    assert "cache_receipt" not in plain.json()["usage"]

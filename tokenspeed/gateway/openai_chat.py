@@ -18,6 +18,7 @@ from tokenspeed.gateway.generation import DONE, Choice, OpenAIStream
 from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
 from tokenspeed.gateway.openai_structured import output_format_of
 from tokenspeed.gateway.openai_tools import chat_tool_choice, chat_tools
+from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.turn import Turn, TurnRequest, open_turn
 from tokenspeed.text.conversation import Conversation
@@ -76,6 +77,7 @@ def _turn_request(
         tool_choice=chat_tool_choice(request.tool_choice, request.parallel_tool_calls, tools),
         output_format=output_format_of(request.response_format, request.structured_outputs),
         cache_salt=request.cache_salt,
+        receipt=wants_receipt(call.scope["headers"], request.cache_receipt),
     )
 
 
@@ -86,6 +88,7 @@ class _Chat(OpenAIStream):
         self, request: ChatRequest, model: str, turn: Turn, tokenizer: Tokenizer | None
     ) -> None:
         self._request, self._tokenizer = request, tokenizer
+        self._turn = turn
         self._generation, self._tools = turn.generation, turn.request.conversation
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
@@ -158,7 +161,10 @@ class _Chat(OpenAIStream):
         return b"data: " + encode_json(body | (extras or {})) + b"\n\n"
 
     def _with_usage(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._head | {"choices": choices, "usage": self._generation.usage()}
+        usage = self._generation.usage()
+        if (receipt := self._turn.receipt) is not None:
+            usage["cache_receipt"] = receipt
+        return self._head | {"choices": choices, "usage": usage}
 
     def _bare(self, choice: Choice, delta: dict[str, Any]) -> dict[str, Any]:
         return {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -143,6 +143,7 @@ class ChatRequest(Sampling, kw_only=True):
     add_generation_prompt: bool | None = None
     # Refused while they are not served:
     continue_final_message: bool | None = None
+    cache_receipt: bool | None = None
     chat_template: str | None = None
     echo: bool | None = None
     functions: Refused = None

@@ -18,6 +18,7 @@ from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.grammars import Grammars
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.receipt import Expectation, expectation
 from tokenspeed.gateway.responses_store import ResponseStore
 from tokenspeed.gateway.sessions import Sessions
 from tokenspeed.text.channels import Format
@@ -111,6 +112,13 @@ class Service:
             caller.session,
             ready.max_model_len if ready else None,
         )
+
+    async def expectation(self, prompt: Prompt) -> Expectation:
+        """What the session had of a prompt before."""
+        if self.prompts is None or self.tokenizer is None:
+            return Expectation(0)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._threads, expectation, self.prompts, prompt, self.tokenizer)
 
     def tokenizer_or_refuse(self) -> Tokenizer:
         if self.tokenizer is None:

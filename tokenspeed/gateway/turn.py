@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tokenspeed.engine.messages import Retention
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -17,6 +18,7 @@ from tokenspeed.gateway.answer import Answer
 from tokenspeed.gateway.engine_pool import Sent
 from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.identity import Caller
+from tokenspeed.gateway.receipt import Expectation, cache_receipt
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.channels import Inputs
 from tokenspeed.text.conversation import Conversation, OutputFormat, ToolChoice
@@ -37,6 +39,7 @@ class TurnRequest:
     cache_salt: str | None = None
     retention: Retention = field(default_factory=Retention)
     limit_field: str = "messages"  # what the dialect calls the part that can be too long
+    receipt: bool = False  # whether the answer is to say what the cache had
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class Turn:
     request: TurnRequest
     prompt: Prompt
     generation: Generation
+    expectation: Expectation | None = None
+
+    @property
+    def receipt(self) -> dict[str, Any] | None:
+        """What the cache had of the prompt, if that was asked for and is known by now."""
+        choice = self.generation.choices[0]
+        if self.expectation is None or not choice.num_tokens:
+            return None
+        return cache_receipt(self.expectation, choice.num_cached, choice.receipt)
 
     @property
     def answers(self) -> list[Answer]:
@@ -62,6 +74,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     """
     service.pool.check_room()
     prompt = await service.prompt(request.conversation, request.caller, request.cache_salt)
+    expected = await service.expectation(prompt) if request.receipt else None
     request.caller.record.prompted = time.monotonic()
     limits = service.pool.check_room()
     max_tokens = room_left(
@@ -93,7 +106,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         finished=lambda choice: _remember(service, prompt, choice),
     )
     with generation:
-        yield Turn(request, prompt, generation)
+        yield Turn(request, prompt, generation, expected)
 
 
 def _answer(service: Service, request: TurnRequest, prompt: Prompt) -> Answer:
