@@ -81,18 +81,18 @@ def test_each_tenants_least_recently_seen_go_first():
     assert [one.name for one in sessions.of("other")] == ["z", "y", "x"]
 
 
-def test_ids_are_bounded_in_bytes_and_the_largest_tenant_pays():
-    sessions = table(max_bytes=1000)
+def test_ids_are_bounded_and_the_largest_tenant_pays():
+    sessions = table(max_ids=1000)
     small = turn(sessions, "small", range(100), tenant="small")
     for i in range(200):
         turn(sessions, f"s{i % 17}", range(60), tenant="large")
-        held = [one for one in sessions.of(None) if one.packed]
-        assert sum(len(one.packed) for one in held) == sessions._bytes.total() <= 1000
-    assert small.packed
-    assert sum(bool(one.packed) for one in sessions.of("large")) > 5
+        held = sum(one.num_ids for one in sessions.of(None))
+        assert held == sessions._num_ids.total() <= 1000
+    assert small.num_ids == 101
+    assert sum(one.num_ids > 0 for one in sessions.of("large")) > 5
     huge = turn(sessions, "huge", range(5000), tenant="large")
     assert huge.token_ids == []
-    assert small.packed
+    assert small.num_ids == 101
 
 
 def test_a_session_that_was_pushed_out_ends_quietly():

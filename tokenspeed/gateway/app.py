@@ -222,7 +222,7 @@ class Application:
         headers, record = call.scope["headers"], call.record
         caller = caller_of(headers, call.tenant, hints, self._owners, self._keys.pseudonym)
         record.session, record.client = caller.session, caller.client
-        record.traceparent = dict(headers).get(b"traceparent", b"")[:128].decode("latin-1")
+        record.traceparent = caller.traceparent
         if record.route:
             self._journal.begin(record)
         retention = caller.retention or record.retention

@@ -72,6 +72,7 @@ class Caller:
     tenant: str = ""
     retention: Retention | None = None  # that a header asks for
     client: str = ""  # the user agent's first word
+    traceparent: str = ""  # as it was sent
     record: RequestRecord = field(default_factory=RequestRecord, compare=False)
 
 
@@ -116,6 +117,7 @@ def caller_of(
         tenant=tenant.name,
         retention=retention_of(given.get(b"x-tokenspeed-retention")),
         client=_client(given.get(b"user-agent", b"")),
+        traceparent=given.get(b"traceparent", b"")[:128].decode("latin-1"),
     )
 
 

@@ -3,26 +3,21 @@
 text and no HTTP.
 
 Bounded for each tenant, the least recently seen go first. Each keeps the ids that its last turn has
-left in the cache, packed, so that they can be pinned and dropped; if all of them together take too
-much, those of the tenant that holds the most go first. How much of them is still cached only the
-engine knows.
+left in the cache, so that they can be pinned and dropped: the lists of that turn as they are, which
+costs a turn nothing. If all of them together are too long, those of the tenant that holds the most
+go first. How much of them is still cached only the engine knows.
 """
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-
-import msgspec
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from tokenspeed.engine.messages import Retention
 from tokenspeed.gateway.request_log import RequestRecord
 
 MAX_SESSIONS = 1024  # of one tenant
-MAX_BYTES = 64 << 20  # of packed ids, of all tenants
-
-_pack = msgspec.msgpack.Encoder().encode
-_unpack = msgspec.msgpack.Decoder(list[int]).decode
+MAX_IDS = 8 << 20  # of all tenants
 
 
 @dataclass(slots=True)
@@ -48,12 +43,17 @@ class Session:
     num_decoded: float = 0.0
     pinned: bool = False
     salt: bytes = b""
-    packed: bytes = field(default=b"", repr=False)
+    prompt_ids: Sequence[int] = ()  # of the last turn; empty if they are no longer known
+    output_ids: Sequence[int] = ()
+
+    @property
+    def num_ids(self) -> int:
+        return len(self.prompt_ids) + len(self.output_ids)
 
     @property
     def token_ids(self) -> list[int]:
         """Of the last turn: prompt and answer. Empty if they are no longer known."""
-        return _unpack(self.packed) if self.packed else []
+        return [*self.prompt_ids, *self.output_ids]
 
     @property
     def hit_rate(self) -> float | None:
@@ -76,13 +76,13 @@ class Sessions:
         pseudonym: Callable[..., str],
         *,
         max_sessions: int = MAX_SESSIONS,
-        max_bytes: int = MAX_BYTES,
+        max_ids: int = MAX_IDS,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._pseudonym, self._clock = pseudonym, clock
-        self._max_sessions, self._max_bytes = max_sessions, max_bytes
+        self._max_sessions, self._max_ids = max_sessions, max_ids
         self._tenants: dict[str, OrderedDict[str, Session]] = {}
-        self._bytes: Counter[str] = Counter()  # by tenant
+        self._num_ids: Counter[str] = Counter()  # by tenant
 
     def begin(self, record: RequestRecord) -> None:
         """A request of a session has come. Tells the record what the session had before."""
@@ -153,15 +153,15 @@ class Sessions:
         """The ids of this turn in place of those of the one before."""
         self._forget_ids(session)
         session.salt = record.salt
-        session.packed = _pack([*record.prompt_ids, *record.output_ids])
-        self._bytes[session.tenant] += len(session.packed)
-        while self._bytes.total() > self._max_bytes:
-            tenant = max(self._bytes, key=self._bytes.__getitem__)
+        session.prompt_ids, session.output_ids = record.prompt_ids, record.output_ids
+        self._num_ids[session.tenant] += session.num_ids
+        while self._num_ids.total() > self._max_ids:
+            tenant = max(self._num_ids, key=self._num_ids.__getitem__)
             self._forget_ids(next(self._holders(tenant)))
 
     def _holders(self, tenant: str) -> Iterator[Session]:
-        return (session for session in self._tenants[tenant].values() if session.packed)
+        return (session for session in self._tenants[tenant].values() if session.num_ids)
 
     def _forget_ids(self, session: Session) -> None:
-        self._bytes[session.tenant] -= len(session.packed)
-        session.packed = b""
+        self._num_ids[session.tenant] -= session.num_ids
+        session.prompt_ids = session.output_ids = ()
