@@ -119,7 +119,9 @@ async def test_silence_is_broken_before_the_first_token():
         await asyncio.sleep(0.8)
         g.client.paused = False
         text = (await task).text
-    assert text.index("response.in_progress") < text.index(": keep-alive") < text.index("output_")
+    assert (
+        text.index("response.in_progress") < text.index(": keep-alive") < text.index("output_item")
+    )
     check_stream(parse(text))
 
 

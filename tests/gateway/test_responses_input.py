@@ -120,7 +120,8 @@ def test_shells_of_clients_are_calls_like_others():
     ]
     made, _ = messages(items)
     assert [m["role"] for m in made] == ["assistant", "tool", "assistant", "tool"]
-    assert made[0]["tool_calls"][0]["function"]["name"] == "local_shell"
+    called = made[0]["tool_calls"][0]["function"]
+    assert called == {"name": "local_shell", "arguments": '{"command": ["ls"]}'}
     assert (made[1]["content"], made[3]["content"]) == ("a.txt", "ab")
 
 

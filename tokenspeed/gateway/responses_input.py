@@ -66,8 +66,7 @@ class Messages:
                 text = {"input": _string(item, "input", at)}
                 self._call(item, self._name(item, at), json.dumps(text, ensure_ascii=False), at)
             case "local_shell_call" | "shell_call":
-                action = json.dumps(item.get("action"), ensure_ascii=False)
-                self._call(item, _ACTIONS[kind], action, at)
+                self._call(item, _ACTIONS[kind], _action(item.get("action")), at)
             case "tool_search_call" if item.get("execution") == "client":
                 arguments = json.dumps(item.get("arguments"), ensure_ascii=False)
                 self._call(item, "tool_search", arguments, at)
@@ -167,6 +166,13 @@ def reasoning_text(item: Item) -> str | None:
         return text
     summary = item.get("summary")
     return _plain(summary) if isinstance(summary, list) and summary else None
+
+
+def _action(given: Any) -> str:
+    """The arguments of a shell's call, as the model wrote them."""
+    about = given if isinstance(given, dict) else {}
+    kept = {k: v for k, v in about.items() if k not in ("type", "env") and v is not None}
+    return json.dumps(kept, ensure_ascii=False)
 
 
 def _plain(parts: list[Any]) -> str:
