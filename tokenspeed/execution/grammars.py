@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import xgrammar
 
 VOCABULARY: Final = ""  # the key under which the tokens' texts travel
+CPU = "cpu"  # where the library applies masks itself
 NEVER: Final = float("-inf")
 _BITS: Final = 32
 
@@ -218,7 +219,7 @@ class GrammarRows:
 
 def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: list[int]) -> None:
     """-inf in these rows of logits [B, V] where bitmask [B, ceil(V / 32)] int32 has a 0."""
-    if logits.device.type == "cpu":
+    if logits.device.type == CPU:
         import xgrammar
 
         xgrammar.apply_token_bitmask_inplace(
