@@ -282,3 +282,25 @@ async def test_thinking_comes_back_exactly():
         result["tool_use_id"] for result in results
     ]
     assert [m["role"] for m in rendered] == ["user", "assistant", "tool", "tool"]
+
+
+async def test_formats_and_forced_tools_go_by_grammar():
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    given = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+    wrong = {"output_config": {"format": {"type": "json_schema", "schema": {"type": "x"}}}}
+    strict = [TOOLS[0] | {"strict": True}]
+    choices = [{"type": "any"}, {"type": "tool", "name": "stop"}]
+    async with gateway(echo=Scripted('{"a": 1}'), config=HERMES) as g:
+        for more in (
+            given | {"tools": None},
+            {"tools": strict},
+            *({"tool_choice": choice} for choice in choices),
+        ):
+            await whole(g, BODY | more)
+            assert g.client.requests[-1].params.grammar is not None
+        await whole(g)
+        await whole(g, BODY | {"tool_choice": {"type": "none"}})
+        refused = await g.post(PATH, BODY | wrong | {"tools": None})
+        assert [r.params.grammar for r in g.client.requests[-2:]] == [None, None]
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].startswith("output_config.format: ")
