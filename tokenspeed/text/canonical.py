@@ -48,7 +48,8 @@ class Canonical:
 
     def __init__(self, rules: frozenset[str], systems: Systems) -> None:
         self.rules, self.systems = rules, systems
-        self._tools: dict[bytes, tuple[Tool, bytes, bool]] = {}
+        # By a digest of what was sent: the schema in order if it was not, and a digest of that.
+        self._tools: dict[bytes, tuple[dict[str, Any] | None, bytes]] = {}
 
     def apply(self, conversation: Conversation) -> tuple[Conversation, Counter[str], bytes]:
         """The conversation, how often each rule changed something in it, and a digest of what the
@@ -70,26 +71,26 @@ class Canonical:
         return dataclasses.replace(conversation, messages=messages, tools=tools), +done, key
 
     def _tool(self, tool: Tool) -> tuple[Tool, bytes, bool]:
-        """The tool in canonical form, its digest, and whether that is another form."""
-        text = json.dumps([tool.name, tool.description, tool.parameters, tool.custom])
+        """The tool in canonical form, a digest of what the model sees of it, and whether that is
+        another form."""
+        about = [tool.name, tool.description]
+        text = json.dumps([about, tool.parameters])
         raw = blake2b(text.encode(), digest_size=16).digest()
         found = self._tools.get(raw)
         if found is None:
-            found = self._sorted(tool, raw, text)
+            found = None, raw
+            if "sort_tool_keys" in self.rules:
+                parameters = json.loads(json.dumps(tool.parameters, sort_keys=True))
+                same = json.dumps([about, parameters])
+                found = parameters, blake2b(same.encode(), digest_size=16).digest()
+                found = (None, raw) if same == text else found
             if len(self._tools) >= _MAX_TOOLS:
                 self._tools.clear()
             self._tools[raw] = found
-        made, key, changed = found
-        # Equal but for what no model sees.
-        return (made, key, True) if changed else (tool, key, False)
-
-    def _sorted(self, tool: Tool, raw: bytes, text: str) -> tuple[Tool, bytes, bool]:
-        if "sort_tool_keys" not in self.rules:
-            return tool, raw, False
-        parameters = json.dumps(tool.parameters, sort_keys=True)
-        made = dataclasses.replace(tool, parameters=json.loads(parameters))
-        same = json.dumps([made.name, made.description, made.parameters, made.custom])
-        return made, blake2b(same.encode(), digest_size=16).digest(), same != text
+        parameters, key = found
+        if parameters is None:
+            return tool, key, False
+        return dataclasses.replace(tool, parameters=parameters), key, True
 
     def _place_systems(self, messages: Messages, done: Counter[str]) -> Messages:
         systems = self.systems
