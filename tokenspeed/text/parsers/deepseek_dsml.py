@@ -81,6 +81,8 @@ class _DsmlParser(TagParser):
         """After an object: the call's closing tag."""
         self.out.text(self.scan.skip_space())
         found = self.scan.expect(self.tags.call[1])
+        if found == "":
+            self.scan.cut(self.tags.call[1])
         if found is not None:
             self.state = self.read_text
         return found is not None

@@ -52,8 +52,7 @@ class MarkedJsonParser(ThinkParser):
     def begin_arguments(self, name: str, call_id: str | None, text: str = "") -> bool:
         """The head was read, and `text` of what follows it. What has no name is no call."""
         if not name or any(char.isspace() for char in name):
-            self.raw.append(text)
-            return self.give_up()
+            return self._give_back(text)
         self._opened = True
         self._name, self._id, self._json = name, call_id, JsonText()
         self.state = self._read_arguments
@@ -71,7 +70,7 @@ class MarkedJsonParser(ThinkParser):
         if not json.broken and json.feed(marker)[0]:  # in a string
             self.out.arguments(self.scan.expect(marker) or "")
             return True
-        self.close_call(complete=False)
+        self.close_call(complete=False, unclosed=True)
         self.state = self._read_rest
         return True
 
@@ -84,9 +83,11 @@ class MarkedJsonParser(ThinkParser):
             return True
         end, part = json.feed(text)
         if not self.out.in_call:
-            if json.first != "{":
+            if json.first not in ("{", ""):
+                return self._give_back(text)
+            if not json.first:
                 self.raw.append(text)
-                return self.give_up() if json.first else True
+                return True
             self.out.start(self._name, self._id)
             part = part.lstrip()
         self.out.arguments(part)
@@ -94,14 +95,23 @@ class MarkedJsonParser(ThinkParser):
             self.out.arguments(text[end:])
         else:
             self.scan.seek(self.scan.view()[1] - len(text) + end)
-            self.close_call()
+            self.close_call(unclosed=True)
             self.state = self._read_rest
         return True
+
+    def _give_back(self, text: str) -> bool:
+        """No call: `text`, which was read last, is to be read again but for the space before it."""
+        body = text.lstrip(" \t\r\n")
+        self.raw.append(text[: len(text) - len(body)])
+        self.scan.seek(self.scan.view()[1] - len(body))
+        return self.give_up()
 
     def _read_rest(self) -> bool:
         """What may stand between an object's end and the call's."""
         self.out.text(self.scan.skip_space())
         found = self.scan.expect(self.ends[0], *self.fences)
+        if found == "":
+            self.scan.cut(*self.ends, *self.fences)
         if found is not None and found not in self.fences:
             self.state = self.read_text
         return found is not None

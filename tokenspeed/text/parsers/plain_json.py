@@ -124,7 +124,7 @@ class PlainJsonParser(BareParser):
         if not self.out.in_call:
             return self.give_up()
         self._call.flush()
-        self.close_call(self._call.complete, unclosed=True)
+        self.close_call(self._call.complete, self._unclosed)
         if self._call.done:
             self.state = self._read_rest
         return True

@@ -127,7 +127,8 @@ class _PythonicParser(BareParser):
     def _next_key(self) -> str:
         """The name of the parameter that an argument without one is for."""
         tool = next((tool for tool in self.inputs.tools if tool.name == self._name), None)
-        properties = tool.parameters.get("properties") if tool else None
+        schema = tool.parameters if tool else None
+        properties = schema.get("properties") if isinstance(schema, dict) else None
         names = list(properties) if isinstance(properties, dict) else []
         return str(names[self._keys]) if self._keys < len(names) else ""
 
