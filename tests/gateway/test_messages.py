@@ -187,6 +187,18 @@ async def test_usage_adds_up_and_tells_the_cache():
     assert retentions == [0.0, 0.0, 3600.0]
 
 
+async def test_a_receipt_for_who_asks():
+    async with gateway() as g:
+        plain = await whole(g)
+        asked = (await g.post(PATH, BODY | {"cache_receipt": True})).json()["usage"]
+        headers = {"x-tokenspeed-receipt": "1"}
+        reply = await g.post(PATH, BODY | {"stream": True}, headers=headers)
+    assert "cache_receipt" not in plain["usage"]
+    start, end = (events.parse(reply.text)[i] for i in (0, -2))
+    for usage in (asked, start["message"]["usage"], end["usage"]):
+        assert usage["cache_receipt"]["matched"] == usage["cache_read_input_tokens"] > 0
+
+
 async def test_message_start_has_the_real_input():
     async with gateway() as g:
         await whole(g)

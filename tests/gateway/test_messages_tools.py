@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Anthropic's tools and options as the model gets them, and every way in which they can be wrong."""
+"""Anthropic's tools and options as the model gets them, and the ways they can be wrong."""
 
 import json
 

@@ -27,6 +27,7 @@ from tokenspeed.gateway.messages_schema import (
     template_options,
 )
 from tokenspeed.gateway.messages_tools import Tools, tool_choice
+from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.turn import TurnRequest, open_turn
 from tokenspeed.text.conversation import Conversation
@@ -52,7 +53,7 @@ async def messages(service: Service, call: Call) -> None:
     try:
         async with open_turn(service, asked) as turn:
             message = Message(
-                turn.generation,
+                turn,
                 request.model,
                 page_size=limits.page_size,
                 kept_s=math.inf if kept.pinned else kept.seconds,
@@ -107,4 +108,5 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
         output_format=output_format(request),
         output_field="output_config.format",
         retention=Retention(notes.retention_s),
+        receipt=wants_receipt(call.scope["headers"], request.cache_receipt),
     )

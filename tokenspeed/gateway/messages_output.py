@@ -19,8 +19,9 @@ import msgspec
 from tokenspeed.gateway.answer import Answer, Block
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.app import encode_json
-from tokenspeed.gateway.generation import Choice, Generation
+from tokenspeed.gateway.generation import Choice
 from tokenspeed.gateway.messages_error import failure
+from tokenspeed.gateway.turn import Turn
 from tokenspeed.text.channels import (
     CallArguments,
     CallEnd,
@@ -59,7 +60,7 @@ class Message:
 
     def __init__(
         self,
-        generation: Generation,
+        turn: Turn,
         model: str,
         *,
         page_size: int,
@@ -67,7 +68,7 @@ class Message:
         silent: bool = False,
         omit: bool = False,
     ) -> None:
-        self._choice = generation.choices[0]
+        self._turn, self._choice = turn, turn.generation.choices[0]
         self._page_size, self._kept_s = page_size, kept_s
         self._silent, self._omit = silent, omit
         self._blocks = Blocks(omit)
@@ -132,7 +133,7 @@ class Message:
         hour = self._kept_s >= 3600
         num_tokens = 0 if self._silent else choice.num_tokens
         num_thinking = 0 if self._silent else choice.num_reasoning
-        return {
+        usage: dict[str, Any] = {
             "input_tokens": num_prompt - num_read - num_written,
             "cache_creation_input_tokens": num_written,
             "cache_read_input_tokens": num_read,
@@ -144,6 +145,9 @@ class Message:
             "output_tokens_details": {"thinking_tokens": num_thinking},
             "service_tier": "standard",
         }
+        if (receipt := self._turn.receipt) is not None:
+            usage["cache_receipt"] = receipt
+        return usage
 
 
 class Blocks:

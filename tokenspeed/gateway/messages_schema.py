@@ -43,6 +43,7 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     metadata: dict[str, Any] | None = None
     stream: bool | None = None
     cache_control: dict[str, Any] | None = None
+    cache_receipt: bool | None = None
     # Of Anthropic's own hosts. Ignored, and the answer's headers say so:
     mcp_servers: list[Any] | None = None
     container: Any = None
