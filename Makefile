@@ -71,6 +71,7 @@ bench: build ## every benchmark that fits a laptop
 	$(BIN)/python benchmarks/parallel.py
 	$(BIN)/python benchmarks/eplb.py
 	$(BIN)/python benchmarks/footprint.py
+	$(BIN)/python -m benchmarks.tenants --pairs 1000 --probes 200
 
 clean: ## remove what was built, keep .venv
 	rm -rf build tokenspeed/*.so

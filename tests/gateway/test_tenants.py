@@ -336,3 +336,23 @@ async def test_hangup_reads_the_file_again(tmp_path, caplog):
         assert "the tenants stay as they were: tenants: " in caplog.text
     finally:
         asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+
+
+async def test_a_receipt_knows_nothing_of_another_tenants_session():
+    """Not even where two tenants share a cache and call their sessions the same."""
+    tenants = [spec("a", "ka", group="team"), spec("b", "kb", group="team")]
+    async with gateway(tenants=tenants) as g:
+
+        async def receipt(key, text):
+            messages = [{"role": "user", "content": text}]
+            body = {"messages": messages, "max_tokens": 3, "cache_receipt": True}
+            headers = {"x-api-key": key, "session-id": "same"}
+            reply = await g.post("/v1/chat/completions", body, headers=headers)
+            return reply.json()["usage"]["cache_receipt"]
+
+        await receipt("ka", "the secret of a")
+        other = await receipt("kb", "the secret of b")
+        assert (other["expected"], other["first_divergent_token"]) == (0, None)
+        own = await receipt("ka", "the secret of c")
+        assert own["expected"] > 0
+        assert own["first_divergent_token"] is not None
