@@ -57,7 +57,7 @@ async def answered(name, answer=ANSWER):
         ),
         (
             "search",
-            "exec_command apply_patch view_image tool_search mcp__demo__add",
+            "exec_command apply_patch view_image tool_search",
             "tools.web_search, text.verbosity",
         ),
         (

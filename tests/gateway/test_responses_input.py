@@ -8,7 +8,12 @@ import pytest
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.responses_input import Messages, input_items, reasoning_text
 from tokenspeed.gateway.responses_seal import seal, unseal
-from tokenspeed.gateway.responses_tools import read_tool_choice, read_tools, shown_tools
+from tokenspeed.gateway.responses_tools import (
+    loaded_tools,
+    read_tool_choice,
+    read_tools,
+    shown_tools,
+)
 from tokenspeed.text.conversation import ToolChoice
 
 ADD = {"type": "function", "name": "add", "parameters": {"type": "object"}}
@@ -199,22 +204,21 @@ def test_tools_that_items_bring():
     ]
     ignored = []
     tools = read_tools([search, ADD], ignored, items)
-    names = [tool.name for tool in tools]
-    assert names == [
-        "tool_search",
-        "add",
-        "apply_patch",
-        "mcp__demo__add",
-        "mcp__demo__apply_patch",
-    ]
-    reader = Messages(tools, ignored)
+    assert [tool.name for tool in tools] == ["tool_search", "add", "apply_patch"]
+    loaded = loaded_tools(items, tools, ignored)
+    assert [tool.name for tool in loaded] == ["mcp__demo__add", "mcp__demo__apply_patch"]
+    reader = Messages(tools, ignored, loaded)
     reader.read(items)
     assert ignored == []
     calls = [m["tool_calls"][0]["function"] for m in reader.made if "tool_calls" in m]
     assert calls[0] == {"name": "tool_search", "arguments": '{"q": 1}'}
-    results = [m["content"] for m in reader.made if m["role"] == "tool"]
-    assert results[0] == "Tools found:\nmcp__demo__add\nmcp__demo__apply_patch\nadd"
-    assert results[2] == "No tools found."
+    first, second, third = [m["content"] for m in reader.made if m["role"] == "tool"]
+    known, *defined = first.splitlines()
+    assert known == "Tool loaded: add"
+    shown = [json.loads(line.removeprefix("Tool loaded: ")) for line in defined]
+    assert shown == [tool.definition() for tool in loaded]
+    assert second.splitlines() == [f"Tool loaded: {tool.name}" for tool in loaded]
+    assert third == "No tools found."
 
 
 def test_names_of_namespaces_never_collide():

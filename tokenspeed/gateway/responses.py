@@ -12,14 +12,15 @@ import msgspec
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError, of_exception
 from tokenspeed.gateway.app import Call, encode_json, log
-from tokenspeed.gateway.generation import SSE_HEADERS, Choice, Generation
+from tokenspeed.gateway.generation import SSE_HEADERS, Choice
 from tokenspeed.gateway.identity import Hints
+from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.responses_background import KEEP_ALIVE, Running
 from tokenspeed.gateway.responses_schema import ResponsesRequest
 from tokenspeed.gateway.responses_store import Kept, unpack
 from tokenspeed.gateway.responses_turn import Asked, as_input, read_request
 from tokenspeed.gateway.service import Service
-from tokenspeed.gateway.turn import open_turn
+from tokenspeed.gateway.turn import Turn, open_turn
 
 _DECODER = msgspec.json.Decoder(ResponsesRequest)
 _SSE = "text/event-stream; charset=utf-8"
@@ -35,7 +36,9 @@ async def create_response(service: Service, call: Call) -> None:
         safety_identifier=request.safety_identifier,
         prompt_cache_key=request.prompt_cache_key,
     )
-    asked = read_request(service, service.responses, request, call.caller(hints))
+    receipt = wants_receipt(call.scope["headers"], request.cache_receipt)
+    store, caller = service.responses, call.caller(hints)
+    asked = read_request(service, store, request, caller, receipt=receipt)
     if asked.ignored:
         call.headers["x-tokenspeed-ignored"] = ", ".join(asked.ignored)
         log.info("a response was asked for with what is not served: %s", asked.ignored)
@@ -45,11 +48,11 @@ async def create_response(service: Service, call: Call) -> None:
     with as_input():
         async with open_turn(service, asked.turn) as turn:
             if request.stream:
-                await turn.generation.stream(call, _Stream(asked, turn.generation))
+                await turn.generation.stream(call, _Stream(asked, turn))
                 return
             await turn.generation.finish()
             asked.gained(turn.generation.choices[0])
-            asked.finish(turn.generation)
+            asked.finish(turn)
             asked.keep()
             await call.reply(encode_json(asked.output.response()))
 
@@ -57,14 +60,14 @@ async def create_response(service: Service, call: Call) -> None:
 class _Stream:
     """A response's events as they come; the dialect of `Generation.stream`."""
 
-    def __init__(self, asked: Asked, generation: Generation) -> None:
-        self._asked, self._generation, self._begun = asked, generation, False
+    def __init__(self, asked: Asked, turn: Turn) -> None:
+        self._asked, self._turn, self._begun = asked, turn, False
 
     def chunk(self, choice: Choice) -> bytes:
         return self._opening() + b"".join(self._asked.gained(choice))
 
     def closing(self) -> bytes:
-        events = self._asked.finish(self._generation)
+        events = self._asked.finish(self._turn)
         self._asked.keep()
         return b"".join(events)
 
@@ -124,7 +127,7 @@ async def _answer(service: Service, asked: Asked, running: Running) -> None:
                 while turn.generation.num_running:
                     changed = await turn.generation.next()
                     running.add([event for one in changed for event in asked.gained(one)])
-                running.add(asked.finish(turn.generation))
+                running.add(asked.finish(turn))
     except Exception as error:
         answer = of_exception(error)
         if answer.status == 500:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.responses_seal import unseal
-from tokenspeed.gateway.responses_tools import found_names, model_name, note
+from tokenspeed.gateway.responses_tools import found_tools, model_name, note
 from tokenspeed.text.conversation import Tool
 
 Item = dict[str, Any]
@@ -42,16 +42,19 @@ def input_items(given: str | list[Item] | None, find: Callable[[str], Item | Non
 class Messages:
     """Reads items one by one into `made`. Raises `RequestError` naming the item."""
 
-    def __init__(self, tools: tuple[Tool, ...], ignored: list[str], at: str = "input") -> None:
+    def __init__(
+        self, tools: tuple[Tool, ...], ignored: list[str], loaded: tuple[Tool, ...] = ()
+    ) -> None:
         self.made: list[dict[str, Any]] = []
-        self._tools, self._ignored, self._field = tools, ignored, at
+        self._news = {tool.name for tool in loaded}  # tools that have not been defined yet
+        self._tools, self._ignored = (*tools, *loaded), ignored
         self._answer: dict[str, Any] | None = None  # the assistant's message that is being built
         self._call_ids: set[str] = set()
 
     def read(self, items: Sequence[Item]) -> None:
         """Adds the items in order."""
         for i, item in enumerate(items):
-            self._read(item, f"{self._field}[{i}]")
+            self._read(item, f"input[{i}]")
 
     def _read(self, item: Item, at: str) -> None:
         kind = item.get("type", "message" if "role" in item else None)
@@ -71,7 +74,7 @@ class Messages:
                 arguments = json.dumps(item.get("arguments"), ensure_ascii=False)
                 self._call(item, "tool_search", arguments, at)
             case "tool_search_output" if item.get("execution") == "client":
-                self._result({**item, "output": found_names(item.get("tools"), self._tools)}, at)
+                self._result({**item, "output": self._loaded(item.get("tools"))}, at)
             case "additional_tools":
                 pass  # they are among the tools
             case str() if kind in _RESULTS:
@@ -125,6 +128,17 @@ class Messages:
         self._answer = None
         text = content_text(item.get("output"), f"{at}.output", images=True)
         self.made.append({"role": "tool", "tool_call_id": call_id, "content": text})
+
+    def _loaded(self, given: Any) -> str:
+        """What a search of tools tells the model: definitions, each where it comes first."""
+        lines = []
+        for tool in found_tools(given, self._tools):
+            what = tool.name
+            if what in self._news:
+                self._news.remove(what)
+                what = json.dumps(tool.definition(), ensure_ascii=False, sort_keys=True)
+            lines.append(f"Tool loaded: {what}")
+        return "\n".join(lines) or "No tools found."
 
 
 def content_text(content: Any, at: str, *, images: bool = False) -> str:

@@ -38,6 +38,7 @@ Input = Annotated[
 _HOUR = 3600.0
 _RETENTIONS = {"in_memory": 0.0, "in-memory": 0.0, "24h": 24 * _HOUR}
 _LIFETIMES = {"30m": _HOUR / 2, "12h": 12 * _HOUR}
+_EFFORTS = {"minimal": "low", "xhigh": "high", "max": "high"}  # templates know three
 _MAX_METADATA = 16
 _MAX_TOKENS = 2**31 - 1
 ENCRYPTED = "reasoning.encrypted_content"
@@ -103,6 +104,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    cache_receipt: bool | None = None
     # Refused while they are not served:
     conversation: Refused = None
     prompt: Refused = None
@@ -138,7 +140,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
         if effort == "none":
             options |= {"enable_thinking": False, "thinking": False}
         if effort is not None:
-            options["reasoning_effort"] = effort
+            options["reasoning_effort"] = _EFFORTS.get(effort, effort)
         return options
 
     def retention(self) -> Retention:

@@ -16,7 +16,6 @@ from tokenspeed.gateway.openai_tools import chat_tool_choice, custom_tool, funct
 from tokenspeed.text.conversation import Tool, ToolChoice
 
 _READERS = {"function": function_tool, "custom": custom_tool}
-_TOOL_ITEMS = ("additional_tools", "tool_search_output")
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _SHELL = {
     "type": "object",
@@ -60,21 +59,36 @@ def read_tools(
 ) -> tuple[Tool, ...]:
     """The tools that the model sees; what it does not see goes to `ignored`, once each.
 
-    Those that `items` bring, as the result of a search or otherwise, come after those `given`.
+    Those that `items` bring as tools of the conversation come after those `given`.
     """
     made = [tool for i, entry in enumerate(given or ()) for tool in _read(entry, i, ignored)]
-    unique(tuple(tool for tool in made if tool.namespace is None))
-    known = {(tool.namespace, tool.own_name or tool.name) for tool in made}
+    plain = unique(tuple(tool for tool in made if tool.namespace is None))
+    made += _new_tools(items, "additional_tools", made, ignored)
+    return unique(tuple(_with_free_names(made, {tool.name for tool in plain})))
+
+
+def loaded_tools(
+    items: Iterable[Given], tools: tuple[Tool, ...], ignored: list[str]
+) -> tuple[Tool, ...]:
+    """What searches have found beside `tools`: the model knows it from their results."""
+    found = _new_tools(items, "tool_search_output", tools, ignored)
+    return unique((*tools, *_with_free_names(found, {tool.name for tool in tools})))[len(tools) :]
+
+
+def _new_tools(
+    items: Iterable[Given], kind: str, known: Iterable[Tool], ignored: list[str]
+) -> list[Tool]:
+    """The tools that items of a kind bring and that are not known yet."""
+    made: list[Tool] = []
+    keys = {(tool.namespace, tool.own_name or tool.name) for tool in known}
     for item in items:
-        found = item.get("tools")
-        if item.get("type") not in _TOOL_ITEMS or not isinstance(found, list):
-            continue
-        entries = [one for one in found if isinstance(one, dict)]
+        found = item.get("tools") if item.get("type") == kind else None
+        entries = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
         for tool in [tool for i, one in enumerate(entries) for tool in _read(one, i, ignored)]:
-            if (key := (tool.namespace, tool.own_name or tool.name)) not in known:
-                known.add(key)
+            if (key := (tool.namespace, tool.own_name or tool.name)) not in keys:
+                keys.add(key)
                 made.append(tool)
-    return unique(tuple(_with_free_names(made)))
+    return made
 
 
 def _read(entry: Given, index: int, ignored: list[str]) -> list[Tool]:
@@ -117,9 +131,8 @@ def joined_name(space: str, name: str) -> str:
     return f"{space}{name}" if space.endswith("__") else f"{space}__{name}"
 
 
-def _with_free_names(tools: list[Tool]) -> list[Tool]:
-    """Namespaces' tools whose joined name is taken get a number; others keep theirs."""
-    taken = {tool.name for tool in tools if tool.namespace is None}
+def _with_free_names(tools: Iterable[Tool], taken: set[str]) -> list[Tool]:
+    """Tools of namespaces whose joined name is taken get a number."""
     made = []
     for tool in tools:
         if tool.namespace is not None:
@@ -142,17 +155,18 @@ def model_name(name: str, space: str | None, tools: tuple[Tool, ...]) -> str:
     return joined_name(space, name)
 
 
-def found_names(given: Any, tools: tuple[Tool, ...]) -> str:
-    """What a search of tools tells the model: how it calls what was found."""
+def found_tools(given: Any, tools: tuple[Tool, ...]) -> list[Tool]:
+    """Those of `tools` that the result of a search lists."""
     entries = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
-    names = []
+    keys = []
     for entry in entries:
         inner = entry.get("tools") if entry.get("type") == "namespace" else None
-        space = str(entry.get("name")) if isinstance(inner, list) else None
-        for one in inner if isinstance(inner, list) else [entry]:
-            if isinstance(one, dict):
-                names.append(model_name(str(one.get("name")), space, tools))
-    return "\n".join(["Tools found:", *names]) if names else "No tools found."
+        if isinstance(inner, list):
+            names = [one.get("name") for one in inner if isinstance(one, dict)]
+            keys += [(entry.get("name"), name) for name in names]
+        else:
+            keys.append((None, entry.get("name")))
+    return [tool for tool in tools if (tool.namespace, tool.own_name or tool.name) in keys]
 
 
 def shown_tools(given: list[Given] | None) -> list[Given]:

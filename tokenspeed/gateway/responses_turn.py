@@ -18,15 +18,21 @@ import msgspec
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.app import check_depth, encode_json
-from tokenspeed.gateway.generation import Choice, Generation
+from tokenspeed.gateway.generation import Choice
 from tokenspeed.gateway.identity import Caller
 from tokenspeed.gateway.responses_input import Item, Messages, input_items
 from tokenspeed.gateway.responses_output import Output
 from tokenspeed.gateway.responses_schema import ResponsesRequest
 from tokenspeed.gateway.responses_store import Kept, ResponseStore, keep
-from tokenspeed.gateway.responses_tools import note, read_tool_choice, read_tools, shown_tools
+from tokenspeed.gateway.responses_tools import (
+    loaded_tools,
+    note,
+    read_tool_choice,
+    read_tools,
+    shown_tools,
+)
 from tokenspeed.gateway.service import Service
-from tokenspeed.gateway.turn import TurnRequest
+from tokenspeed.gateway.turn import Turn, TurnRequest
 from tokenspeed.text.conversation import Conversation
 
 _NESTED = ("input", "instructions", "tools", "tool_choice", "chat_template_kwargs")
@@ -50,10 +56,13 @@ class Asked:
         choice.clear()
         return self.output.push(events)
 
-    def finish(self, generation: Generation) -> list[bytes]:
+    def finish(self, turn: Turn) -> list[bytes]:
         """The last events."""
-        choice = generation.choices[0]
-        return self.output.finish(_usage(generation), cut=choice.finish_reason == "length")
+        [choice] = turn.generation.choices
+        usage = _usage(choice)
+        if (receipt := turn.receipt) is not None:
+            usage["cache_receipt"] = receipt
+        return self.output.finish(usage, cut=choice.finish_reason == "length")
 
     def fail(self, error: ApiError) -> list[bytes]:
         """The last events of a response that broke."""
@@ -68,7 +77,12 @@ class Asked:
 
 
 def read_request(
-    service: Service, store: ResponseStore, request: ResponsesRequest, caller: Caller
+    service: Service,
+    store: ResponseStore,
+    request: ResponsesRequest,
+    caller: Caller,
+    *,
+    receipt: bool = False,
 ) -> Asked:
     """Raises `RequestError` or `ApiError` for what cannot be served as asked."""
     model = service.model_name(request.model)
@@ -81,16 +95,22 @@ def read_request(
     before = [] if parent is None else parent.all_items()
     items = input_items(request.input, lambda item_id: store.find_item(caller.tenant, item_id))
     tools = read_tools(request.tools, ignored, [*before, *items])
-    choice, tools = read_tool_choice(
-        request.tool_choice, request.parallel_tool_calls, tools, ignored
+    loaded = loaded_tools([*before, *items], tools, ignored)
+    choice, allowed = read_tool_choice(
+        request.tool_choice, request.parallel_tool_calls, (*tools, *loaded), ignored
     )
-    reader = Messages(tools, ignored)
+    reader = Messages(tools, ignored, loaded)
     _instructions(reader, request.instructions)
     reader.read(before)
     reader.read(items)
     if request.text is not None and request.text.verbosity is not None:
         note(ignored, "text.verbosity")
-    conversation = Conversation(reader.made, tools, request.template_options())
+    conversation = Conversation(
+        reader.made,
+        tuple(tool for tool in tools if tool in allowed),
+        request.template_options(),
+        loaded=tuple(tool for tool in loaded if tool in allowed),
+    )
     turn = TurnRequest(
         conversation=conversation,
         params=request.params(service.tokenizer, limits.vocab_size),
@@ -99,6 +119,7 @@ def read_request(
         output_format=request.output_format(),
         cache_salt=request.cache_salt,
         retention=request.retention(),
+        receipt=receipt,
         limit_field="input",
     )
     output = Output(_head(request, model), conversation, request.seals_reasoning)
@@ -170,9 +191,8 @@ def _head(request: ResponsesRequest, model: str) -> dict[str, Any]:
     }
 
 
-def _usage(generation: Generation) -> dict[str, Any]:
+def _usage(choice: Choice) -> dict[str, Any]:
     """Tokens, in this dialect's names. Nothing is charged for writing to the cache."""
-    [choice] = generation.choices
     num_prompt = len(choice.prompt_ids)
     return {
         "input_tokens": num_prompt,
