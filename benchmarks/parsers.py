@@ -41,10 +41,16 @@ EDIT = Tool(
 )
 CODE = 'if a < b and "x" in y:\n    return f"<{a}>"  # ünïcode\n'
 
+_HOSTILE = {"markup": '{markers} {{"name": "f", "a": "\\', "spaces": " \n", "nested": '[{{"a":('}
+
 
 def answer(format_: Format, kind: str, size: int) -> str:
-    """About `size` characters: all of them content, one call with long text, or many calls."""
+    """About `size` characters: content, one call with long text, many calls, or what is none."""
     writer = WRITERS[format_.name]
+    if kind in _HOSTILE:
+        start = "".join(format_.markers)
+        part = _HOSTILE[kind].format(markers=start)
+        return start + part * max(1, size // len(part))
     if kind == "content":
         return writer.write(Said("", (CODE * (size // len(CODE)),)))
     body = {"path": "src/a.py", "text": CODE * (size // len(CODE)), "line": 7}
@@ -149,8 +155,8 @@ def main() -> None:
     rows = []
     print(f"{'format':14} {'answer':8} {'us/4 chars':>11} {'us/char alone':>14} {'t(2n)/t(n)':>11}")
     for name in options.formats:
-        for kind in ("content", "call", "calls"):
-            if kind != "content" and not calls_in(name):
+        for kind in ("content", "call", "calls", *_HOSTILE):
+            if kind in ("call", "calls") and not calls_in(name):
                 continue
             row = measure(FORMATS[name], kind, SIZES, options.rounds)
             rows.append(row)

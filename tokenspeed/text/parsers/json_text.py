@@ -15,6 +15,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
 _SCALAR_PART = re.compile(r"[A-Za-z0-9+\-.]*")
 _SCALAR = re.compile(r"true|false|null|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 _CLOSES = {"{": "}", "[": "]"}
 
 # What may come next.
@@ -23,7 +24,7 @@ _VALUE, _FIRST_VALUE, _KEY, _FIRST_KEY, _COLON, _NEXT, _STRING, _NUMBER, _END = 
 
 def quoted(text: str) -> str:
     """`text` as a JSON string without its quotes."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return _encode(text)[1:-1]
 
 
 class JsonText:
