@@ -16,7 +16,7 @@ from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.chat_deltas import Deltas, whole_call
 from tokenspeed.gateway.generation import DONE, Choice, OpenAIStream
 from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
-from tokenspeed.gateway.openai_structured import output_format_of
+from tokenspeed.gateway.openai_structured import output_field, output_format_of
 from tokenspeed.gateway.openai_tools import chat_tool_choice, chat_tools
 from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.service import Service
@@ -76,6 +76,7 @@ def _turn_request(
         caller=call.caller(request.hints()),
         tool_choice=chat_tool_choice(request.tool_choice, request.parallel_tool_calls, tools),
         output_format=output_format_of(request.response_format, request.structured_outputs),
+        output_field=output_field(request.structured_outputs),
         cache_salt=request.cache_salt,
         receipt=wants_receipt(call.scope["headers"], request.cache_receipt),
     )

@@ -22,7 +22,7 @@ from tokenspeed.gateway.generation import (
 )
 from tokenspeed.gateway.openai_chat import MIN_LOGPROB, prompt_extras, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
-from tokenspeed.gateway.openai_structured import output_format_of
+from tokenspeed.gateway.openai_structured import output_field, output_format_of
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -72,7 +72,8 @@ async def completions(service: Service, call: Call) -> None:
     )
     output = output_format_of(request.response_format, request.structured_outputs)
     if output is not None:
-        grammar = await service.grammars.of(limits.vocab_size, output=output)
+        field = output_field(request.structured_outputs)
+        grammar = await service.grammars.of(limits.vocab_size, output=output, field=field)
         params = params.replace(grammar=grammar)
     salt = service.keys.salt(caller.salt, request.cache_salt)
     sent = Sent(salt, caller.user, caller.retention or Retention())

@@ -26,6 +26,11 @@ def output_format_of(
     return first or second
 
 
+def output_field(structured: Any) -> str:
+    """Which of the two fields a mistake is in."""
+    return "structured_outputs" if structured else "response_format"
+
+
 def response_format_of(given: Any, field: str = "response_format") -> OutputFormat | None:
     """text, json_object, json_schema with the schema in an object of its own (as in
     /v1/chat/completions) or beside its name (as in /v1/responses), structural_tag."""
