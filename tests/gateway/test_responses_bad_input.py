@@ -83,6 +83,17 @@ async def test_fields_that_nobody_knows_change_nothing():
     assert reply.status_code == 200
 
 
+async def test_what_was_ignored_makes_a_harmless_header():
+    tools = [{"type": f"é\r\nx-evil: {i} 🙂"} for i in range(1000)]
+    async with served("x") as g:
+        reply = await g.post(PATH, {"input": "hi", "tools": tools})
+    assert reply.status_code == 200
+    assert "x-evil" not in reply.headers
+    named = reply.headers["x-tokenspeed-ignored"].split(", ")
+    assert named[:2] == ["tools.???x-evil??0??", "tools.???x-evil??1??"]
+    assert len(named) == 16
+
+
 async def test_retention_reaches_the_engine():
     asked = [
         ({"prompt_cache_retention": "24h"}, 86400),
@@ -95,6 +106,30 @@ async def test_retention_reaches_the_engine():
             await g.post(PATH, {"input": "hi", **fields})
         kept = [request.retention.seconds for request in g.client.requests]
     assert kept == [seconds for _, seconds in asked]
+
+
+async def test_receipts_are_in_the_usage_of_who_asks():
+    async with served("x") as g:
+        body = {"input": "hi " * 300}
+        plain = (await g.post(PATH, body)).json()["usage"]
+        assert "cache_receipt" not in plain
+        asked = (await g.post(PATH, body | {"cache_receipt": True})).json()["usage"]
+        matched = asked["input_tokens_details"]["cached_tokens"]
+        assert asked["cache_receipt"]["matched"] == matched > 0
+        reply = await g.post(PATH, body | {"stream": True}, headers={"x-tokenspeed-receipt": "1"})
+        assert check_stream(parse(reply.text))["usage"]["cache_receipt"]["matched"] == matched
+
+
+@pytest.mark.parametrize(
+    ("effort", "told"), [("none", "none"), ("minimal", "low"), ("xhigh", "high"), ("odd", "odd")]
+)
+async def test_effort_reaches_the_template(effort, told):
+    template = "{{ reasoning_effort }} {{ enable_thinking is defined and not enable_thinking }}"
+    async with gateway(echo=Scripted("x"), template=template, config=HERMES) as g:
+        reply = await g.post(PATH, {"input": "hi", "reasoning": {"effort": effort}})
+        assert reply.json()["reasoning"]["effort"] == effort
+        prompt = g.service.tokenizer.decode(g.echo.prompts[0], skip_special_tokens=False)
+    assert prompt == f"{told} {effort == 'none'}"
 
 
 async def test_a_client_that_leaves_ends_its_answer():

@@ -8,6 +8,7 @@ Those with items of their own that the client runs (`ClientTool`) are functions 
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from tokenspeed.gateway.openai_tools import chat_tool_choice, custom_tool, funct
 from tokenspeed.text.conversation import Tool, ToolChoice
 
 _READERS = {"function": function_tool, "custom": custom_tool}
+_ODD = re.compile(r"[^A-Za-z0-9._-]")
+_MAX_NOTES = 16
 _TEXTS = {"type": "array", "items": {"type": "string"}}
 _SHELL = {
     "type": "object",
@@ -218,6 +221,7 @@ def _allowed(given: Given, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
 
 
 def note(ignored: list[str], what: str) -> None:
-    """Adds to the list of what was ignored, once."""
-    if what not in ignored:
-        ignored.append(what)
+    """Adds to the list of what was ignored, once; it goes into a header, so it is kept harmless."""
+    plain = _ODD.sub("?", what)
+    if plain not in ignored and len(ignored) < _MAX_NOTES:
+        ignored.append(plain)
