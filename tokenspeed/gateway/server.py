@@ -57,6 +57,7 @@ def serve(
     Raises `ModelLoadError`, `ValueError` or `OSError` for what cannot be served as asked.
     """
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("tokenspeed.text").setLevel(logging.INFO)  # what is changed in prompts
     keys = _keys(options)
     tracing = [] if options.otlp_endpoint is None else [tracing_to(options.otlp_endpoint)]
     if options.log_requests:
@@ -100,6 +101,7 @@ async def _run(
     if worker is not None:
         worker.start()
     service = Service(names, pool, metrics, keys, tokenizer, worker, answers, options)
+    service.warm_up()
     try:
         await pool.start()
         gc.collect()

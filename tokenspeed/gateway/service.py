@@ -113,6 +113,11 @@ class Service:
             ready.max_model_len if ready else None,
         )
 
+    def warm_up(self) -> None:
+        """Begins to try out the chat template, so that the first request need not."""
+        if self.prompts is not None:
+            self._threads.submit(self.prompts.prepare)
+
     async def expectation(self, prompt: Prompt) -> Expectation:
         """What the session had of a prompt before."""
         if self.prompts is None or self.tokenizer is None:

@@ -11,7 +11,7 @@ import json
 import logging
 import secrets
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenspeed.errors import RequestError
@@ -45,6 +45,10 @@ class _Shape:
     system: bool
 
 
+class _TooCostly(Exception):  # noqa: N818
+    """The template was stopped."""
+
+
 class Tails:
     """`added` are the vocabulary's added tokens, `ends` the texts of tokens that end an answer."""
 
@@ -54,7 +58,7 @@ class Tails:
         self._words = f"Zq{secrets.token_hex(12)}"
         self._closings: dict[_Shape, tuple[str, ...]] = {}
         self._local: dict[tuple[str, bool], bool] = {}
-        self.is_usable = True  # whether the template gave up no rendering for its cost
+        self.is_usable = True  # False: trying the template out cost too much
         self._told = False
 
     def tail(self, conversation: Conversation, at: int, stop: str | None) -> Tail | None:
@@ -62,27 +66,31 @@ class Tails:
 
         None if that cannot be told; then the conversation must be rendered as a whole.
         """
+        try:
+            found = self._tail(conversation, at, stop)
+        except _TooCostly:
+            return None
+        if found is None and not self._told:
+            self._told = True
+            log.warning("the chat template's turns cannot be told apart: they are rendered anew")
+        return found
+
+    def _tail(self, conversation: Conversation, at: int, stop: str | None) -> Tail | None:
         if not self.is_usable:
             return None
         options = json.dumps(conversation.options, sort_keys=True, default=str)
         local = self._is_local(options, conversation)
         after = self._after(conversation, at, reduced=local)
-        found = None
-        if after is not None:
-            spoken = conversation.messages[at]
-            calls = bool(spoken.get("tool_calls"))
-            system = conversation.messages[0].get("role") == "system"
-            shape = _Shape(options, bool(conversation.tools), calls, system)
-            closings = self._closings_of(shape, conversation, spoken)
-            said = closings
-            if calls:
-                shape = _Shape(options, bool(conversation.tools), False, system)
-                said = self._closings_of(shape, conversation, {})
-            found = self._cut(after, closings, self._markers(said), stop)
-        if found is None and not self._told:
-            self._told = True
-            log.warning("the chat template's turns cannot be told apart: they are rendered anew")
-        return found
+        if after is None:
+            return None
+        spoken = conversation.messages[at]
+        calls = bool(spoken.get("tool_calls"))
+        system = conversation.messages[0].get("role") == "system"
+        shape = _Shape(options, bool(conversation.tools), calls, system)
+        said = closings = self._closings_of(shape, conversation, spoken)
+        if calls:
+            said = self._closings_of(replace(shape, calls=False), conversation, {})
+        return self._cut(after, closings, self._markers(said), stop)
 
     def is_local(self, options: dict[str, Any] | None = None, tools: bool = False) -> bool:
         """Whether what follows a turn depends on nothing before it."""
@@ -93,7 +101,12 @@ class Tails:
         key = (options, bool(like.tools))
         found = self._local.get(key)
         if found is None:
-            found = self._try(like)
+            try:
+                found = self._try(like)
+            except _TooCostly:
+                found = False
+                # Options of a client's own speak for no other.
+                self.is_usable = self.is_usable and options != "{}"
             if len(self._local) >= _MAX_SHAPES:
                 self._local.clear()
             self._local[key] = found
@@ -205,7 +218,7 @@ class Tails:
             )
         except RequestError as error:
             if error.code == "template_limit":
-                self.is_usable = False
+                raise _TooCostly from None
             return None
 
 

@@ -73,6 +73,7 @@ class Prompts:
         history_bytes: int = 256 << 20,
     ) -> None:
         self.history = History(history_bytes)
+        self.rules: Counter[str] = Counter()  # how often each rule has changed something
         self._tokenizer, self._render, self._format = tokenizer, render, answers
         self._rules = chosen_rules(rules)
         self._keys = Keys()
@@ -225,12 +226,16 @@ class Prompts:
             return ids  # a model may have more ids than its tokenizer
 
     def _tell(self, session: bytes, rules: Counter[str]) -> None:
-        """Logs what was changed, once in a session."""
-        if not rules or session in self._told:
+        """Counts what was changed, and logs it once in a session."""
+        if not rules:
             return
-        self._told[session] = None
-        if len(self._told) > _MAX_TOLD:
-            self._told.popitem(last=False)
+        with self._lock:
+            self.rules += rules
+            if session in self._told:
+                return
+            self._told[session] = None
+            if len(self._told) > _MAX_TOLD:
+                self._told.popitem(last=False)
         changes = ", ".join(f"{name} {count}" for name, count in sorted(rules.items()))
         log.info("canonical form of session %s: %s", session.hex()[:8], changes)
 
