@@ -103,13 +103,9 @@ class GrammarState:
         self._matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=stop_ids)
         self.stop_ids = stop_ids
         self.failed = False
+        self.over = False  # a stop token has come; what follows is of no interest
         for token in output_ids:
             self.record(token)
-
-    @property
-    def over(self) -> bool:
-        """A stop token has come; what follows is of no interest."""
-        return bool(self._matcher.is_terminated())
 
     @property
     def complete(self) -> bool:
@@ -118,8 +114,10 @@ class GrammarState:
 
     def record(self, token: int) -> None:
         """Takes note of a token that was sampled; after a stop token of none."""
-        if not self.failed and not self.over and not self._matcher.accept_token(token):
-            self.failed = True
+        if self.failed or self.over:
+            return
+        self.failed = not self._matcher.accept_token(token)
+        self.over = not self.failed and token in self.stop_ids
 
     def fill(self, bitmask: torch.Tensor, row: int) -> bool:
         """Sets a row's bits of the tokens that may come next; whether any is missing."""
@@ -132,7 +130,7 @@ class GrammarState:
         """A state of its own at the same place, for tokens that may not come to be."""
         twin = object.__new__(GrammarState)
         twin._matcher, twin.stop_ids = self._matcher.fork(), self.stop_ids
-        twin.failed = self.failed
+        twin.failed, twin.over = self.failed, self.over
         return twin
 
     def rollback(self, num_tokens: int) -> None:
@@ -141,6 +139,7 @@ class GrammarState:
             raise ValueError("a state that failed does not come back")
         if num_tokens:
             self._matcher.rollback(num_tokens)
+            self.over = bool(self._matcher.is_terminated())
 
 
 class GrammarRows:
