@@ -162,15 +162,15 @@ def as_input() -> Iterator[None]:
 
 def _head(request: ResponsesRequest, model: str) -> dict[str, Any]:
     """The fields of the response that do not change. What is large is encoded once."""
-    given = msgspec.to_builtins(request)
-    text = {"format": {"type": "text"}} | {k: v for k, v in (given["text"] or {}).items() if v}
+    reasoning, asked = msgspec.to_builtins((request.reasoning, request.text))
+    text = {"format": {"type": "text"}} | {k: v for k, v in (asked or {}).items() if v}
     same = "max_output_tokens max_tool_calls previous_response_id prompt_cache_key user"
     return {
         "id": f"resp_{secrets.token_hex(24)}",
         "object": "response",
         "created_at": int(time.time()),
         "model": model,
-        **{name: given[name] for name in (*same.split(), "safety_identifier")},
+        **{name: getattr(request, name) for name in (*same.split(), "safety_identifier")},
         "background": bool(request.background),
         "conversation": None,
         "instructions": msgspec.Raw(encode_json(request.instructions)),
@@ -178,7 +178,7 @@ def _head(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "prompt": None,
         "prompt_cache_retention": (request.prompt_cache_retention or "in_memory").replace("-", "_"),
-        "reasoning": given["reasoning"] or {"effort": None, "summary": None},
+        "reasoning": reasoning or {"effort": None, "summary": None},
         "service_tier": "default",
         "store": request.kept,
         "temperature": 1.0 if request.temperature is None else request.temperature,
