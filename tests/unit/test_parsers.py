@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """Every format of answers, however its text is cut: the events are those of the whole text."""
 
-import json
 import random
 
 import pytest
@@ -100,12 +99,9 @@ def test_read_back_however_cut_often(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_cut_off_anywhere(name: str) -> None:
-    format_, writer, rng = FORMATS[name], WRITERS[name], random.Random(name)
-    said = some_said(rng, format_, writer)
-    while len(said.calls) < 1:
-        said = some_said(rng, format_, writer) if name != "think" else said
-        if name == "think":
-            break
+    format_, writer = FORMATS[name], WRITERS[name]
+    several = (some_said(random.Random(seed), format_, writer) for seed in range(20))
+    said = min(several, key=lambda said: (not said.calls, abs(len(writer.write(said)) - 300)))
     text = writer.write(said)
     for end in range(len(text)):
         inputs = Inputs(writer.starts_in, said.tools, PLAIN)
@@ -130,12 +126,10 @@ def test_markers_that_are_tokens(name: str) -> None:
         assert parse(format_, inputs, token_steps(tokenizer, bad, sizes)) == whole, bad
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if "<think>" in FORMATS[name].markers])
 def test_spelled_markers_are_text(name: str) -> None:
     """Where all markers are tokens, text that spells them is no marker."""
     format_ = FORMATS[name]
-    if not all(mark in format_.markers for mark in ("<think>", "</think>")):
-        return
     inputs = Inputs("content", (), frozenset(format_.markers))
     text = "a <think>b</think> c"
     events = parse(format_, inputs, steps_of(text, [4, 9]))
@@ -161,10 +155,3 @@ def test_names_of_formats() -> None:
     with pytest.raises(ValueError, match="hermes"):
         choose("", "hermess")
     assert choose("{{ messages }}").name == "think"
-
-
-def test_arguments_of_whole_calls_are_objects() -> None:
-    """As the writers promise; a check of the checks."""
-    rng = random.Random(0)
-    said = some_said(rng, FORMATS["hermes"], WRITERS["hermes"])
-    assert all(json.loads(json.dumps(call.arguments)) == call.arguments for call in said.calls)
