@@ -169,3 +169,19 @@ async def test_receipt_says_where_a_session_parted(stream):
     assert receipts[2]["region"] == "message 1"
     assert receipts[2]["expected"] == parted
     assert "cache_receipt" not in plain.json()["usage"]
+
+
+async def test_calls_of_custom_tools_come_back():
+    said = DEMO.write("", "", [("patch", {"input": 'a\n"é"'})])
+    echo = SessionEngine([odd_ids(DEMO.tokenizer(), said), script(DEMO, 2)])
+    messages = [{"role": "user", "content": "patch it"}]
+    body = {"tools": [{"type": "custom", "custom": {"name": "patch"}}]}
+    async with family_gateway(DEMO, echo) as g:
+        reply = (await g.post(ChatAgent.path, body | {"messages": messages})).json()
+        answer = reply["choices"][0]["message"]
+        assert answer["tool_calls"][0]["custom"]["input"] == 'a\n"é"'
+        call_id = answer["tool_calls"][0]["id"]
+        messages += [answer, {"role": "tool", "tool_call_id": call_id, "content": "ok"}]
+        again = await g.post(ChatAgent.path, body | {"messages": messages})
+    assert again.status_code == 200, again.text
+    assert echo.prompts[1][: len(echo.totals[0])] == echo.totals[0]

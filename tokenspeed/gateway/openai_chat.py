@@ -17,7 +17,7 @@ from tokenspeed.gateway.chat_deltas import Deltas, whole_call
 from tokenspeed.gateway.generation import DONE, Choice, OpenAIStream
 from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
 from tokenspeed.gateway.openai_structured import output_field, output_format_of
-from tokenspeed.gateway.openai_tools import chat_tool_choice, chat_tools
+from tokenspeed.gateway.openai_tools import chat_messages, chat_tool_choice, chat_tools
 from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.turn import Turn, TurnRequest, open_turn
@@ -60,7 +60,7 @@ def _turn_request(
     tools = chat_tools(request.tools)
     return TurnRequest(
         conversation=Conversation(
-            request.messages,
+            chat_messages(request.messages),
             tools,
             options,
             add_generation_prompt=request.add_generation_prompt is not False,

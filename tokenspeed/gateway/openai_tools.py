@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Tools as OpenAI's dialects send them, as `Tool` and `ToolChoice`. Knows their fields alone."""
 
+import json
 from typing import Any, Literal
 
 from tokenspeed.errors import RequestError
@@ -25,6 +26,24 @@ def chat_tools(given: list[dict[str, Any]] | None) -> tuple[Tool, ...]:
         read = function_tool if kind == "function" else custom_tool
         made.append(read(about, f"{at}.{kind}"))
     return unique(tuple(made))
+
+
+def chat_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, with calls of custom tools as the functions that models know them as."""
+    return [
+        {**message, "tool_calls": [_as_function(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
+        else message
+        for message in messages
+    ]
+
+
+def _as_function(call: Any) -> Any:
+    about = call.get("custom") if isinstance(call, dict) else None
+    if not isinstance(about, dict) or not isinstance(about.get("input"), str):
+        return call
+    function = {"name": about.get("name"), "arguments": json.dumps({"input": about["input"]})}
+    return {"id": call.get("id"), "type": "function", "function": function}
 
 
 def unique(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
