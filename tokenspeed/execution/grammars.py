@@ -147,9 +147,9 @@ class GrammarRows:
 
     def __init__(self, vocab_size: int) -> None:
         self.store = GrammarStore()
-        self._vocab_size = vocab_size
         self._states: dict[int, GrammarState | None] = {}  # None: it could not be made
         self._sampled: tuple[list[GrammarState], list[int], torch.Tensor] | None = None
+        self._bitmask = torch.zeros((0, -(-vocab_size // _BITS)), dtype=torch.int32)
 
     def __bool__(self) -> bool:
         return bool(self._states)
@@ -177,7 +177,9 @@ class GrammarRows:
         rows = [row for row, slot in enumerate(slots) if slot in self._states]
         if not rows:
             return
-        bitmask = torch.full((len(slots), -(-self._vocab_size // _BITS)), -1, dtype=torch.int32)
+        bitmask = self._bitmask
+        if len(bitmask) < len(slots):
+            self._bitmask = bitmask = bitmask.new_zeros((len(slots), bitmask.shape[1]))
         rows = [row for row in rows if self._fill(slots[row], bitmask, row)]
         if rows:
             apply_bitmask(logits, bitmask, rows)
@@ -219,11 +221,9 @@ class GrammarRows:
 def apply_bitmask(logits: torch.Tensor, bitmask: torch.Tensor, rows: list[int]) -> None:
     """-inf in these rows of logits [B, V] where bitmask [B, ceil(V / 32)] int32 has a 0."""
     if logits.device.type == CPU:
-        import xgrammar
+        from xgrammar.kernels.apply_token_bitmask_inplace_cpu import apply_token_bitmask_inplace_cpu
 
-        xgrammar.apply_token_bitmask_inplace(
-            logits, bitmask, vocab_size=logits.shape[1], indices=rows
-        )
+        apply_token_bitmask_inplace_cpu(logits, bitmask, logits.shape[1], rows)
         return
     some = bitmask[rows].to(logits.device)
     shifts = torch.arange(_BITS, dtype=torch.int32, device=logits.device)
