@@ -21,6 +21,8 @@ from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.gateway.receipt import Expectation, expectation
 from tokenspeed.gateway.responses_store import ResponseStore
 from tokenspeed.gateway.sessions import Sessions
+from tokenspeed.gateway.siblings import Siblings
+from tokenspeed.text.call_syntax import SYNTAXES
 from tokenspeed.text.channels import Format
 from tokenspeed.text.conversation import Conversation
 from tokenspeed.text.prompt import Prompt, Prompts, check_length
@@ -48,9 +50,11 @@ class Service:
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.keys.pseudonym)
+        self.siblings: Siblings | None = None  # if there are several gateways
         added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
         self.markers = frozenset(self.format.markers)
         self.marker_tokens = self.markers & added
+        self.no_calls = _no_calls(self.tokenizer, self.format)
         self.grammars = Grammars(self.tokenizer, self.format)
         self.prompts: Prompts | None = None
         if self.tokenizer is not None and self.template is not None:
@@ -59,7 +63,7 @@ class Service:
                 self.template.render,
                 self.format,
                 self.options.canonical_rules,
-                self.options.history_bytes,
+                self.options.history_bytes // self.options.num_gateways,
             )
 
     def model_name(self, asked: str | None) -> str:
@@ -136,3 +140,12 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
         if self.template is not None:
             self.template.close()
+
+
+def _no_calls(tokenizer: Tokenizer | None, answers: Format) -> list[list[int]]:
+    """Words without which no call can begin: the marker that opens one, if it is a token."""
+    syntax = SYNTAXES.get(answers.name)
+    if tokenizer is None or syntax is None or answers.channels_by_calls:
+        return []
+    added = tokenizer.added_tokens.items()
+    return [[token] for token, text in added if text == syntax.trigger]

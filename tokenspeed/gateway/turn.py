@@ -23,6 +23,7 @@ from tokenspeed.gateway.service import Service
 from tokenspeed.text.channels import Inputs
 from tokenspeed.text.conversation import Conversation, OutputFormat, ToolChoice
 from tokenspeed.text.history_keys import Spoken
+from tokenspeed.text.parsers.thinking import THINKING
 from tokenspeed.text.prompt import Prompt
 
 
@@ -89,6 +90,9 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         field=request.output_field,
     )
     params = request.params.replace(max_tokens=max_tokens, grammar=grammar)
+    if _is_quiet(request) and service.no_calls:
+        words = params.bad_words_token_ids or []
+        params = params.replace(bad_words_token_ids=words + service.no_calls)
     sent = Sent(
         salt=service.keys.salt(request.caller.salt, request.cache_salt),
         user=request.caller.user,
@@ -109,9 +113,15 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         yield Turn(request, prompt, generation, expected)
 
 
+def _is_quiet(request: TurnRequest) -> bool:
+    """Whether there are tools, none of which may be called: what looks like a call is text."""
+    return request.tool_choice.mode == "none" and bool(request.conversation.callable)
+
+
 def _answer(service: Service, request: TurnRequest, prompt: Prompt) -> Answer:
     inputs = Inputs(prompt.starts_in, request.conversation.callable, service.marker_tokens)
-    parser = service.format.make(inputs)
+    plain = _is_quiet(request) and not service.format.channels_by_calls
+    parser = (THINKING if plain else service.format).make(inputs)
     max_calls = None if request.tool_choice.parallel else 1
     return Answer(parser, prompt.starts_in, max_calls)
 

@@ -84,6 +84,7 @@ class Format:
     make: Callable[[Inputs], ChannelParser]
     speaks: Callable[[str], bool]  # whether a chat template's source is of this format
     starts_in: Callable[[str], Channel]  # where an answer to a prompt that ends so begins
+    channels_by_calls: bool = False  # the marker of a call also begins reasoning and content
 
 
 def joined(events: Sequence[Event]) -> list[Event]:

@@ -122,4 +122,5 @@ HARMONY = Format(
     _HarmonyParser,
     _speaks,
     _starts_in,
+    channels_by_calls=True,
 )
