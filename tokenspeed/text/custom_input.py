@@ -49,7 +49,8 @@ class InputText:
         return rest
 
     def _decode(self) -> str:
-        made, at, rest = [], 0, self._rest
+        made: list[str] = []
+        at, rest = 0, self._rest
         while at < len(rest):
             if run := _RUN.match(rest, at):
                 made += (self._unpaired(), run.group())
