@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Parts of `benchmarks/clients.py`: real clients, their tasks, their servers, what they send."""
