@@ -10,7 +10,11 @@ process's own CPU time (user and system), so a busy machine or a slow client can
 With several engines the null engines together keep the pace. `routing_ms` is what choosing one of
 four engines costs a prompt of so many tokens, every one of whose blocks one engine has.
 
-    python benchmarks/gateway.py [--streams 64 256] [--rate 8000 40000] [--tokens 300] [--engines 1]
+`--turns N` adds what a turn of a long session costs, and streamed events, in all dialects, beside
+vLLM's front end if `--vllm` names an interpreter that has it (see `front_ends.py`).
+
+    python -m benchmarks.gateway [--streams 64 256] [--rate 8000 40000] [--tokens 300]
+        [--engines 1] [--turns 9] [--new 700] [--vllm ENVIRONMENT/bin/python]
 """
 
 import argparse
@@ -29,6 +33,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from benchmarks.front_ends import compare
 from tokenspeed.engine.routing import Load, PrefixRouter
 
 LETTER = "x"
@@ -169,6 +174,11 @@ def start_load(port: int, streams: int, tokens: int, result: Path) -> "subproces
     return subprocess.Popen([*command, *(str(x) for pair in options.items() for x in pair)])
 
 
+def _table(rows: list[dict[str, Any]]) -> None:
+    for row in [{name: name for name in rows[0]}, *rows]:
+        print("  ".join(f"{row[name]:>{max(len(name), 10)}}" for name in rows[0]), flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--streams", type=int, nargs="+", default=[64, 256])
@@ -176,6 +186,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of each stream")
     parser.add_argument("--engines", type=int, nargs="+", default=[1])
     parser.add_argument("--port", type=int, default=8311)
+    parser.add_argument("--turns", type=int, default=0, help="of a session of 100,000 tokens")
+    parser.add_argument("--new", type=int, default=700, help="tokens of such a turn")
+    parser.add_argument("--vllm", help="interpreter of an environment that has vLLM")
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--load", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
@@ -185,14 +198,18 @@ def main() -> None:
         return
     cases = itertools.product(args.engines, args.streams, args.rate)
     runs = [measure(s, r, args.tokens, args.port, e) for e, s, r in cases]
-    names = list(runs[0])
-    print("  ".join(names))
-    for run in runs:
-        print("  ".join(f"{run[name]:>{len(name)}}" for name in names))
+    _table(runs)
+    ends: dict[str, Any] = {}
+    if args.turns:
+        ends = compare(args.turns, args.new, args.vllm, args.port)
+        _table(ends["sessions"])
+        _table(ends["streams"])
     versions = {p: __import__(p).__version__ for p in ("uvicorn", "uvloop", "msgspec")}
     machine = {"python": platform.python_version(), "machine": platform.machine(), **versions}
     routing = {str(n): routing_ms(n) for n in (1_000, 10_000, 100_000)}
-    line = json.dumps({"benchmark": "gateway", **machine, "runs": runs, "routing_ms": routing})
+    line = json.dumps(
+        {"benchmark": "gateway", **machine, "runs": runs, "routing_ms": routing} | ends
+    )
     print(line)
     if args.json:
         args.json.write_text(line + "\n")

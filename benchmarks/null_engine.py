@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""An engine process without a model: every answer repeats its prompt's ids.
+"""An engine process without a model: every answer repeats its prompt's ids, or is given.
 
 Speaks the engine's wire (see `tokenspeed/engine/server.py`) at a given pace. `serve` starts the
 real gateway in front of it. Knows no text and computes nothing.
@@ -20,7 +20,8 @@ from pathlib import Path
 import zmq
 
 from tokenspeed.engine import messages as m
-from tokenspeed.engine.wire import Decoder, decode_config, encode
+from tokenspeed.engine.outbox import Outbox
+from tokenspeed.engine.wire import Decoder, decode_config
 from tokenspeed.execution.cpu_share import take_cpu_share
 from tokenspeed.execution.sampling_params import TokenLogprobs
 
@@ -35,17 +36,25 @@ class _Running:
     num_cached: int
     max_tokens: int
     num_out: int = 0
+    answer: list[int] | None = None  # None: the prompt, again and again
 
 
 class Echo:
     """Requests in, outputs out, one token a step; no clock, no sockets."""
 
-    def __init__(self, max_num_seqs: int = 1 << 30) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int = 1 << 30,
+        max_model_len: int = MAX_MODEL_LEN,
+        said: dict[str, list[int]] | None = None,
+    ) -> None:
+        """`said`: every answer ends with the ids `answer`; before them come `words`, again and
+        again, as many as `max_tokens` has room for."""
         self.num_steps = 0
         self.running: dict[int, _Running] = {}
         self.waiting: dict[int, _Running] = {}
         self.num_aborted = 0
-        self._max_num_seqs = max_num_seqs
+        self._max_num_seqs, self._max_model_len, self._said = max_num_seqs, max_model_len, said
         self._seen: set[tuple[bytes, tuple[int, ...]]] = set()
 
     def add(self, request: m.GenerateRequest) -> None:
@@ -53,13 +62,23 @@ class Echo:
         key = (request.salt, tuple(prompt))
         cached = (len(prompt) - 1) // PAGE_SIZE * PAGE_SIZE if key in self._seen else 0
         self._seen.add(key)
-        room = MAX_MODEL_LEN - len(prompt)
+        room = self._max_model_len - len(prompt)
         max_tokens = min(request.params.max_tokens or room, room)
-        self.waiting[request.request_id] = _Running(request, cached, max_tokens)
+        answer = None if self._said is None else self._answer(max_tokens, **self._said)
+        self.waiting[request.request_id] = _Running(request, cached, max_tokens, answer=answer)
+
+    def _answer(self, max_tokens: int, answer: list[int], words: list[int]) -> list[int]:
+        room = max(0, max_tokens - len(answer))
+        return [*(words * (room // len(words) + 1))[:room], *answer]
 
     def abort(self, request_id: int) -> None:
         found = self.running.pop(request_id, None) or self.waiting.pop(request_id, None)
         self.num_aborted += found is not None
+
+    def abort_of(self, gateway: int) -> None:
+        for request_id in [*self.running, *self.waiting]:
+            if m.gateway_of(request_id) == gateway:
+                self.abort(request_id)
 
     def order(self, order: m.PrefixOrder) -> m.PrefixPages:
         """What is dropped is what was asked for, or the beginning of it."""
@@ -90,8 +109,8 @@ class Echo:
         return m.EngineStats(num_running=len(self.running), num_waiting=len(self.waiting))
 
     def _advance(self, request_id: int, r: _Running) -> m.TokenOutput:
-        prompt, params = r.request.prompt_ids, r.request.params
-        token = prompt[r.num_out % len(prompt)]
+        said, params = r.answer or r.request.prompt_ids, r.request.params
+        token = said[r.num_out % len(said)]
         r.num_out += 1
         stopped = token in r.request.stop_ids and r.num_out > params.min_tokens
         over = stopped or r.num_out >= r.max_tokens
@@ -111,34 +130,36 @@ class Echo:
 
 
 class _Heart(threading.Thread):
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", outbox: str, echo: Echo) -> None:
+    def __init__(
+        self, context: "zmq.Context[zmq.Socket[bytes]]", addresses: list[str], echo: Echo
+    ) -> None:
         super().__init__(daemon=True)
-        self._context, self._outbox, self._echo = context, outbox, echo
+        self._context, self._addresses, self._echo = context, addresses, echo
         self._parent = os.getppid()
 
     def run(self) -> None:
-        socket = self._context.socket(zmq.PUSH)
-        socket.connect(self._outbox)
+        outbox = Outbox(self._context, self._addresses)
         while True:
             time.sleep(0.1)
             if os.getppid() != self._parent:
                 os._exit(1)
             work = bool(self._echo.running or self._echo.waiting)
-            socket.send(encode(m.Heartbeat(self._echo.num_steps, work)))
+            outbox.offer(m.Heartbeat(self._echo.num_steps, work))
 
 
 def run(args: argparse.Namespace) -> int:
     """The engine process: one step every `step_s` seconds while there is work."""
     take_cpu_share(*args.share)
     context = zmq.Context()
-    inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    outbox.connect(args.outbox)
+    inbox, outbox = context.socket(zmq.PULL), Outbox(context, args.outbox)
     inbox.bind(args.inbox)
-    echo = Echo(decode_config(args.config).scheduler.max_num_seqs)
+    said = json.loads(Path(args.answer).read_text()) if args.answer else None
+    max_num_seqs = decode_config(args.config).scheduler.max_num_seqs
+    echo = Echo(max_num_seqs, args.max_model_len, said)
     _Heart(context, args.outbox, echo).start()
-    outbox.send(encode(m.Loading(0.5, "pretending")))
+    outbox.send(m.Loading(0.5, "pretending"))
     time.sleep(args.load_s)
-    outbox.send(encode(m.Ready(MAX_MODEL_LEN, VOCAB_SIZE, 1 << 16, PAGE_SIZE)))
+    outbox.send(m.Ready(args.max_model_len, VOCAB_SIZE, 1 << 16, PAGE_SIZE))
     decoder = Decoder(m.Down)
     stamps: dict[int, list[float]] = defaultdict(list)  # by seed, which a benchmark sets
     due = time.monotonic()
@@ -153,13 +174,16 @@ def run(args: argparse.Namespace) -> int:
                 case m.AbortRequest() as abort:
                     echo.abort(abort.request_id)
                 case m.RetainPrefix() | m.ReleasePrefix() as order:
-                    outbox.send(encode(echo.order(order)))
+                    outbox.answer(order.call_id, echo.order(order))
+                case m.GatewayGone() as gone:
+                    outbox.drop(gone.number)
+                    echo.abort_of(gone.number)
                 case m.Shutdown():
                     if args.stamps:
                         Path(f"{args.stamps}.{args.share[0]}").write_text(json.dumps(stamps))
                     os._exit(0)
         if not echo.running and not echo.waiting:
-            outbox.send(encode(m.StatsMessage(echo.stats())))
+            outbox.send(m.StatsMessage(echo.stats()))
             continue
         if time.monotonic() < due:
             continue
@@ -170,9 +194,9 @@ def run(args: argparse.Namespace) -> int:
         for seed in seeds:
             stamps[seed or 0].append(now)
         if outputs:
-            outbox.send(encode(m.Outputs(outputs)))
+            outbox.deliver(outputs)
         if echo.num_steps % 32 == 0 or not echo.running:
-            outbox.send(encode(m.StatsMessage(echo.stats())))
+            outbox.send(m.StatsMessage(echo.stats()))
         due = max(due + args.step_s, time.monotonic() - args.step_s)
 
 
@@ -183,6 +207,7 @@ def serve(args: argparse.Namespace) -> int:
 
     command = (sys.executable, "-m", "benchmarks.null_engine", "run")
     pace = ("--step-s", str(args.step_s), "--load-s", str(args.load_s), "--stamps", args.stamps)
+    pace += ("--max-model-len", str(args.max_model_len), "--answer", args.answer)
     config = EngineConfig.of(
         served_model_name=("null",),
         max_num_seqs=args.max_num_seqs,
@@ -197,6 +222,8 @@ def serve(args: argparse.Namespace) -> int:
         drain_timeout_s=args.drain_timeout_s,
         watchdog_timeout_s=args.watchdog_timeout_s,
         keepalive_s=args.keepalive_s,
+        num_gateways=args.num_gateways,
+        tenants=args.tenants,
     )
     return serve_gateway(config, options, command + pace)
 
@@ -210,13 +237,18 @@ def main() -> int:
         one.add_argument("--step-s", type=float, default=0.005)
         one.add_argument("--load-s", type=float, default=0.0)
         one.add_argument("--stamps", default="", help="FILE.n: the time of every token of engine n")
-    for name in ("--config", "--inbox", "--outbox"):
+        one.add_argument("--max-model-len", type=int, default=MAX_MODEL_LEN)
+        one.add_argument("--answer", default="", help="JSON file: `answer` and `words`, see `Echo`")
+    for name in ("--config", "--inbox"):
         engine.add_argument(name, required=True)
+    engine.add_argument("--outbox", required=True, nargs="+")
     engine.add_argument("--share", nargs=2, type=int, default=(0, 1))
     gateway.add_argument("--host", default="127.0.0.1")
     gateway.add_argument("--port", type=int, default=8000)
     gateway.add_argument("--api-key", nargs="*", default=[])
+    gateway.add_argument("--tenants")
     gateway.add_argument("--data-parallel-size", type=int, default=1)
+    gateway.add_argument("--num-gateways", type=int, default=1)
     gateway.add_argument("--max-num-seqs", type=int, default=512)
     gateway.add_argument("--max-queue-len", type=int, default=512)
     gateway.add_argument("--drain-timeout-s", type=float, default=30.0)
