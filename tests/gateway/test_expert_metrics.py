@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What /metrics says of expert-load balancing."""
+"""What /metrics says of expert-load balancing and of retention."""
 
 from tokenspeed.engine.messages import EngineStats
 from tokenspeed.gateway.exposition import exposition
@@ -24,3 +24,11 @@ def test_expert_loads_are_shown_for_each_engine() -> None:
         for engine, value in enumerate(values):
             labels = f'engine="{engine}",model_name="m"'
             assert f"tokenspeed:expert_load_{name}{{{labels}}} {value}" in lines
+
+
+def test_retained_and_pinned_pages_are_shown() -> None:
+    metrics = Metrics("m")
+    metrics.engines[0].stats = EngineStats(num_retained_pages=7, num_pinned_pages=3)
+    lines = exposition(metrics).decode().splitlines()
+    assert 'tokenspeed:retained_pages{engine="0",model_name="m"} 7.0' in lines
+    assert 'tokenspeed:pinned_pages{engine="0",model_name="m"} 3.0' in lines

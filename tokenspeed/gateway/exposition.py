@@ -23,6 +23,8 @@ _GAUGES = {  # text, field of the engine's own count
     "vllm:num_requests_running": ("Requests that run", "num_running"),
     "vllm:num_requests_waiting": ("Requests that wait", "num_waiting"),
     "vllm:kv_cache_usage_perc": ("Share of pages held, 1 is all", "kv_cache_usage"),
+    "tokenspeed:retained_pages": ("Cached pages under retention", "num_retained_pages"),
+    "tokenspeed:pinned_pages": ("Cached pages that are pinned", "num_pinned_pages"),
     "tokenspeed:expert_load_imbalance_mean": (
         "Heaviest rank over the mean, mean of the layers; 0 without expert balancing",
         "expert_load_mean",
