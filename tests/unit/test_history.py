@@ -8,7 +8,7 @@ import pytest
 
 from tokenspeed.text.history import History, Known, first_difference
 from tokenspeed.text.history_keys import (
-    Keys,
+    ConversationKeys,
     Spoken,
     canonical_arguments,
     thought_digest,
@@ -139,7 +139,7 @@ OTHER = [
 
 
 def test_an_answer_is_known_however_it_is_written():
-    keys = Keys()
+    keys = ConversationKeys()
     spoken = Spoken(("I look.\n\nNow.",), (("f", "c1", '{"a": 1, "b": [2.0]}'),))
     made = {keys.follow(b"before", message) for message in spoken.messages()}
     assert made == {keys.follow(b"before", message) for message in SAME}
@@ -149,7 +149,7 @@ def test_an_answer_is_known_however_it_is_written():
 
 
 def test_runs_of_content_may_be_joined_by_anything():
-    keys = Keys()
+    keys = ConversationKeys()
     made = {
         keys.follow(b"", m) for m in Spoken(("One. ", "Two.\n"), (("f", "1", "{}"),)).messages()
     }
@@ -174,7 +174,7 @@ def test_runs_of_content_may_be_joined_by_anything():
     ],
 )
 def test_what_users_say_is_taken_literally(one, two, same):
-    keys = Keys()
+    keys = ConversationKeys()
     made = [keys.follow(b"", {"role": "user"} | message) for message in (one, two)]
     assert (made[0] == made[1]) == same
 

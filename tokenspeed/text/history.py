@@ -52,7 +52,7 @@ class History:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self.num_hits = self.num_misses = 0
+        self.num_hits = 0  # conversations that went on from a known turn
         self._known: dict[bytes, Known] = {}
         self._tapes: OrderedDict[Tape, None] = OrderedDict()
         self._sessions: OrderedDict[bytes, tuple[weakref.ref[Tape], int]] = OrderedDict()
@@ -78,7 +78,6 @@ class History:
             if best is not None:
                 self._tapes.move_to_end(best[1].tape)
             self.num_hits += best is not None
-            self.num_misses += best is None and bool(turns)
         return best
 
     def record(

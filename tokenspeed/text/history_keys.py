@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`Keys`: what makes two conversations the same, as a chain of digests. Knows no ids.
+"""`ConversationKeys`: what makes two conversations the same, as a chain of digests. Knows no ids.
 
     key after message i = H(key after message i - 1, message i)
 
@@ -44,7 +44,7 @@ class Spoken:
         ]
 
 
-class Keys:
+class ConversationKeys:
     """Thread-safe; remembers what arguments' JSON it has read, which comes back in every turn."""
 
     def __init__(self) -> None:

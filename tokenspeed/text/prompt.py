@@ -19,7 +19,13 @@ from tokenspeed.text.canonical_probe import Render, Systems, probe_systems
 from tokenspeed.text.channels import Channel, Format
 from tokenspeed.text.conversation import Conversation
 from tokenspeed.text.history import History, Known, first_difference
-from tokenspeed.text.history_keys import Keys, Spoken, plain_text, thought_digest, thought_of
+from tokenspeed.text.history_keys import (
+    ConversationKeys,
+    Spoken,
+    plain_text,
+    thought_digest,
+    thought_of,
+)
 from tokenspeed.text.history_tail import Tail, Tails
 from tokenspeed.text.prompt_regions import region_of
 from tokenspeed.text.tokenizer import Tokenizer
@@ -76,7 +82,7 @@ class Prompts:
         self.rules: Counter[str] = Counter()  # how often each rule has changed something
         self._tokenizer, self._render, self._format = tokenizer, render, answers
         self._rules = chosen_rules(rules)
-        self._keys = Keys()
+        self._keys = ConversationKeys()
         added = tokenizer.added_tokens
         ends = [added[i] for i in tokenizer.eos_ids if i in added]
         self._tails = Tails(render, added.values(), ends)
