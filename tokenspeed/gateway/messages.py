@@ -4,7 +4,6 @@
 Any model name is taken, and the answer repeats it: clients ask for several of Anthropic's.
 """
 
-import logging
 import math
 
 import msgspec
@@ -12,7 +11,7 @@ import msgspec
 from tokenspeed.engine.messages import Retention
 from tokenspeed.errors import ContextLengthError
 from tokenspeed.execution.sampling_params import SamplingParams
-from tokenspeed.gateway.app import Call, check_depth, encode_json
+from tokenspeed.gateway.app import Call, check_depth, encode_json, log
 from tokenspeed.gateway.identity import Hints
 from tokenspeed.gateway.messages_error import too_long
 from tokenspeed.gateway.messages_input import Input
@@ -34,8 +33,6 @@ from tokenspeed.text.conversation import Conversation
 
 _DECODER = msgspec.json.Decoder(MessagesRequest)
 _SAME_NAME = ("temperature", "top_p", "top_k")
-
-log = logging.getLogger("tokenspeed.gateway")
 
 
 async def messages(service: Service, call: Call) -> None:

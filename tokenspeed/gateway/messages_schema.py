@@ -13,6 +13,7 @@ import msgspec
 
 from tokenspeed.errors import RequestError
 from tokenspeed.text.conversation import OutputFormat
+from tokenspeed.text.detokenizer import MAX_STOP_CHARS, MAX_STOPS
 
 _COUNT = msgspec.Meta(ge=0, le=2**31 - 1)
 _TTL = re.compile(r"([0-9]{1,4})([smh])")
@@ -141,6 +142,9 @@ def output_format(request: MessagesRequest) -> OutputFormat | None:
 
 def stop_sequences(given: Sequence[str] | None) -> list[str] | None:
     """Checked here, so that a mistake is named as the client named it."""
-    if given and (len(given) > 32 or not all(0 < len(text) <= 1024 for text in given)):
-        refuse("stop_sequences", "at most 32 strings of 1 to 1024 characters")
+    if given and (
+        len(given) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_CHARS for text in given)
+    ):
+        why = f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters"
+        refuse("stop_sequences", why)
     return list(given) if given else None

@@ -90,7 +90,7 @@ class _Chat(OpenAIStream):
     ) -> None:
         self._request, self._tokenizer = request, tokenizer
         self._turn = turn
-        self._generation, self._tools = turn.generation, turn.request.conversation
+        self._generation, self._conversation = turn.generation, turn.request.conversation
         self._head: dict[str, Any] = {
             "id": f"chatcmpl-{secrets.token_hex(16)}",
             "object": "chat.completion.chunk" if request.stream else "chat.completion",
@@ -105,7 +105,7 @@ class _Chat(OpenAIStream):
         usage = b',"usage":null' if self._usage_at_end else b""
         self._back = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
         self._plain = not (self._usage_always or request.return_token_ids or request.logprobs)
-        self._deltas = [Deltas(self._tools) for _ in turn.answers]
+        self._deltas = [Deltas(self._conversation) for _ in turn.answers]
 
     def chunk(self, choice: Choice) -> bytes:
         parts = [] if choice.begun else [self._opening(choice)]
@@ -148,7 +148,7 @@ class _Chat(OpenAIStream):
         if (thought := answer.text("reasoning")) is not None:
             message |= {"reasoning": thought, "reasoning_content": thought}
         if calls := answer.calls:
-            message["tool_calls"] = [whole_call(block, self._tools) for block in calls]
+            message["tool_calls"] = [whole_call(block, self._conversation) for block in calls]
         elif message["content"] is None:
             message["content"] = ""
         return message

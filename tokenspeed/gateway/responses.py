@@ -168,24 +168,14 @@ async def get_response(service: Service, call: Call) -> None:
 
 async def delete_response(service: Service, call: Call) -> None:
     """DELETE /v1/responses/{id}. One that still runs is cancelled first."""
-    await call.body()
-    running = _running(service, call)
-    if running is not None:
-        running.cancel()
-        await running.wait()
-    kept = _kept(service, call)
+    kept = await _stopped(service, call)
     service.responses.delete(kept)
     await call.reply(encode_json({"id": kept.id, "object": "response", "deleted": True}))
 
 
 async def cancel_response(service: Service, call: Call) -> None:
     """POST /v1/responses/{id}/cancel, for those in the background. Twice is as good as once."""
-    await call.body()
-    running = _running(service, call)
-    if running is not None:
-        running.cancel()
-        await running.wait()
-    kept = _kept(service, call)
+    kept = await _stopped(service, call)
     body = unpack(kept.response)
     if not msgspec.json.decode(body)["background"]:
         why = "only a response made with background: true can be cancelled"
@@ -216,6 +206,16 @@ async def list_input_items(service: Service, call: Call) -> None:
     made["first_id"] = page[0]["id"] if page else ""
     made["last_id"] = page[-1]["id"] if page else ""
     await call.reply(encode_json(made))
+
+
+async def _stopped(service: Service, call: Call) -> Kept:
+    """The response that the path names, cancelled if it still ran."""
+    await call.body()
+    running = _running(service, call)
+    if running is not None:
+        running.cancel()
+        await running.wait()
+    return _kept(service, call)
 
 
 def _own_input(kept: Kept) -> list[dict[str, Any]]:

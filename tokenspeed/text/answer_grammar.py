@@ -76,12 +76,9 @@ class AnswerGrammar:
         tag = _all(tags)
         check_size(tag, field)
         syntax = SYNTAXES.get(self.format.name)
-        inner = (
-            {mark: self.added[mark] for mark in syntax.inner if mark in self.added}
-            if (syntax)
-            else {}
-        )
-        return GrammarSpec(tag, inner, field)
+        inner = () if syntax is None else syntax.inner
+        tokens = {mark: self.added[mark] for mark in inner if mark in self.added}
+        return GrammarSpec(tag, tokens, field)
 
     def _content(self, output: OutputFormat, field: str, starts_in: Channel | None) -> Tag:
         tag = content_tag(output, field, self.added)
