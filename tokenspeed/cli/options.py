@@ -61,7 +61,7 @@ def _kind(hint: Any) -> dict[str, Any]:
         return {"choices": get_args(hint)}
     if get_origin(hint) is tuple:
         return {"nargs": "+", "action": "extend", "metavar": "VALUE"}
-    return {"type": hint, "metavar": {int: "N", float: "SECONDS"}.get(hint, "VALUE")}
+    return {"type": hint, "metavar": {int: "N", float: "NUMBER"}.get(hint, "VALUE")}
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
