@@ -201,6 +201,7 @@ class ServerOptions:
         low=0,
     )
     max_body_bytes: int = option(32 * 2**20, "larger bodies are answered 413", low=1024)
+    num_gateways: int = option(1, "processes that share the port and the work of HTTP", low=1)
     keepalive_s: float = option(5.0, "seconds between SSE comments while nothing comes", low=0.01)
     drain_timeout_s: float = option(30.0, "seconds that open requests get after SIGTERM", low=0)
     watchdog_timeout_s: float = option(

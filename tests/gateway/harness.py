@@ -69,9 +69,8 @@ class FakeClient(EngineClient):
 
     def die(self) -> None:
         """What `_watch` does when the engine process ends."""
-        self._process: Any = _Ended()
         self._pull: Any = _Empty()
-        self._tasks.append(asyncio.get_running_loop().create_task(self._watch()))
+        self._tasks.append(asyncio.get_running_loop().create_task(self._watch(_Ended())))
 
     def reject(self, request_id: int, **what: Any) -> None:
         self._up(m.Rejected(request_id, **what))

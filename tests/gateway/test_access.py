@@ -11,7 +11,8 @@ from tokenspeed.config import ServerOptions
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.gateway.app import Application
 from tokenspeed.gateway.auth import Keys
-from tokenspeed.gateway.server import _listener, _public_name, _servers, _unix_listener
+from tokenspeed.gateway.server import _listener, _unix_listener
+from tokenspeed.gateway.serving import _public_name, _servers
 
 KEYS = ("first-key", "second-key")
 OPEN = {"/health", "/ready"}

@@ -15,7 +15,7 @@ from tests.gateway.harness import gateway
 from tokenspeed.config import ServerOptions
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.limits import Limits
-from tokenspeed.gateway.server import _keys, _reload_on_hangup
+from tokenspeed.gateway.serving import _keys, _reload_on_hangup
 from tokenspeed.gateway.tenants import ROLES, TenantSpec, read_tenants, tenants_of_keys
 
 TEXT = {"prompt": "hello " * 100, "max_tokens": 4}

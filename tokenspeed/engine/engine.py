@@ -7,7 +7,7 @@ Nothing that a request contains raises out of `step`: what cannot be served is r
 
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from tokenspeed.engine.messages import (
     Ready,
     RetainPrefix,
     TokenOutput,
+    gateway_of,
 )
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.errors import RankDiedError, RequestError
@@ -110,7 +111,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._live: dict[int, _Live] = {}
-        self._grammars: set[str] = set()  # keys that requests may name
+        self._grammars: Counter[str] = Counter()  # who has added a key that requests may name
         self._death: RankDiedError | None = None  # of another rank: nothing can run any more
 
     def add_request(self, request: GenerateRequest) -> None:
@@ -145,18 +146,22 @@ class Engine:
 
     def add_grammar(self, key: str, data: bytes) -> None:
         """Requests may name this grammar until it is dropped. What is wrong with it shows there."""
-        if key != VOCABULARY:
-            self._grammars.add(key)
-        self._runner.tell_grammars((key, data))
+        self._grammars[key] += 1
+        if self._grammars[key] == 1:
+            self._runner.tell_grammars((key, data))
 
     def drop_grammar(self, key: str) -> None:
-        """No later request names it; those that run have theirs."""
-        if key in self._grammars:
-            self._grammars.discard(key)
+        """Once for each time it was added: then no later request names it; those that run have
+        theirs."""
+        if key not in self._grammars:
+            return
+        self._grammars[key] -= 1
+        if not self._grammars[key]:
+            del self._grammars[key]
             self._runner.tell_grammars((key, None))
 
     def _check_grammar(self, key: str) -> None:
-        if key not in self._grammars:
+        if key == VOCABULARY or key not in self._grammars:
             raise RequestError(
                 "grammar: the engine was not given this grammar",
                 field="grammar",
@@ -168,6 +173,13 @@ class Engine:
         if self._live.pop(request_id, None) is not None:
             self._schedulers.abort(request_id)
             self._runner.remove(request_id)
+
+    def abort_of(self, gateway: int) -> int:
+        """Ends all requests of a gateway that is gone; returns how many."""
+        own = [request_id for request_id in self._live if gateway_of(request_id) == gateway]
+        for request_id in own:
+            self.abort(request_id)
+        return len(own)
 
     def step(self) -> list[TokenOutput]:
         """Plans and launches a step if there is one, then commits what is due.

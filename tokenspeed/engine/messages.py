@@ -9,6 +9,14 @@ from dataclasses import dataclass, field
 
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 
+GATEWAY_SHIFT = 55  # of a request's 63 bits the upper 8 say which gateway gave the number
+MAX_GATEWAYS = 64
+
+
+def gateway_of(request_id: int) -> int:
+    """The number of the gateway that gave a request or an order its id; 0 is the first."""
+    return request_id >> GATEWAY_SHIFT
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -87,7 +95,8 @@ class EngineStats:
 class AddGrammar:
     """Down: requests may name this grammar from now on, until it is dropped.
 
-    The first is the vocabulary, under its own key (`execution/grammars.py`). Keys are the sender's.
+    The first is the vocabulary, under its own key (`execution/grammars.py`). Keys are the senders':
+    what several have added is dropped when all have dropped it.
     """
 
     key: str
@@ -127,6 +136,13 @@ class ReleasePrefix:
 @dataclass(frozen=True)
 class FlushCache:
     """Down: forget every cached page that no request uses."""
+
+
+@dataclass(frozen=True)
+class GatewayGone:
+    """Down, from the first gateway: another one has ended, and what it asked for is not wanted."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -197,6 +213,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
+class GatewayStuck:
+    """Up, to the first gateway: another one does not read, and is sent nothing any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
 class Fatal:
     """Up: the engine leaves because of this."""
 
@@ -205,6 +228,23 @@ class Fatal:
 
 PrefixOrder = RetainPrefix | ReleasePrefix
 Down = (
-    PrefixOrder | GenerateRequest | AbortRequest | FlushCache | Shutdown | AddGrammar | DropGrammar
+    PrefixOrder
+    | GenerateRequest
+    | AbortRequest
+    | FlushCache
+    | GatewayGone
+    | Shutdown
+    | AddGrammar
+    | DropGrammar
 )
-Up = Loading | Ready | Outputs | Rejected | StatsMessage | PrefixPages | Heartbeat | Fatal
+Up = (
+    Loading
+    | Ready
+    | Outputs
+    | Rejected
+    | StatsMessage
+    | PrefixPages
+    | Heartbeat
+    | GatewayStuck
+    | Fatal
+)

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,8 @@ import zmq
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import messages as m
-from tokenspeed.engine.wire import Decoder, decode_config, encode
+from tokenspeed.engine.outbox import LINGER_MS, Outbox
+from tokenspeed.engine.wire import Decoder, decode_config
 from tokenspeed.errors import ModelLoadError, RankDiedError, RequestError
 from tokenspeed.execution.cpu_share import take_cpu_share
 
@@ -35,29 +36,7 @@ HEARTBEAT_S = 0.25
 STATS_S = 0.25
 MAX_MESSAGE_BYTES = 64 << 20
 MAX_MESSAGES_PER_STEP = 256  # so that a flood of requests cannot starve the running ones
-LINGER_MS = 1000
 RANK_DEATH_GRACE_S = 0.5
-
-
-class Outbox:
-    """The way up. One per thread: a ZeroMQ socket belongs to the thread that uses it."""
-
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.linger = LINGER_MS
-        self._socket.connect(address)
-
-    def send(self, message: m.Up) -> None:
-        """Waits while the gateway is behind."""
-        self._socket.send(encode(message))
-
-    def offer(self, message: m.Up) -> None:
-        """Drops the message if the gateway is behind."""
-        with contextlib.suppress(zmq.Again):
-            self._socket.send(encode(message), zmq.NOBLOCK)
-
-    def close(self) -> None:
-        self._socket.close()
 
 
 class Inbox:
@@ -83,17 +62,17 @@ class Inbox:
 
 
 class Heart(threading.Thread):
-    """Tells the gateway that this process lives and how far the engine is; dies with its parent."""
+    """Tells gateways that this process lives and how far the engine is; dies with its parent."""
 
-    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+    def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", addresses: Sequence[str]) -> None:
         super().__init__(name="heartbeat", daemon=True)
         self.engine: Engine | None = None
-        self._context, self._address = context, address
+        self._context, self._addresses = context, addresses
         self._parent = os.getppid()
         self._stop_event = threading.Event()
 
     def run(self) -> None:
-        outbox = Outbox(self._context, self._address)
+        outbox = Outbox(self._context, self._addresses)
         while not self._stop_event.wait(HEARTBEAT_S):
             if os.getppid() != self._parent:
                 self._remove_folder()  # nobody else is left to do it
@@ -108,11 +87,12 @@ class Heart(threading.Thread):
         self.join()
 
     def _remove_folder(self) -> None:
-        """Removes the gateway's sockets and their folder if that holds nothing else."""
-        folder = Path(self._address.removeprefix("ipc://")).parent
+        """Removes the gateways' sockets and their folder if that holds nothing else."""
+        folder = Path(self._addresses[0].removeprefix("ipc://")).parent
         with contextlib.suppress(OSError):
-            for name in ("inbox", "outbox"):
-                (folder / name).unlink(missing_ok=True)
+            for path in folder.iterdir():
+                if path.is_socket():
+                    path.unlink(missing_ok=True)
             folder.rmdir()
 
 
@@ -133,7 +113,7 @@ class Loop:
                     return
                 self._take(message)
             if outputs := self._engine.step():
-                self._outbox.send(m.Outputs(outputs))
+                self._outbox.deliver(outputs)
 
     def _take(self, message: m.Down) -> None:
         match message:
@@ -141,9 +121,9 @@ class Loop:
                 try:
                     self._engine.add_request(message)
                 except RequestError as error:
-                    self._outbox.send(
-                        m.Rejected(message.request_id, str(error), error.field, error.code)
-                    )
+                    request_id = message.request_id
+                    refusal = m.Rejected(request_id, str(error), error.field, error.code)
+                    self._outbox.answer(request_id, refusal)
             case m.AbortRequest():
                 self._engine.abort(message.request_id)
             case m.AddGrammar():
@@ -152,9 +132,12 @@ class Loop:
                 self._engine.drop_grammar(message.key)
             case m.RetainPrefix() | m.ReleasePrefix():
                 num_pages = self._engine.order_prefix(message)
-                self._outbox.send(m.PrefixPages(message.call_id, num_pages))
+                self._outbox.answer(message.call_id, m.PrefixPages(message.call_id, num_pages))
             case m.FlushCache():
                 self._engine.flush_cache()
+            case m.GatewayGone():
+                self._outbox.drop(message.number)
+                self._engine.abort_of(message.number)
 
     def _send_stats(self, *, now: bool) -> None:
         if not now and time.monotonic() < self._stats_sent_s + STATS_S:
@@ -166,16 +149,18 @@ class Loop:
             self._sent = stats
 
 
-def main(config_json: str, inbox_addr: str, outbox_addr: str, num_sharers: int = 1) -> int:
+def main(
+    config_json: str, inbox_addr: str, outbox_addrs: Sequence[str], num_sharers: int = 1
+) -> int:
     """Runs the engine process; returns its exit status. Every failure is also sent as `Fatal`."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
     context = zmq.Context()
-    outbox, inbox = Outbox(context, outbox_addr), Inbox(context, inbox_addr)
-    heart = Heart(context, outbox_addr)
+    outbox, inbox = Outbox(context, outbox_addrs), Inbox(context, inbox_addr)
+    heart = Heart(context, outbox_addrs)
     heart.start()
     try:
-        engine = _load(decode_config(config_json), outbox, outbox_addr, context, num_sharers)
+        engine = _load(decode_config(config_json), outbox, outbox_addrs, context, num_sharers)
         heart.engine = engine
         Loop(engine, inbox, outbox).run()
         engine.close()
@@ -195,7 +180,7 @@ def main(config_json: str, inbox_addr: str, outbox_addr: str, num_sharers: int =
 def _load(
     config: EngineConfig,
     outbox: Outbox,
-    address: str,
+    addresses: Sequence[str],
     context: "zmq.Context[zmq.Socket[bytes]]",
     num_sharers: int,
 ) -> "Engine":
@@ -206,7 +191,7 @@ def _load(
         and leave, and then no more."""
         time.sleep(RANK_DEATH_GRACE_S)
         with contextlib.suppress(zmq.ZMQError):  # it is leaving
-            own = Outbox(context, address)  # this is another thread
+            own = Outbox(context, addresses)  # this is another thread
             own.send(m.Fatal(str(error)))
             own.close()
         time.sleep(RANK_DEATH_GRACE_S)
@@ -235,7 +220,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="tokenspeed.engine.server")
     parser.add_argument("--config", required=True)
     parser.add_argument("--inbox", required=True)
-    parser.add_argument("--outbox", required=True)
+    parser.add_argument("--outbox", required=True, nargs="+", help="of each gateway")
     parser.add_argument("--share", nargs=2, type=int, default=(0, 1), metavar=("I", "N"))
     arguments = parser.parse_args()
     take_cpu_share(*arguments.share)

@@ -32,6 +32,8 @@ _TYPES: tuple[type, ...] = (
     m.RetainPrefix,
     m.ReleasePrefix,
     m.PrefixPages,
+    m.GatewayGone,
+    m.GatewayStuck,
 )
 _PREFIX = {kind: bytes((VERSION, tag)) for tag, kind in enumerate(_TYPES)}
 _ENCODER = msgspec.msgpack.Encoder()

@@ -14,7 +14,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from starlette.routing import Match, Route
@@ -31,6 +31,7 @@ JSON_DEPTH = 64
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 T = TypeVar("T")
+Home = Literal["", "first", "session", "response", "named", "turn", "items"]
 encode_json: Callable[[object], bytes] = msgspec.json.Encoder().encode
 
 log = logging.getLogger("tokenspeed.gateway")
@@ -55,6 +56,7 @@ class Call:
     path: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)  # that any answer carries
     status: int = 0  # of the answer, once it has begun
+    ahead: bytes | None = None  # the body, if it was read before the handler wants it
     watcher: asyncio.Task[None] | None = None
 
     async def body(self) -> bytes:
@@ -62,6 +64,9 @@ class Call:
 
         From here on this task is cancelled when the client goes away.
         """
+        if self.ahead is not None:
+            body, self.ahead = self.ahead, None
+            return body
         headers = dict(self.scope["headers"])
         if int(headers.get(b"content-length", b"0")) > self.max_body_bytes:
             raise self._too_large()
@@ -81,6 +86,18 @@ class Call:
             raise ApiError(408, "the request's body took too long", code="timeout") from None
         self.watcher = asyncio.create_task(self._watch(asyncio.current_task()))
         return b"".join(parts)
+
+    async def peek(self) -> bytes:
+        """The body, which the handler will get too."""
+        if self.ahead is None:
+            self.ahead = await self.body()
+        return self.ahead
+
+    def stop_watching(self) -> None:
+        """The client's leaving is of no interest here any more."""
+        if self.watcher is not None:
+            self.watcher.cancel()
+            self.watcher = None
 
     async def decode(self, decoder: "msgspec.json.Decoder[T]") -> T:
         """The body as `decoder` types it. Raises 400 naming the field, 415 for another type."""
@@ -156,6 +173,7 @@ class RouteSpec:
     admin: bool = False  # moves to the admin listener, if there is one
     roles: tuple[Role, ...] = ("inference",)  # of which a key must have one
     metered: bool = False  # counts against limits, and is logged: it makes the engine work
+    home: Home = ""  # which of several gateways serves it (`siblings.py`)
     failure: Callable[[ApiError], bytes] = ApiError.body  # an error's JSON, here and below the path
 
 
@@ -170,8 +188,11 @@ class Application:
         loopback: bool,
         max_body: int,
         journal: Journal | None = None,
+        place: "Callable[[Call, Home], Awaitable[None]] | None" = None,
     ) -> None:
+        """`place` returns if a request is served here; else it was given away: `ClientGone`."""
         self.table = tuple(table)
+        self._place = place
         self._keys, self._loopback, self._max_body = keys, loopback, max_body
         self._journal = journal or Journal()
         self._owners = Owners()
@@ -190,8 +211,7 @@ class Application:
         except Exception as error:
             await self._answer(call, error)
         finally:
-            if call.watcher is not None:
-                call.watcher.cancel()
+            call.stop_watching()
             self._settle(call, call.record)
 
     async def _handle(self, call: Call) -> None:
@@ -204,6 +224,8 @@ class Application:
             raise self._no_route(call.scope)
         if not spec.open:
             check_role(call.tenant, spec.roles)
+        if self._place is not None:
+            await self._place(call, spec.home)
         if not spec.metered:
             await spec.handler(call)
             return

@@ -22,8 +22,14 @@ _ANYBODY = Tenant()
 class Keys:
     """The accepted keys, as SHA-256 digests only, and whose they are."""
 
-    def __init__(self, keys: Sequence[str] = (), tenants: Sequence[TenantSpec] = ()) -> None:
-        self._secret = secrets.token_bytes(32)
+    def __init__(
+        self,
+        keys: Sequence[str] = (),
+        tenants: Sequence[TenantSpec] = (),
+        secret: bytes | None = None,
+    ) -> None:
+        """`secret`: of salts and pseudonyms, the same in gateways that share engines."""
+        self.secret = secret or secrets.token_bytes(32)
         self._of_options = tenants_of_keys(keys)
         self._limiters: dict[str, Limiter] = {}
         self._owners: list[tuple[bytes, Tenant]] = []
@@ -66,18 +72,18 @@ class Keys:
         if cache_salt is None:
             return tenant[:16]
         framed = len(tenant).to_bytes(4, "little") + tenant + cache_salt.encode()
-        return hmac.digest(self._secret, framed, "sha256")[:16]
+        return hmac.digest(self.secret, framed, "sha256")[:16]
 
     def pseudonym(self, *parts: str) -> str:
         """24 hex digits that stand for `parts` while this process lives, and tell nothing."""
         framed = b"".join(
             len(b).to_bytes(4, "little") + b for b in (p.encode(errors="replace") for p in parts)
         )
-        return hmac.digest(self._secret, b"pseudonym" + framed, "sha256").hex()[:24]
+        return hmac.digest(self.secret, b"pseudonym" + framed, "sha256").hex()[:24]
 
     def _tenant(self, spec: TenantSpec) -> Tenant:
         kind, name = ("tenant", spec.name) if spec.group is None else ("group", spec.group)
-        salt = hmac.digest(self._secret, f"{kind} {name}".encode(), "sha256")
+        salt = hmac.digest(self.secret, f"{kind} {name}".encode(), "sha256")
         limiter = self._limiters.get(spec.name)
         if limiter is None:
             limiter = Limiter(spec.limits)

@@ -3,7 +3,8 @@
 
 All outputs of a step arrive in one message and are handed to their mailboxes in one callback. When
 the engine process ends, every request that is open here fails at once; when it stands still, it is
-`hung`. It is never restarted silently. Which engine gets a request is not decided here.
+`hung`. It is never restarted silently. Which engine gets a request is not decided here. Of several
+gateways the first keeps the process; the others join its wire.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import logging
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq
@@ -56,14 +58,16 @@ class EngineClient:
         watchdog_timeout_s: float,
         command: tuple[str, ...] = ENGINE_COMMAND,
         name: str = "the engine",
+        num_gateways: int = 1,
     ) -> None:
         self.metrics = metrics
         self.ready: m.Ready | None = None
         self.loading = m.Loading(0.0, "starting the engine")
         self.dead = asyncio.Event()  # set once the engine process has ended
         self._config, self._command, self._name = config, command, name
-        self._watchdog_timeout_s = watchdog_timeout_s
-        self._limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
+        self._watchdog_timeout_s, self._num_gateways = watchdog_timeout_s, num_gateways
+        limit = config.scheduler.max_num_seqs + config.scheduler.max_queue_len
+        self._limit = -(-limit // num_gateways)
         self._open: dict[int, _Open] = {}
         self._grammars = GrammarMirror(lambda message: self._send(message))
         self._waiting_tokens = 0  # the sum of `uncached` over what is open
@@ -73,42 +77,57 @@ class EngineClient:
         self._beat = self._moved = time.monotonic()
         self._steps = -1
         self._closing = False
+        self._process: asyncio.subprocess.Process | None = None  # None: another gateway keeps it
+        self.stuck: Callable[[int], None] = lambda number: None  # a gateway that does not read
 
     async def start(self) -> None:
         """Spawns the engine; returns at once. Progress shows in `loading` and `ready`."""
-        self._folder = tempfile.TemporaryDirectory(prefix="tokenspeed-")
+        self._own_folder = tempfile.TemporaryDirectory(prefix="tokenspeed-")
+        inbox, *outboxes = self.join(self._own_folder.name, 0)
+        config = encode_config(self._config)
+        arguments = ("--config", config, "--inbox", inbox, "--outbox", *outboxes)
+        self._process = await asyncio.create_subprocess_exec(*self._command, *arguments)
+        self._watcher = asyncio.get_running_loop().create_task(self._watch(self._process))
+
+    def join(self, folder: str, number: int) -> list[str]:
+        """Opens the wire's end of gateway `number`; returns the addresses of inbox and outboxes."""
+        self.folder = folder
+        inbox = f"ipc://{folder}/inbox"
+        outboxes = [f"ipc://{folder}/outbox{n or ''}" for n in range(self._num_gateways)]
         self._context = zmq.Context()
-        inbox, outbox = (f"ipc://{self._folder.name}/{name}" for name in ("inbox", "outbox"))
         self._push = self._context.socket(zmq.PUSH)
         self._push.sndhwm = _SEND_LIMIT
         self._push.linger = 200
         self._pull = self._context.socket(zmq.PULL)
         self._pull.rcvhwm = 0
-        self._pull.bind(outbox)
+        self._pull.bind(outboxes[number])
         self._push.connect(inbox)
         self._decoder = Decoder(m.Up)
-        config = encode_config(self._config)
-        arguments = ("--config", config, "--inbox", inbox, "--outbox", outbox)
-        self._process = await asyncio.create_subprocess_exec(*self._command, *arguments)
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._pull.FD, self._receive)
-        self._watcher = loop.create_task(self._watch())
+        asyncio.get_running_loop().add_reader(self._pull.FD, self._receive)
+        return [inbox, *outboxes]
 
     async def close(self) -> None:
-        """Ends the engine process, by force if it does not leave within two seconds."""
+        """Ends the engine process, by force if it does not leave within two seconds.
+
+        A gateway that does not keep it only leaves.
+        """
         self._closing = True
-        self._send(m.Shutdown())
-        try:
-            async with asyncio.timeout(2.0):
+        if self._process is not None:
+            self._send(m.Shutdown())
+            try:
+                async with asyncio.timeout(2.0):
+                    await self.dead.wait()
+            except TimeoutError:
+                self._process.kill()
                 await self.dead.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self.dead.wait()
         asyncio.get_running_loop().remove_reader(self._pull.FD)
         self._push.close()
         self._pull.close()
-        self._context.destroy(linger=0)
-        self._folder.cleanup()
+        if self._process is not None:
+            self._context.destroy(linger=0)
+            self._own_folder.cleanup()
+        else:
+            self._context.term()  # aborts may be on their way
 
     @property
     def state(self) -> str:
@@ -163,6 +182,10 @@ class EngineClient:
     def flush_cache(self) -> bool:
         """Asks the engine to forget cached pages. False if too many messages wait for it."""
         return self._send(m.FlushCache())
+
+    def gateway_gone(self, number: int) -> None:
+        """Tells the engine that what this gateway asked for is not wanted any more."""
+        self._send(m.GatewayGone(number))
 
     async def order(self, order: m.PrefixOrder) -> int:
         """On how many pages the engine acted. `EngineDeadError` if it ends before it answers."""
@@ -287,16 +310,22 @@ class EngineClient:
                 pages, size = str(message.num_pages), str(message.page_size)
                 self.metrics.cache = {"num_gpu_blocks": pages, "block_size": size}
                 self._beat = self._moved = time.monotonic()
-            case m.Fatal():
+            case m.GatewayStuck():
+                self.stuck(message.number)
+            case m.Fatal() if self._process is not None:
                 log.error("%s: %s", self._name, message.message)
 
-    async def _watch(self) -> None:
-        """Waits for the end of the engine process; then nothing that is open stays open."""
-        status = await self._process.wait()
-        self._receive()
-        self.dead.set()
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Waits for the end of the engine process."""
+        status = await process.wait()
         if not self._closing:
             log.error("%s: its process ended with status %s", self._name, status)
+        self.lose()
+
+    def lose(self) -> None:
+        """The engine process has ended: nothing that is open stays open."""
+        self._receive()
+        self.dead.set()
         error = EngineDeadError("the engine stopped before the answer was whole")
         for answer in self._orders.values():
             if not answer.done():

@@ -55,13 +55,16 @@ class EnginePool:
         options: ServerOptions,
         metrics: Metrics,
         command: tuple[str, ...] = ENGINE_COMMAND,
+        number: int = 0,
     ) -> None:
+        """`number`: which of the gateways this is; only the first keeps the engines."""
         self.metrics = metrics
         self.draining = False
         self.dead = asyncio.Event()  # set once any engine process has ended
         self.clients = make_clients(config, options, metrics, command)
         self._keepalive_s = options.keepalive_s
-        self._ids = itertools.count(secrets.randbits(62))
+        self._number = number
+        self._ids = itertools.count(secrets.randbits(m.GATEWAY_SHIFT - 1))
         self._mailboxes: set[Mailbox] = set()
         self._ready: m.Ready | None = None
         self._router: PrefixRouter | None = None
@@ -73,6 +76,16 @@ class EnginePool:
         for client in self.clients:
             await client.start()
             self._started.append(client)
+        self._begin()
+
+    def join(self, folders: Sequence[str]) -> None:
+        """Talks to engines that another gateway has started."""
+        for client, folder in zip(self.clients, folders, strict=True):
+            client.join(folder, self._number)
+            self._started.append(client)
+        self._begin()
+
+    def _begin(self) -> None:
         self._tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._tick())]
 
     async def close(self) -> None:
@@ -162,7 +175,7 @@ class EnginePool:
         uncached = len(prompt_ids) - route.matched
         request_ids = []
         for index, params in choices:
-            request_id = next(self._ids) & (2**63 - 1)
+            request_id = self._next_id()
             request = m.GenerateRequest(
                 request_id, prompt_ids, params, stop_ids, sent.salt, sent.user, sent.retention
             )
@@ -190,16 +203,23 @@ class EnginePool:
     async def retain(self, token_ids: list[int], salt: bytes, retention: m.Retention) -> int:
         """Keeps a prefix's cached pages, or with the default retention no longer; returns of how
         many. Raises 503 if an engine does not answer."""
-        call_id = next(self._ids) & (2**63 - 1)
-        return await self._order(m.RetainPrefix(call_id, token_ids, salt, retention))
+        return await self._order(m.RetainPrefix(self._next_id(), token_ids, salt, retention))
 
     async def release(self, token_ids: list[int], salt: bytes) -> int:
         """Drops the cached pages of a prefix that nothing else uses; returns how many.
 
         Raises 503 if an engine does not answer.
         """
-        call_id = next(self._ids) & (2**63 - 1)
-        return await self._order(m.ReleasePrefix(call_id, token_ids, salt))
+        return await self._order(m.ReleasePrefix(self._next_id(), token_ids, salt))
+
+    def gateway_gone(self, number: int) -> None:
+        """Another gateway has ended: what it had open is aborted."""
+        for client in self.clients:
+            client.gateway_gone(number)
+
+    def _next_id(self) -> int:
+        low = next(self._ids) % (1 << m.GATEWAY_SHIFT)
+        return self._number << m.GATEWAY_SHIFT | low
 
     async def _order(self, order: m.PrefixOrder) -> int:
         self.check_room(0)
@@ -267,6 +287,14 @@ def make_clients(
     for index, of_engine in enumerate(metrics.engines):
         share = ("--share", str(index), str(count)) if count > 1 else ()
         name = f"engine {index}" if count > 1 else "the engine"
-        timeout_s = options.watchdog_timeout_s
-        made.append(EngineClient(config, of_engine, timeout_s, (*command, *share), name))
+        made.append(
+            EngineClient(
+                config,
+                of_engine,
+                options.watchdog_timeout_s,
+                (*command, *share),
+                name,
+                options.num_gateways,
+            )
+        )
     return made

@@ -121,6 +121,11 @@ def caller_of(
     )
 
 
+def session_of(headers: Headers, hints: Hints) -> str | None:
+    """The session that a request names."""
+    return _session(dict(reversed(headers)), hints, _user_id(hints.metadata)[1])[0]
+
+
 def retention_of(given: bytes | None, name: str = "x-tokenspeed-retention") -> Retention | None:
     """`30s`, `30m`, `1h` or `pin`. Raises `RequestError` naming the field for anything else."""
     if given is None:

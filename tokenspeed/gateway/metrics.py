@@ -5,8 +5,11 @@ Counting is on the path of every token, so a histogram here is a list and a bise
 `gateway/exposition.py` makes Prometheus' objects of it when somebody scrapes.
 """
 
+import copy
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
 from tokenspeed.engine.messages import EngineStats
 
@@ -40,6 +43,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
+    def add(self, counts: list[int], total: float) -> None:
+        """What another one has counted within the same bounds."""
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.sum += total
+
 
 class EngineMetrics:
     """What one engine did. One writer: the event loop. Labels never carry what a client sent."""
@@ -72,3 +80,23 @@ class Metrics:
         self.model_name = model_name
         self.engines = [EngineMetrics() for _ in range(num_engines)]
         self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words
+
+    def counted(self) -> dict[str, Any]:
+        """What this gateway has counted itself, as JSON has it."""
+        return {"rejections": self.rejections, "engines": [_counted(e) for e in self.engines]}
+
+    def with_others(self, others: Iterable[dict[str, Any]]) -> "Metrics":
+        """These and what other gateways before the same engines have `counted`."""
+        total = copy.deepcopy(self)
+        for other in others:
+            total.rejections.update(other["rejections"])
+            for engine, counted in zip(total.engines, other["engines"], strict=True):
+                for name, value in counted.items():
+                    mine = getattr(engine, name)
+                    mine.add(*value) if isinstance(mine, Histogram) else mine.update(value)
+        return total
+
+
+def _counted(engine: EngineMetrics) -> dict[str, Any]:
+    own = {name: v for name, v in vars(engine).items() if isinstance(v, Counter | Histogram)}
+    return {n: (v.counts, v.sum) if isinstance(v, Histogram) else v for n, v in own.items()}

@@ -27,27 +27,31 @@ def route_table(service: Service) -> list[RouteSpec]:
         return RouteSpec(method, path, partial(handler, service), summary, **rest)
 
     one, own = "/v1/sessions/{session}", {"roles": ("inference", "admin")}
-    pin: dict[str, Any] = own | {"body": sessions.PinRequest}
-    rule: dict[str, Any] = {"admin": True, "roles": ("admin",)}
-    work: dict[str, Any] = {"metered": True}
-    chat, text = work | {"body": ChatRequest}, work | {"body": CompletionRequest}
+    rule: dict[str, Any] = {"admin": True, "roles": ("admin",), "home": "first"}
+    watch = rule | {"roles": ("metrics",)}
+    one_of: dict[str, Any] = own | {"home": "session"}
+    all_of: dict[str, Any] = own | {"home": "first"}
+    pin = one_of | {"body": sessions.PinRequest}
+    work: dict[str, Any] = {"metered": True, "home": "turn"}
+    chat, text = work | {"body": ChatRequest}, work | {"body": CompletionRequest, "home": "named"}
     to_ids, to_text = {"body": small.TokenizeRequest}, {"body": small.DetokenizeRequest}
-    blocks = {"body": MessagesRequest, "failure": failure}
-    items, kept = work | {"body": ResponsesRequest}, "/v1/responses/{response_id}"
+    blocks: dict[str, Any] = {"body": MessagesRequest, "failure": failure}
+    items = work | {"body": ResponsesRequest, "home": "items"}
+    kept, held = "/v1/responses/{response_id}", {"home": "response"}
     table = [
         on("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", **chat),
         on("POST", "/v1/completions", completions, "Continue a text", **text),
-        on("POST", "/v1/messages", messages, "Answer messages of blocks", metered=True, **blocks),
+        on("POST", "/v1/messages", messages, "Answer messages of blocks", **(work | blocks)),
         on("POST", "/v1/messages/count_tokens", count_tokens, "Count their tokens", **blocks),
-        on("GET", "/v1/sessions", sessions.list_sessions, "Conversations at work", **own),
-        on("GET", one, sessions.get_session, "One of them", **own),
+        on("GET", "/v1/sessions", sessions.list_sessions, "Conversations at work", **all_of),
+        on("GET", one, sessions.get_session, "One of them", **one_of),
         on("POST", f"{one}/pin", sessions.pin_session, "Keep what it has cached", **pin),
-        on("DELETE", one, sessions.drop_session, "Drop what it has cached", **own),
+        on("DELETE", one, sessions.drop_session, "Drop what it has cached", **one_of),
         on("POST", "/v1/responses", responses.create_response, "Answer items", **items),
-        on("GET", kept, responses.get_response, "A response"),
-        on("DELETE", kept, responses.delete_response, "Forget a response"),
-        on("POST", f"{kept}/cancel", responses.cancel_response, "Stop a response"),
-        on("GET", f"{kept}/input_items", responses.list_input_items, "A response's input"),
+        on("GET", kept, responses.get_response, "A response", **held),
+        on("DELETE", kept, responses.delete_response, "Forget a response", **held),
+        on("POST", f"{kept}/cancel", responses.cancel_response, "Stop a response", **held),
+        on("GET", f"{kept}/input_items", responses.list_input_items, "A response's input", **held),
         on("GET", "/v1/models", small.models, "The models served"),
         on("GET", "/v1/models/{model:path}", small.models, "One model"),
         on("POST", "/tokenize", small.tokenize, "Text to ids", **to_ids),
@@ -55,7 +59,7 @@ def route_table(service: Service) -> list[RouteSpec]:
         on("GET", "/version", small.version, "The server's version", roles=ROLES),
         on("GET", "/health", small.health, "Liveness", open=True),
         on("GET", "/ready", small.readiness, "Readiness and loading progress", open=True),
-        on("GET", "/metrics", small.metrics, "Prometheus metrics", admin=True, roles=("metrics",)),
+        on("GET", "/metrics", small.metrics, "Prometheus metrics", **watch),
         on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", **rule),
     ]
     return [*table, openapi_route(table)]

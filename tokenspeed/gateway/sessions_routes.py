@@ -27,7 +27,10 @@ _PIN = msgspec.json.Decoder(PinRequest)
 
 
 async def list_sessions(service: Service, call: Call) -> None:
-    found = [_shape(service, one) for one in service.sessions.of(_scope(call))]
+    found = sessions_of(service, _scope(call))
+    if service.siblings is not None:
+        others = await service.siblings.link.ask({"ask": "sessions", "scope": _scope(call)})
+        found = sorted((one for some in (found, *others) for one in some), key=_age)
     await call.reply(encode_json({"object": "list", "data": found}))
 
 
@@ -57,15 +60,27 @@ async def drop_session(service: Service, call: Call) -> None:
     await call.reply(encode_json(done | {"pages": num_pages}))
 
 
+def sessions_of(service: Service, scope: str | None) -> list[dict[str, Any]]:
+    """A tenant's sessions here, or everybody's for None; the one seen last comes first."""
+    return [_shape(service, one) for one in service.sessions.of(scope)]
+
+
+def find_session(service: Service, tenant: str, scope: str | None, key: str) -> Session | None:
+    """By the tenant's own name for it, else by id among those that `scope` is allowed to see."""
+    return service.sessions.find(tenant, key) or service.sessions.find(scope, key)
+
+
+def _age(shape: dict[str, Any]) -> float:
+    return -float(shape["last_seen"])
+
+
 def _scope(call: Call) -> str | None:
     """Whose sessions the caller may see: None is everybody's."""
     return None if "admin" in call.tenant.roles else call.tenant.name
 
 
 def _session(service: Service, call: Call) -> Session:
-    key = call.path["session"]
-    own = service.sessions.find(call.tenant.name, key)
-    found = own or service.sessions.find(_scope(call), key)
+    found = find_session(service, call.tenant.name, _scope(call), call.path["session"])
     if found is None:
         raise ApiError(404, "there is no such session", param="session", code="session_not_found")
     return found

@@ -91,7 +91,10 @@ async def readiness(service: Service, call: Call) -> None:
 
 
 async def metrics(service: Service, call: Call) -> None:
-    await call.reply(exposition(service.metrics), kind="text/plain; version=0.0.4; charset=utf-8")
+    found = service.metrics
+    if service.siblings is not None:
+        found = found.with_others(await service.siblings.link.ask({"ask": "metrics"}))
+    await call.reply(exposition(found), kind="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def version(service: Service, call: Call) -> None:
