@@ -2,6 +2,7 @@
 """What a client's run is judged by, and the table of all. Starts nothing."""
 
 import json
+import os
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,7 +95,9 @@ def summary(runs: list[Run], alone: bool) -> dict[str, Any]:
 
 def write(file: Path, runs: list[Run], alone: bool, command: str) -> None:
     """FILE and, beside it, the table as FILE with `.md`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(summary(runs, alone), indent=1) + "\n")
-    where = "loopback alone" if alone else "the machine's network"
-    text = f"# Real clients\n\n`{command}`, a network of {where}\n\n```\n{table(runs)}\n```\n"
+    network = "loopback alone" if alone else "the machine's network"
+    about = f"{os.cpu_count()} cores, load average {os.getloadavg()[1]:.1f}; network: {network}."
+    text = f"# Real clients\n\n`{command}`: {about}\n\n```\n{table(runs)}\n```\n"
     file.with_suffix(".md").write_text(text)
