@@ -6,6 +6,7 @@ Never changes what a user or the model said otherwise. Knows no dialect, no ids.
 
 import dataclasses
 import json
+import marshal
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ SYSTEM = frozenset({"system", "developer"})
 _ATTRIBUTION = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 _REMINDER = "<system-reminder>"
 _MAX_TOOLS = 4096  # that are kept in their canonical form
+_NO_REFERENCES = 2  # marshal's version in which equal values are equal bytes
 
 Messages = list[dict[str, Any]]
 
@@ -74,16 +76,17 @@ class Canonical:
         """The tool in canonical form, a digest of what the model sees of it, and whether that is
         another form."""
         about = [tool.name, tool.description]
-        text = json.dumps([about, tool.parameters])
-        raw = blake2b(text.encode(), digest_size=16).digest()
+        sent = marshal.dumps([about, tool.parameters], _NO_REFERENCES)  # as telling as JSON
+        raw = blake2b(sent, digest_size=16).digest()
         found = self._tools.get(raw)
         if found is None:
-            found = None, raw
+            text = json.dumps([about, tool.parameters])
+            found = None, blake2b(text.encode(), digest_size=16).digest()
             if "sort_tool_keys" in self.rules:
                 parameters = json.loads(json.dumps(tool.parameters, sort_keys=True))
                 same = json.dumps([about, parameters])
-                found = parameters, blake2b(same.encode(), digest_size=16).digest()
-                found = (None, raw) if same == text else found
+                if same != text:
+                    found = parameters, blake2b(same.encode(), digest_size=16).digest()
             if len(self._tools) >= _MAX_TOOLS:
                 self._tools.clear()
             self._tools[raw] = found

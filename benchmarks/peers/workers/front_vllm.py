@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: MIT
+# mypy: disable-error-code="import-not-found"
 """vLLM's own HTTP front end in front of an engine that computes nothing.
 
 Runs in vLLM's environment (`peers/setup.py` makes one). What stands in for the engine is the client
