@@ -62,6 +62,11 @@ async def test_any_value_in_any_field_is_served_or_named(field):
         ({"input": "x", "tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"input": "x", "metadata": {"a" * 65: "b"}}, "metadata", "invalid_value"),
         ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format", None),
+        (
+            {"input": "x", "text": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+            "text.format",
+            "invalid_grammar",
+        ),
         ({"input": "x", "max_output_tokens": 0}, "max_output_tokens", "invalid_value"),
         ({"input": "x", "prompt_cache_retention": "for ever"}, "prompt_cache_retention", None),
     ],

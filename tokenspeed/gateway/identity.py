@@ -26,7 +26,7 @@ MAX_RETENTION_S = 24 * 3600
 
 _PLAIN = re.compile(rb"[A-Za-z0-9._:@-]{1,%d}" % MAX_SESSION)
 _USER_ID = re.compile(r"(.*)_session_(.*)", re.DOTALL)
-_RETENTION = re.compile(r"([0-9]{1,7})([smh])")
+_TIME = re.compile(r"([0-9]{1,7})([smh])")
 _MAX_TEXT = 4096  # of what a client sends, which bounds the work on it
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _CLIENT = re.compile(rb"[A-Za-z][A-Za-z0-9_.-]{0,31}")
@@ -133,13 +133,18 @@ def retention_of(given: bytes | None, name: str = "x-tokenspeed-retention") -> R
     text = given.decode("latin-1").strip().lower()
     if text == "pin":
         return Retention(pinned=True)
-    found = _RETENTION.fullmatch(text)
-    seconds = int(found[1]) * _SECONDS[found[2]] if found else 0
+    seconds = seconds_of(text) or 0
     if not 0 < seconds <= MAX_RETENTION_S:
         raise RequestError(
             f"{name}: must be pin, or a time of at most 24h such as 90s, 30m or 1h", field=name
         )
     return Retention(float(seconds))
+
+
+def seconds_of(text: str) -> int | None:
+    """Of a time such as `90s`, `30m` or `1h`; None if it is none."""
+    found = _TIME.fullmatch(text)
+    return int(found[1]) * _SECONDS[found[2]] if found else None
 
 
 def _session(

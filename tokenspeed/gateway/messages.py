@@ -46,14 +46,13 @@ async def messages(service: Service, call: Call) -> None:
     if notes.ignored:
         log.info("ignored of a request: %s", call.headers["x-tokenspeed-ignored"])
     limits = service.pool.check_room()
-    kept = asked.caller.retention or asked.retention
     try:
         async with open_turn(service, asked) as turn:
             message = Message(
                 turn,
                 request.model,
                 page_size=limits.page_size,
-                kept_s=math.inf if kept.pinned else kept.seconds,
+                kept_s=math.inf if asked.kept.pinned else asked.kept.seconds,
                 silent=request.max_tokens == 0,
                 omit=(request.thinking or {}).get("display") == "omitted",
             )

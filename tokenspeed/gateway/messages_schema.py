@@ -12,12 +12,11 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 
 from tokenspeed.errors import RequestError
+from tokenspeed.gateway.identity import seconds_of
 from tokenspeed.text.conversation import OutputFormat
 from tokenspeed.text.detokenizer import MAX_STOP_CHARS, MAX_STOPS
 
 _COUNT = msgspec.Meta(ge=0, le=2**31 - 1)
-_TTL = re.compile(r"([0-9]{1,4})([smh])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 _EFFORTS = {"low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
 _THINKS = {"enabled": True, "adaptive": True, "between_tools": True, "disabled": False}
 _HOSTED = ("mcp_servers", "container", "fallbacks")
@@ -69,13 +68,12 @@ class Notes:
         if given is None:
             return
         ttl = given.get("ttl") if isinstance(given, dict) else None
-        found = _TTL.fullmatch("5m" if ttl is None else str(ttl))
-        if not isinstance(given, dict) or given.get("type") != "ephemeral" or found is None:
+        seconds = seconds_of("5m" if ttl is None else str(ttl))
+        if not isinstance(given, dict) or given.get("type") != "ephemeral" or seconds is None:
             refuse(
                 f"{at}.cache_control".lstrip("."),
                 "must be of type ephemeral, with a ttl such as 5m or 1h",
             )
-        seconds = int(found[1]) * _SECONDS[found[2]]
         self.retention_s = max(self.retention_s, float(seconds))
 
     def header(self) -> dict[str, str]:

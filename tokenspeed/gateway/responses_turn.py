@@ -117,6 +117,7 @@ def read_request(
         caller=caller,
         tool_choice=choice,
         output_format=request.output_format(),
+        output_field="text.format",
         cache_salt=request.cache_salt,
         retention=request.retention(),
         receipt=receipt,

@@ -42,6 +42,11 @@ class TurnRequest:
     limit_field: str = "messages"  # what the dialect calls the part that can be too long
     receipt: bool = False  # whether the answer is to say what the cache had
 
+    @property
+    def kept(self) -> Retention:
+        """For how long the prompt is to stay cached: a header comes before the body."""
+        return self.caller.retention or self.retention
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -96,7 +101,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
     sent = Sent(
         salt=service.keys.salt(request.caller.salt, request.cache_salt),
         user=request.caller.user,
-        retention=request.caller.retention or request.retention,
+        retention=request.kept,
     )
     generation = Generation(
         service.pool,
