@@ -18,10 +18,16 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from tokenspeed.engine.messages import AddGrammar, DropGrammar
 from tokenspeed.errors import RequestError
-from tokenspeed.execution.grammars import VOCABULARY, GrammarState, tokenizer_info
+from tokenspeed.execution.grammars import (
+    VOCABULARY,
+    GrammarState,
+    pack_vocabulary,
+    tokenizer_info,
+)
 from tokenspeed.execution.sampling_params import Grammar
 from tokenspeed.text.ebnf import in_json_string, with_little_space, with_tokens
 from tokenspeed.text.grammar import GrammarCompiler, GrammarMirror, GrammarSpec
+from tokenspeed.text.grammar_worker import compile_spec
 from tokenspeed.text.json_schema import MAX_BYTES, check_size, narrowed
 from tokenspeed.text.output_format import content_tag, structured_outputs
 from tokenspeed.text.regexes import check_regex
@@ -179,6 +185,13 @@ def test_what_never_ends_costs_its_own_request(compiler: GrammarCompiler) -> Non
         waiting.result()
     assert caught.value.code == "grammar_limit"
     assert fits(compiler, spec(choice=["b"]), "b")
+
+
+def test_what_takes_long_to_follow_is_refused() -> None:
+    tokens = [bytes([97 + n % 26]) * (1 + n // 26) for n in range(5000)]
+    info = tokenizer_info(pack_vocabulary([*tokens, b""], [5000]))
+    with pytest.raises(TimeoutError, match="too long to follow"):
+        compile_spec({"format": {"type": "regex", "pattern": "(.?){4000}b"}, "tokens": {}}, info)
 
 
 def test_a_dead_process_is_started_again() -> None:

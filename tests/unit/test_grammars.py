@@ -4,6 +4,7 @@
 import itertools
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -110,6 +111,24 @@ def test_what_comes_after_the_end_is_of_no_interest() -> None:
     mask = torch.full((1, 1), -1, dtype=torch.int32)
     assert not one.failed
     assert not one.fill(mask, 0)
+
+
+def test_a_grammar_that_takes_too_long_fails_alone() -> None:
+    import xgrammar
+
+    form = {"type": "grammar", "grammar": 'root ::= root root | "a"'}  # slower with every token
+    data = compile_spec({"format": form, "tokens": {}}, INFO)
+    slow = GrammarState(xgrammar.CompiledGrammar.deserialize_json(data.decode(), INFO), [END], ())
+    quick = state("a*")
+    begin = time.thread_time()
+    for _ in range(2000):
+        slow.record(0)
+    assert slow.failed
+    assert not allowed(slow)
+    assert time.thread_time() - begin < 30.0
+    for _ in range(2000):
+        quick.record(0)
+    assert allowed(quick) == {0, END}
 
 
 def test_only_rows_with_a_grammar_are_masked() -> None:

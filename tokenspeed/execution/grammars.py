@@ -6,6 +6,7 @@
 `xgrammar` is imported with the first vocabulary, in a thread, so that no step waits for it.
 """
 
+import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 VOCABULARY: Final = ""  # the key under which the tokens' texts travel
 CPU = "cpu"  # where the library applies masks itself
 NEVER: Final = float("-inf")
+ALLOWANCE_S: Final = 0.25  # of CPU that a request's grammar may take,
+PER_TOKEN_S: Final = 0.005  # and for each of its tokens: everybody waits meanwhile
 _BITS: Final = 32
 
 News = tuple[str, bytes | None]  # a key with its compiled grammar; None: forget it
@@ -92,7 +95,10 @@ def _decode(data: bytes, info: "Future[xgrammar.TokenizerInfo]") -> "xgrammar.Co
 
 
 class GrammarState:
-    """One request's place in its grammar. A token that does not fit makes it `failed` for ever."""
+    """One request's place in its grammar. A token that does not fit makes it `failed` for ever.
+
+    So does a grammar that takes too long: what is ambiguous can take longer with every token.
+    """
 
     def __init__(
         self, grammar: "xgrammar.CompiledGrammar", stop_ids: list[int], output_ids: Iterable[int]
@@ -104,6 +110,7 @@ class GrammarState:
         self.stop_ids = stop_ids
         self.failed = False
         self.over = False  # a stop token has come; what follows is of no interest
+        self._left_s = ALLOWANCE_S
         for token in output_ids:
             self.record(token)
 
@@ -116,21 +123,32 @@ class GrammarState:
         """Takes note of a token that was sampled; after a stop token of none."""
         if self.failed or self.over:
             return
+        begin = time.thread_time()
         self.failed = not self._matcher.accept_token(token)
         self.over = not self.failed and token in self.stop_ids
+        self._left_s += PER_TOKEN_S
+        self._pay(begin)
+
+    def _pay(self, begin: float) -> None:
+        """For the CPU time since `begin`, by this thread's clock."""
+        self._left_s -= time.thread_time() - begin
+        self.failed = self.failed or self._left_s < 0
 
     def fill(self, bitmask: torch.Tensor, row: int) -> bool:
         """Sets a row's bits of the tokens that may come next; whether any is missing."""
         if self.failed:
             bitmask[row] = 0
             return True
-        return not self.over and bool(self._matcher.fill_next_token_bitmask(bitmask, row))
+        begin = time.thread_time()
+        missing = not self.over and bool(self._matcher.fill_next_token_bitmask(bitmask, row))
+        self._pay(begin)
+        return missing
 
     def fork(self) -> "GrammarState":
         """A state of its own at the same place, for tokens that may not come to be."""
         twin = object.__new__(GrammarState)
         twin._matcher, twin.stop_ids = self._matcher.fork(), self.stop_ids
-        twin.failed, twin.over = self.failed, self.over
+        twin.failed, twin.over, twin._left_s = self.failed, self.over, self._left_s
         return twin
 
     def rollback(self, num_tokens: int) -> None:

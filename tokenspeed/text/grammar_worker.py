@@ -13,6 +13,7 @@ then JSON up to the first newline and bytes after it. Ends with the front end's 
 import contextlib
 import json
 import os
+import random
 import resource
 import selectors
 import signal
@@ -24,6 +25,8 @@ from collections import deque
 from dataclasses import dataclass
 from io import BufferedRWPair
 from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
 
 from tokenspeed.execution.grammars import tokenizer_info
 from tokenspeed.text.ebnf import (
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 MAX_DATA = 32 << 20  # bytes of a compiled grammar
 MEMORY_BYTES = 1 << 30  # that a fork may take beyond what it begins with
+MASK_S = 0.1  # of CPU that a token may take: all requests of an engine wait for each
+TRIED_TOKENS = 16
 JOBS_PER_FORK = 1000  # the compiler's memory goes back with its process
 _MAX_FRAME = 64 << 20
 _LENGTH = struct.Struct("<I")
@@ -207,6 +212,8 @@ def _job(header: Header, spec: Any, info: "xgrammar.TokenizerInfo") -> tuple[Hea
         data = compile_spec(spec, info)
     except MemoryError:
         return _refusal(header, "takes too much memory to compile", "grammar_limit")
+    except TimeoutError as error:
+        return _refusal(header, str(error), "grammar_limit")
     except Exception as error:
         if "bad_alloc" in str(error):
             return _refusal(header, "takes too much memory to compile", "grammar_limit")
@@ -227,7 +234,8 @@ def compile_spec(spec: dict[str, Any], info: "xgrammar.TokenizerInfo") -> bytes:
 
     Besides xgrammar's own, a tag may hold `{"type": "foreign", "syntax": "lark" | "ebnf" | "regex",
     "text": .., "quoted": bool}`: a grammar in that syntax, or of a JSON string of what it matches.
-    Raises whatever xgrammar does, and `ValueError` for a grammar that nothing fits.
+    Raises whatever xgrammar does, `ValueError` for a grammar that nothing fits, and `TimeoutError`
+    for one that takes too long to follow.
     """
     import xgrammar
 
@@ -235,11 +243,29 @@ def compile_spec(spec: dict[str, Any], info: "xgrammar.TokenizerInfo") -> bytes:
     grammar = xgrammar.Grammar.from_structural_tag({"type": "structural_tag", "format": tag})
     compiler = xgrammar.GrammarCompiler(info, max_threads=1, cache_enabled=False)
     compiled = compiler.compile_grammar(grammar)
-    mask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
-    xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
-    if not mask.any():
-        raise ValueError("nothing fits this grammar")
+    _try_out(compiled, info)
     return compiled.serialize_json().encode()
+
+
+def _try_out(grammar: "xgrammar.CompiledGrammar", info: "xgrammar.TokenizerInfo") -> None:
+    """Follows the grammar for some tokens, as the engine would; the same ones every time."""
+    import xgrammar
+
+    matcher, chance = xgrammar.GrammarMatcher(grammar), random.Random(0)
+    mask = xgrammar.allocate_token_bitmask(1, info.vocab_size)
+    for n in range(TRIED_TOKENS):
+        begin = time.process_time()
+        matcher.fill_next_token_bitmask(mask)
+        bits = np.unpackbits(mask.numpy().view(np.uint8), bitorder="little")
+        if n == 0 and not bits.any():
+            raise ValueError("nothing fits this grammar")
+        bits[info.stop_token_ids] = 0
+        further = bits.nonzero()[0]
+        fits = len(further) and matcher.accept_token(int(chance.choice(further)))
+        if time.process_time() - begin > MASK_S:
+            raise TimeoutError("takes too long to follow, token by token")
+        if not fits:
+            return
 
 
 def _translate(tag: Any, tokens: dict[str, int], info: "xgrammar.TokenizerInfo") -> Any:
