@@ -212,11 +212,13 @@ async def test_a_request_that_fails_in_the_engine_fails_alone():
             return outputs
 
     async with gateway(echo=Failing()) as g:
-        failed, fine = await asyncio.gather(
+        failed, narrow, fine = await asyncio.gather(
             g.post(TEXT, {"prompt": "! a", "max_tokens": 9}),
+            g.post(TEXT, {"prompt": "! a", "max_tokens": 9, "allowed_token_ids": [bad]}),
             g.post(TEXT, {"prompt": "a b", "max_tokens": 2}),
         )
         assert (failed.status_code, failed.json()["error"]["code"]) == (500, "generation_failed")
+        assert (narrow.status_code, narrow.json()["error"]["code"]) == (400, "no_token_left")
         assert fine.json()["choices"][0]["text"] == "a b"
 
 

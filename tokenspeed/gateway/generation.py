@@ -86,7 +86,7 @@ class Choice:
         Raises `ApiError` if the engine could not go on with this request.
         """
         if output.finish_reason == "error":
-            raise ApiError(500, output.error or "the request failed", code="generation_failed")
+            raise _failure(output, self.params)
         if self.num_tokens == 0:
             self.num_cached = output.num_cached_tokens
             self.receipt = output.receipt
@@ -135,6 +135,14 @@ class Choice:
             self.finish_reason = "stop"
         if output.finish_reason or detokenizer.stopped is not None or answer.full:
             answer.finish([Piece(detokenizer.finish())])
+
+
+def _failure(output: TokenOutput, params: SamplingParams) -> ApiError:
+    """A request that leaves the model no token is its own mistake."""
+    if params.grammar or params.allowed_token_ids or params.bad_words_token_ids:
+        why = "what the request allows left no token to go on with, or takes too long to follow"
+        return ApiError(400, why, code="no_token_left")
+    return ApiError(500, output.error or "the request failed", code="generation_failed")
 
 
 class Dialect(Protocol):
