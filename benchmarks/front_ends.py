@@ -37,59 +37,70 @@ STREAMS, STREAM_TOKENS, RATE = 64, 300, 8000.0
 
 def compare(turns: int, new: int, vllm: str | None, port: int) -> dict[str, Any]:
     """Rows for each server and dialect. `vllm`: the interpreter of an environment that has it."""
-    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
-    sample = sessions.text_of(random.Random(0), 40_000)
-    chars = len(sample) / len(tokenizer.encode(sample, add_special_tokens=False))
-    answer = tokenizer.encode(f"Now I look at the file.{CALL}", add_special_tokens=False)
-    said = {
-        "words": tokenizer.encode(WORDS, add_special_tokens=False),
-        "answer": [*answer, tokenizer.eos_ids[0]],
-    }
-    servers = ["tokenspeed", "vllm"] if vllm else ["tokenspeed"]
+    said, chars = script()
+    commands = {"tokenspeed": [sys.executable, "-m", "benchmarks.null_engine", "serve"]}
+    if vllm:
+        worker = ROOT / "benchmarks/peers/workers/front_vllm.py"
+        commands["vllm"] = [vllm, str(worker), "--model", str(DEMO_FOLDER)]
     rows: list[dict[str, Any]] = []
     streams: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "answer.json")
         file.write_text(json.dumps(said))
-        for name in servers:
-            with _server(name, vllm, file, 0.005, port) as pids:
+        for name in commands:
+            with server(name, commands[name], file, 0.005, port) as pids:
                 idle = _idle(pids)
                 for dialect in sessions.DIALECTS:
                     one = sessions.drive(
                         port, dialect, pids, idle, chars, ANSWER_TOKENS, turns, new
                     )
                     rows.append({"server": name, **one})
-            with _server(name, vllm, file, STREAMS / RATE, port) as pids:
+            with server(name, commands[name], file, STREAMS / RATE, port) as pids:
                 for dialect in sessions.DIALECTS:
                     streams.append({"server": name, **_streams(port, dialect, pids)})
     return {"chars_per_token": round(chars, 2), "sessions": rows, "streams": streams}
 
 
+def script() -> tuple[dict[str, list[int]], float]:
+    """What the engines say, see `null_engine.Echo`, and the characters of a token of a session."""
+    tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
+    sample = sessions.text_of(random.Random(0), 40_000)
+    chars = len(sample) / len(tokenizer.encode(sample, add_special_tokens=False))
+    answer = tokenizer.encode(f"Now I look at the file.{CALL}", add_special_tokens=False)
+    said = {
+        "words": tokenizer.encode(WORDS, add_special_tokens=False),
+        "answer": [*answer, tokenizer.inner.token_to_id(tokenizer.special_tokens["eos_token"])],
+    }
+    return said, chars
+
+
 @contextmanager
-def _server(
-    name: str, vllm: str | None, answer: Path, step_s: float, port: int
+def server(
+    name: str, command: list[str], answer: Path, step_s: float, port: int
 ) -> Iterator[list[int]]:
     """A server that takes requests; the processes whose CPU counts."""
     options = ["--port", str(port), "--step-s", str(step_s), "--answer", str(answer)]
     options += ["--max-model-len", str(MAX_MODEL_LEN)]
-    command = [sys.executable, "-m", "benchmarks.null_engine", "serve", *options]
     ready, variables = "/ready", dict(os.environ)
     if name == "vllm":
-        script = ROOT / "benchmarks/peers/workers/front_vllm.py"
-        command = [str(vllm), str(script), "--model", str(DEMO_FOLDER), *options]
         ready = "/health"
-        library = Path(str(vllm)).parent.parent / "lib" / "libiomp5.so"
+        library = Path(command[0]).parent.parent / "lib" / "libiomp5.so"
         variables |= {"LD_PRELOAD": str(library)} if library.exists() else {}
-    quiet = subprocess.DEVNULL
-    server = subprocess.Popen(command, cwd=ROOT, stdout=quiet, stderr=quiet, env=variables)
+    child = subprocess.Popen(
+        [*command, *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=variables,
+    )
     try:
         _wait(f"http://127.0.0.1:{port}{ready}")
-        children = psutil.Process(server.pid).children(recursive=True)
+        children = psutil.Process(child.pid).children(recursive=True)
         counted = [p.pid for p in children if "benchmarks.null_engine" not in p.cmdline()]
-        yield [server.pid, *counted]
+        yield [child.pid, *counted]
     finally:
-        server.terminate()
-        server.wait(30)
+        child.terminate()
+        child.wait(30)
 
 
 def _wait(url: str) -> None:
