@@ -6,12 +6,18 @@ import contextlib
 import json
 import signal
 import time
+from types import SimpleNamespace
 
 import httpx
 import psutil
 import pytest
 
-from tests.gateway.processes import BODY, TEXT, limits, server, start_streams
+from tests.gateway.processes import BODY, TEXT, Server, limits, server, start_streams
+from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.gateway.limits import Limiter, Limits
+from tokenspeed.gateway.server import serve
+from tokenspeed.gateway.siblings import Siblings
+from tokenspeed.gateway.tenants import Tenant
 
 TWO = ("--num-gateways", "2")
 CHAT, ITEMS = "/v1/chat/completions", "/v1/responses"
@@ -108,6 +114,24 @@ async def test_a_session_has_one_place_whoever_accepts(shared):
         assert missing.status_code == 404
 
 
+@pytest.mark.parametrize("session", [None, "talk"])
+async def test_the_next_turn_finds_the_ids_of_the_last_whoever_accepts(shared, session):
+    async with new_client() as client:
+        for i in range(6):
+            named = None if session is None else f"{session}{i}"
+            first = await chat(client, shared, f"talk {session} {i}", named, max_tokens=20)
+            said = first["choices"][0]["message"]["content"]
+            turns = [
+                {"role": "user", "content": [{"type": "text", "text": f"talk {session} {i}"}]},
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": "go on"},
+            ]
+            then = await chat(client, shared, "", named, messages=turns, cache_receipt=True)
+            receipt = then["usage"]["cache_receipt"]
+            assert receipt["first_divergent_token"] is None
+            assert receipt["expected"] >= first["usage"]["total_tokens"] - 1
+
+
 async def test_responses_are_found_whoever_has_them(shared):
     async with new_client() as client:
         ids = []
@@ -134,6 +158,7 @@ async def test_a_background_response_is_cancelled_wherever_it_runs(shared):
     async with new_client() as client:
         for i in range(4):
             body = {"input": f"long {i}", "max_output_tokens": 3000, "background": True}
+            body["ignore_eos"] = True
             made = (await client.post(shared.url + ITEMS, json=body)).json()
             assert made["status"] == "in_progress"
             reply = await client.post(f"{shared.url}{ITEMS}/{made['id']}/cancel")
@@ -211,30 +236,6 @@ async def test_a_client_that_leaves_ends_its_request_wherever_it_is(shared):
     assert shared.gauge("vllm:num_requests_running") == 0
 
 
-async def test_keys_and_limits_hold_over_all(tmp_path):
-    file = tmp_path / "tenants.json"
-    many = [{"name": f"t{i}", "keys": [f"k{i}"], "requests_per_minute": 5} for i in range(4)]
-    file.write_text(json.dumps({"tenants": many}))
-    with server("--step-s", "0.002", *TWO, "--tenants", str(file)) as s:
-        async with new_client() as client:
-            assert (await client.post(s.url + TEXT, json=BODY)).status_code == 401
-            for i in range(4):
-                body = {"prompt": "hello", "max_tokens": 1}
-                asked = [
-                    client.post(s.url + TEXT, json=body, headers={"x-api-key": f"k{i}"})
-                    for _ in range(8)
-                ]
-                found = sorted(reply.status_code for reply in await asyncio.gather(*asked))
-                assert found == [200] * 5 + [429] * 3
-            many[0]["requests_per_minute"] = 1000
-            file.write_text(json.dumps({"tenants": many}))
-            s.process.send_signal(signal.SIGHUP)
-            await asyncio.sleep(0.3)
-            headers = {"x-api-key": "k0"}
-            asked = [client.post(s.url + TEXT, json=body, headers=headers) for _ in range(8)]
-            assert {r.status_code for r in await asyncio.gather(*asked)} == {200}
-
-
 async def test_kill_of_a_further_gateway_loses_only_what_it_had():
     with server("--step-s", "0.01", *TWO) as s:
         await until_all_listen(s)
@@ -265,15 +266,39 @@ async def test_kill_of_a_further_gateway_loses_only_what_it_had():
         assert s.process.wait(10) == 1
 
 
-async def test_sigterm_to_the_whole_group_drains_all():
-    with server("--step-s", "0.01", "--drain-timeout-s", "60", *TWO) as s:
-        await until_all_listen(s)
-        async with httpx.AsyncClient(limits=limits(64), timeout=60) as client:
+async def test_keys_and_limits_hold_over_all_and_sigterm_to_the_group_drains_all(tmp_path):
+    file = tmp_path / "tenants.json"
+    many = [{"name": f"t{i}", "keys": [f"k{i}"], "requests_per_minute": 5} for i in range(3)]
+
+    def write():
+        free = {"name": "free", "keys": ["free"], "roles": ["inference", "metrics", "admin"]}
+        file.write_text(json.dumps({"tenants": [*many, free]}))
+
+    write()
+    flags = ("--step-s", "0.005", "--drain-timeout-s", "60", *TWO, "--tenants", str(file))
+    with server(*flags) as s:
+        async with new_client() as client:
+
+            async def statuses(key: str) -> list[int]:
+                body = {"prompt": "hello", "max_tokens": 1}
+                headers = {"x-api-key": key}
+                asked = [client.post(s.url + TEXT, json=body, headers=headers) for _ in range(8)]
+                return sorted(reply.status_code for reply in await asyncio.gather(*asked))
+
+            assert (await client.post(s.url + TEXT, json=BODY)).status_code == 401
+            for i in range(3):
+                assert await statuses(f"k{i}") == [200] * 5 + [429] * 3
+            many[0]["requests_per_minute"] = 1000
+            write()
+            s.process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(0.5)
+            assert await statuses("k0") == [200] * 8
+            client.headers["x-api-key"] = "free"
             tasks = [
-                asyncio.create_task(chat(client, s, f"t {i}", f"t{i}", max_tokens=200))
+                asyncio.create_task(chat(client, s, f"t {i}", f"t{i}", max_tokens=400))
                 for i in range(16)
             ]
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.6)
             assert min(connections(s).values()) >= 1
             for process in further(s):
                 process.send_signal(signal.SIGTERM)
@@ -281,11 +306,11 @@ async def test_sigterm_to_the_whole_group_drains_all():
             while s.ready() == 200:
                 await asyncio.sleep(0.01)
             for answer in await asyncio.gather(*tasks):
-                assert answer["usage"]["completion_tokens"] == 200
+                assert answer["usage"]["completion_tokens"] == 400
         assert s.process.wait(10) == 0
 
 
-async def test_kill_of_the_engine_and_of_the_first_gateway_end_all():
+async def test_the_end_of_the_engine_ends_all():
     with server("--step-s", "0.01", *TWO) as s:
         await until_all_listen(s)
         async with httpx.AsyncClient(limits=limits(64), timeout=60) as client:
@@ -295,17 +320,59 @@ async def test_kill_of_the_engine_and_of_the_first_gateway_end_all():
                 assert error is None
                 assert json.loads(text.split("\n\n")[-3][6:])["error"]["code"] == "engine_dead"
         assert s.process.wait(15) == 1
-    with server("--step-s", "0.01", *TWO) as s:
-        family = psutil.Process(s.process.pid).children(recursive=True)
-        s.process.kill()
-        s.process.wait(5)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        assert alive == []
 
 
-def test_more_than_there_are_numbers_for_are_refused(capsys):
-    from tokenspeed.config import EngineConfig, ServerOptions
-    from tokenspeed.gateway.server import serve
+def test_nothing_outlives_a_first_gateway_that_is_killed():
+    made = Server("--load-s", "60", *TWO)
+    while made.ready() != 503 or '"doing":"pretending"' not in httpx.get(made.url + "/ready").text:
+        time.sleep(0.02)
+    family = psutil.Process(made.process.pid).children(recursive=True)
+    made.process.kill()
+    made.process.communicate()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert alive == []
 
+
+@pytest.mark.parametrize("count", [2, 7])
+async def test_turns_of_a_conversation_have_one_place(count):
+    siblings = Siblings(SimpleNamespace(number=0, count=count), lambda question: False)
+
+    async def place(body, home="turn", tenant=Tenant("web"), **headers):  # noqa: B008
+        pairs = [(name.replace("_", "-").encode(), v.encode()) for name, v in headers.items()]
+
+        async def peek():
+            return json.dumps(body).encode()
+
+        call = SimpleNamespace(tenant=tenant, scope={"headers": pairs}, peek=peek, path={})
+        return await siblings._owner(call, home)
+
+    def user(text):
+        return {"role": "user", "content": text}
+
+    system = {"role": "system", "content": "today it is Monday"}
+    for i in range(20):
+        parts = [{"type": "text", "text": f"word {i}", "cache_control": {"type": "ephemeral"}}]
+        same = [
+            {"messages": [system, user(f"word {i}")]},
+            {"messages": [user(f"word {i}"), {"role": "assistant", "content": "x"}, user("y")]},
+            {"system": "another", "messages": [user(parts)]},
+            {"input": f"word {i}"},
+            {"input": [user([{"type": "input_text", "text": f"word {i}"}])]},
+        ]
+        assert len({await place(body) for body in same}) == 1
+        told = [{"prompt_cache_key": f"s{i}"}, {"metadata": {"user_id": f"me_session_s{i}"}}]
+        named = {await place(body) for body in told} | {await place({}, session_id=f"s{i}")}
+        assert len(named) == 1
+        assert named == {await place(same[0], "named", session_id=f"s{i}")}
+        limited = Tenant("web", limiter=Limiter(Limits(requests_per_minute=i + 1)))
+        assert len({await place(body, tenant=limited) for body in (*same, *told)}) == 1
+    assert len({await place({"messages": [user(f"{i}")]}) for i in range(100)}) == count
+    assert await place({"prompt": "x"}, "named") is None
+    assert await place([], "turn") is None
+    assert await place({"messages": []}) is None
+    assert await place({"input": 3}, "items") is None
+
+
+def test_more_than_there_are_numbers_for_are_refused():
     with pytest.raises(ValueError, match="num_gateways must be at most 64"):
         serve(EngineConfig.of(), ServerOptions(num_gateways=65))
