@@ -52,9 +52,9 @@ def test_one_line_whatever_the_names(name):
     assert f"model={json.dumps(name)} status" in text
 
 
-def test_tiers_come_from_the_receipt():
+def test_outputs_are_counted_and_timed():
     record = RequestRecord(session="s")
-    record.feed(0, TokenOutput(1, [], receipt=CacheReceipt(1, 2)))
+    record.feed(0, TokenOutput(1, [], receipt=CacheReceipt(2)))
     assert (record.first, record.num_steps) == (0.0, 0)
     record.feed(0, TokenOutput(1, [5, 6]))
     record.feed(1, TokenOutput(2, [7], prefill_s=0.5, queue_s=0.1))

@@ -32,7 +32,7 @@ UP: list[Any] = [
     m.Ready(4096, 32000, 100, 64),
     m.Outputs(
         [
-            m.TokenOutput(5, [1, 2], receipt=m.CacheReceipt(64, 0, "diverged", 300.0)),
+            m.TokenOutput(5, [1, 2], receipt=m.CacheReceipt(64, "diverged", 300.0)),
             m.TokenOutput(6, [7], "stop", 7, 12, [ENTRY], [None, ENTRY], None, 0.25, 0.5),
         ]
     ),

@@ -79,10 +79,9 @@ def _receipts(updates: Updates) -> dict[int, CacheReceipt]:
     """Of the requests of which this is the first that is heard."""
     if not len(updates.receipt_ids):
         return {}
-    matched = dict(zip(updates.request_ids.tolist(), updates.num_cached.tolist(), strict=True))
     columns = (updates.receipt_ids, updates.receipt_miss, updates.receipt_kept_us)
     return {
-        request_id: CacheReceipt(matched[request_id], 0, MISSES[miss], kept_us / 1e6)
+        request_id: CacheReceipt(0, MISSES[miss], kept_us / 1e6)
         for request_id, miss, kept_us in zip(*(column.tolist() for column in columns), strict=True)
     }
 

@@ -28,10 +28,9 @@ class Retention:
 
 @dataclass(frozen=True)
 class CacheReceipt:
-    """What the prefix cache had of a prompt, and why not more."""
+    """What the prefix cache had of a prompt beyond the number of tokens, and why not more."""
 
-    num_device: int = 0  # tokens found, by tier
-    num_host: int = 0
+    num_host: int = 0  # of the tokens found, those in host memory; the others on the device
     reason: str = ""  # "" | "diverged" | "evicted" | "never_cached" | "disabled"
     kept_until_s: float = 0.0  # seconds from now that the prompt's pages are meant to stay
 

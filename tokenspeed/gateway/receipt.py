@@ -48,7 +48,7 @@ def cache_receipt(
     before: Expectation, num_cached: int, found: CacheReceipt | None
 ) -> dict[str, Any]:
     """`found` is the engine's word, if it gave one; `kept_until` is in seconds of the epoch."""
-    found = found or CacheReceipt(num_device=num_cached)
+    found = found or CacheReceipt()
     kept = found.kept_until_s
     return {
         "matched": num_cached,
