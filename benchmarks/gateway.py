@@ -88,6 +88,14 @@ def wait_ready(url: str) -> None:
     raise TimeoutError("the gateway did not become ready")
 
 
+def reach_all(url: str) -> None:
+    """Returns once every gateway answers: what has a name waits for its own."""
+    for i in range(32):
+        body = json.dumps({"prompt": LETTER, "max_tokens": 1}).encode()
+        headers = {"content-type": "application/json", "session-id": f"warm{i}"}
+        urllib.request.urlopen(urllib.request.Request(f"{url}/v1/completions", body, headers))
+
+
 def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
@@ -115,28 +123,45 @@ def sent_times(folder: str) -> dict[int, list[float]]:
     return sent
 
 
-def measure(streams: int, rate: float, tokens: int, port: int, engines: int) -> dict[str, Any]:
+def cpu_seconds(gateways: list[psutil.Process]) -> float:
+    """User and system time of all gateway processes."""
+    return float(sum(t.user + t.system for t in (g.cpu_times() for g in gateways)))
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """The gateway process and, of several, the further ones."""
+    first = psutil.Process(pid)
+    further = [c for c in first.children() if "tokenspeed.gateway.further" in c.cmdline()]
+    return [first, *further]
+
+
+def measure(
+    streams: int, rate: float, tokens: int, port: int, engines: int, gateways: int = 1
+) -> dict[str, Any]:
     """One run with `streams` streams that together ask for `rate` tokens a second."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.null_engine", "serve", "--port", str(port)]
         command += ["--step-s", str(streams / rate), "--stamps", f"{folder}/stamps"]
-        command += ["--data-parallel-size", str(engines)]
+        command += ["--data-parallel-size", str(engines), "--num-gateways", str(gateways)]
         gateway = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         url = f"http://127.0.0.1:{port}"
         try:
             wait_ready(url)
+            if gateways > 1:
+                reach_all(url)
             process = psutil.Process(gateway.pid)
             # Warms up; these stamps come first and are cut off below.
             start_load(port, 8, 20, Path(folder, "warm.json")).wait()
+            processes = family(gateway.pid)
             idle_bytes = process.memory_info().rss
-            before, writes = process.cpu_times(), metric(url, "vllm:generation_tokens_total")
+            before, writes = cpu_seconds(processes), metric(url, "vllm:generation_tokens_total")
             result = Path(folder, "result.json")
             child = start_load(port, streams, tokens, result)
             peak = idle_bytes
             while child.poll() is None:
                 peak = max(peak, process.memory_info().rss)
                 time.sleep(0.2)
-            after = process.cpu_times()
+            after = cpu_seconds(processes)
             counted = metric(url, "vllm:generation_tokens_total") - writes
             found = json.loads(result.read_text())
         finally:
@@ -152,9 +177,10 @@ def measure(streams: int, rate: float, tokens: int, port: int, engines: int) -> 
         for left, arrived in zip(sent[seed][-tokens:], times, strict=True)
     ]
     writes_seen = sum(len(set(times)) for times in received)
-    cpu_s = after.user + after.system - before.user - before.system
+    cpu_s = after - before
     return {
         "engines": engines,
+        "gateways": gateways,
         "streams": streams,
         "tokens": streams * tokens,
         "asked_tokens_per_s": rate,
@@ -185,6 +211,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[8000, 40000])
     parser.add_argument("--tokens", type=int, default=300, help="of each stream")
     parser.add_argument("--engines", type=int, nargs="+", default=[1])
+    parser.add_argument("--gateways", type=int, nargs="+", default=[1], help="processes")
     parser.add_argument("--port", type=int, default=8311)
     parser.add_argument("--turns", type=int, default=0, help="of a session of 100,000 tokens")
     parser.add_argument("--new", type=int, default=700, help="tokens of such a turn")
@@ -196,8 +223,8 @@ def main() -> None:
     if args.load:
         args.result.write_text(json.dumps(load(args.load, args.streams[0], args.tokens)))
         return
-    cases = itertools.product(args.engines, args.streams, args.rate)
-    runs = [measure(s, r, args.tokens, args.port, e) for e, s, r in cases]
+    cases = itertools.product(args.gateways, args.engines, args.streams, args.rate)
+    runs = [measure(s, r, args.tokens, args.port, e, g) for g, e, s, r in cases]
     _table(runs)
     ends: dict[str, Any] = {}
     if args.turns:
