@@ -55,9 +55,10 @@ def test_every_field_is_described(request_type: Any) -> None:
 
 
 def test_every_metric_is_described() -> None:
-    names = re.findall(r"^# TYPE vllm:(\w+)", exposition(Metrics("m")).decode(), re.MULTILINE)
-    assert len(names) > 20
-    assert set(names) <= words("http-api.md")
+    text = exposition(Metrics("m")).decode()
+    names = re.findall(r"^# TYPE (?:vllm:|(tokenspeed:))(\w+)", text, re.MULTILINE)
+    assert len(names) > 30
+    assert {prefix + name for prefix, name in names} <= words("http-api.md")
 
 
 def test_every_architecture_has_a_recipe() -> None:
