@@ -2,6 +2,7 @@
 """Items of the Responses dialect as messages and tools: every kind, known or not."""
 
 import json
+import time
 
 import pytest
 
@@ -302,3 +303,20 @@ def test_a_patch_survives_the_way_there_and_back():
     text = '*** Begin Patch\n+"quoted\\"\t🙂\ud83d\n'
     made, _ = messages([{"type": "custom_tool_call", "call_id": "1", "name": "p", "input": text}])
     assert json.loads(made[0]["tool_calls"][0]["function"]["arguments"]) == {"input": text}
+
+
+def test_what_clients_repeat_takes_no_quadratic_time():
+    said = [{"type": "message", "role": "assistant", "content": "x" * 100}]
+    spaces = [{"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "f"}]}]
+    begin = time.process_time()
+    made, _ = messages(said * 60_000)
+    assert len(made[0]["content"]) == 6_000_000
+    with pytest.raises(RequestError, match="at most 1024"):
+        read_tools(spaces * 20_000, [])
+    assert time.process_time() - begin < 5.0
+
+
+def test_an_item_is_referred_to_once():
+    item = {"type": "message", "role": "user", "content": "x"}
+    with pytest.raises(RequestError, match="duplicate item"):
+        input_items([{"type": "item_reference", "id": "a"}, {"id": "a"}], lambda _: item)

@@ -10,6 +10,7 @@ from tests.gateway.harness import gateway
 from tests.gateway.response_events import check_list, check_response
 from tests.gateway.scripted import Scripted
 from tests.gateway.test_responses import ADD, HERMES, PATH, TEMPLATE, call
+from tokenspeed.errors import RequestError
 from tokenspeed.gateway.responses_store import Kept, ResponseStore, keep, unpack
 
 
@@ -39,6 +40,23 @@ def test_bytes_are_counted_and_bounded():
     store.put(kept("huge", size=5000))
     assert store.get("t", "huge") is None
     assert store.num_bytes == 0
+
+
+def test_what_one_request_brings_back_is_bounded(monkeypatch):
+    monkeypatch.setattr("tokenspeed.gateway.responses_store.MAX_PLAIN", 5000)
+    store, parent = ResponseStore(), None
+    for name in "abc":
+        parent = kept(name, parent=parent, size=1000)
+        store.put(parent)
+    find = store.finder("t")
+    assert [
+        find(i)["id"] for i in ("in_a", "out_a", "in_b", "out_b")
+    ] == "in_a out_a in_b out_b".split()
+    assert find("in_d") is None
+    with pytest.raises(RequestError, match="at most 5000 bytes"):
+        find("in_c")
+    with pytest.raises(RequestError, match="previous_response_id"):
+        parent.all_items()
 
 
 def test_a_chain_keeps_its_beginning():

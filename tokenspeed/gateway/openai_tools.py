@@ -2,6 +2,7 @@
 """Tools as OpenAI's dialects send them, as `Tool` and `ToolChoice`. Knows their fields alone."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from tokenspeed.errors import RequestError
@@ -53,9 +54,14 @@ def unique(tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
         if tool.name in seen:
             raise RequestError(f"tools: two tools are called {tool.name!r}", field="tools")
         seen.add(tool.name)
+    check_number(tools)
+    return tools
+
+
+def check_number(tools: Sequence[object]) -> None:
+    """`RequestError` for too many."""
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"tools: at most {MAX_TOOLS}", field="tools")
-    return tools
 
 
 def function_tool(about: dict[str, Any], at: str) -> Tool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.responses_seal import unseal
-from tokenspeed.gateway.responses_tools import found_tools, model_name, note
+from tokenspeed.gateway.responses_tools import by_own_name, found_tools, model_name, note
 from tokenspeed.text.conversation import Tool
 
 Item = dict[str, Any]
@@ -28,9 +28,14 @@ def input_items(given: str | list[Item] | None, find: Callable[[str], Item | Non
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
     made = []
+    referred: set[str] = set()
     for i, item in enumerate(given or ()):
         if item.get("type") == "item_reference" or item.keys() == {"id"}:
             found = find(str(item.get("id")))
+            if str(item.get("id")) in referred:
+                why = f"input[{i}]: duplicate item {str(item.get('id'))[:80]!r}"
+                raise RequestError(why, field=f"input[{i}].id")
+            referred.add(str(item.get("id")))
             if found is None:
                 why = f"input[{i}]: there is no item {str(item.get('id'))[:80]!r}"
                 raise RequestError(why, field=f"input[{i}].id", code="item_not_found")
@@ -47,14 +52,16 @@ class Messages:
     ) -> None:
         self.made: list[dict[str, Any]] = []
         self._news = {tool.name for tool in loaded}  # tools that have not been defined yet
-        self._tools, self._ignored = (*tools, *loaded), ignored
+        self._tools, self._ignored = by_own_name((*tools, *loaded)), ignored
         self._answer: dict[str, Any] | None = None  # the assistant's message that is being built
+        self._said: dict[str, list[str]] = {}  # its texts in pieces: one may come in very many
         self._call_ids: set[str] = set()
 
     def read(self, items: Sequence[Item]) -> None:
         """Adds the items in order."""
         for i, item in enumerate(items):
             self._read(item, f"input[{i}]")
+        self._end_answer()
 
     def _read(self, item: Item, at: str) -> None:
         kind = item.get("type", "message" if "role" in item else None)
@@ -91,14 +98,22 @@ class Messages:
         if role == "assistant":
             self._add("content", text)
         else:
+            self._end_answer()
             self._answer = None
             self.made.append({"role": role, "content": text})
 
     def _add(self, key: str, text: str) -> None:
         """To what the assistant says in this place."""
         if text:
+            self._assistant()
+            self._said.setdefault(key, []).append(text)
+
+    def _end_answer(self) -> None:
+        """Nothing of what the assistant said so far is in pieces any more."""
+        for key, pieces in self._said.items():
             answer = self._assistant()
-            answer[key] = (answer.get(key) or "") + text
+            answer[key] = (answer.get(key) or "") + "".join(pieces)
+        self._said = {}
 
     def _assistant(self) -> dict[str, Any]:
         if self._answer is None:
@@ -125,6 +140,7 @@ class Messages:
         if not isinstance(call_id, str) or call_id not in self._call_ids:
             why = f"No tool call found for function call output with call_id {str(call_id)[:80]}."
             raise RequestError(f"{at}: {why}", field=at)
+        self._end_answer()
         self._answer = None
         text = content_text(item.get("output"), f"{at}.output", images=True)
         self.made.append({"role": "tool", "tool_call_id": call_id, "content": text})

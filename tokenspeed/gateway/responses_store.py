@@ -8,17 +8,19 @@ children, so that it is dropped after them and what is counted is all there is.
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
+from tokenspeed.errors import RequestError
 from tokenspeed.gateway.app import encode_json
 from tokenspeed.gateway.responses_background import Running
 
 MAX_BYTES = 64 << 20  # as kept, which is compressed
 MAX_COUNT = 4096
+MAX_PLAIN = 64 << 20  # bytes of items, not compressed, that one request may bring back
 Item = dict[str, Any]
 
 
@@ -34,6 +36,7 @@ class Kept:
     parent: "Kept | None" = None
     events: bytes | None = None  # of a stream that can be asked for again
     hidden: bool = False  # deleted, but a child needs its items
+    num_plain: int = 0  # bytes of the items, not compressed
 
     @property
     def size(self) -> int:
@@ -44,12 +47,14 @@ class Kept:
         return _decode(unpack(self.items))
 
     def all_items(self) -> list[Item]:
-        """The conversation up to the end of this response."""
+        """The conversation up to the end of this response. `RequestError` if that is too much."""
         chain: list[Kept] = []
         at: Kept | None = self
         while at is not None:
             chain.append(at)
             at = at.parent
+        if sum(kept.num_plain for kept in chain) > MAX_PLAIN:
+            raise _too_much("previous_response_id")
         return [item for kept in reversed(chain) for item in kept.own_items()]
 
 
@@ -61,17 +66,23 @@ def keep(
     events: Sequence[bytes] | None = None,
 ) -> Kept:
     """A response object and its input, ready for the store."""
-    items = [*given, *response["output"]]
+    items = encode_json([*given, *response["output"]])
     packed = None if events is None else _pack(b"".join(events))
     return Kept(
         tenant,
         response["id"],
         _pack(encode_json(response)),
-        _pack(encode_json(items)),
+        _pack(items),
         len(given),
         parent,
         packed,
+        num_plain=len(items),
     )
+
+
+def _too_much(field: str) -> RequestError:
+    why = f"{field}: at most {MAX_PLAIN} bytes of earlier items"
+    return RequestError(why, field=field, code="context_length_exceeded")
 
 
 def unpack(packed: bytes) -> bytes:
@@ -151,6 +162,30 @@ class ResponseStore:
         if kept is None or kept.hidden:
             return None
         return next((item for item in kept.own_items() if item.get("id") == item_id), None)
+
+    def finder(self, tenant: str) -> Callable[[str], Item | None]:
+        """`find_item` for the many references of one request, which unpacks a response once.
+
+        It raises `RequestError` if all of these responses are too much.
+        """
+        opened: dict[str, dict[str, Item]] = {}
+        shelf = self._shelves.get(tenant) or _Shelf()
+        num_plain = 0
+
+        def find(item_id: str) -> Item | None:
+            nonlocal num_plain
+            kept = shelf.items.get(item_id)
+            if kept is None or kept.hidden:
+                return None
+            if kept.id not in opened:
+                num_plain += kept.num_plain
+                if num_plain > MAX_PLAIN:
+                    raise _too_much("input")
+                items = reversed(kept.own_items())  # the first of an id counts
+                opened[kept.id] = {str(item.get("id")): item for item in items}
+            return opened[kept.id].get(item_id)
+
+        return find
 
     @property
     def num_bytes(self) -> int:

@@ -9,11 +9,17 @@ Those with items of their own that the client runs (`ClientTool`) are functions 
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenspeed.errors import RequestError
-from tokenspeed.gateway.openai_tools import chat_tool_choice, custom_tool, function_tool, unique
+from tokenspeed.gateway.openai_tools import (
+    chat_tool_choice,
+    check_number,
+    custom_tool,
+    function_tool,
+    unique,
+)
 from tokenspeed.text.conversation import Tool, ToolChoice
 
 _READERS = {"function": function_tool, "custom": custom_tool}
@@ -137,31 +143,39 @@ def joined_name(space: str, name: str) -> str:
 def _with_free_names(tools: Iterable[Tool], taken: set[str]) -> list[Tool]:
     """Tools of namespaces whose joined name is taken get a number."""
     made = []
+    numbers: dict[str, int] = {}  # where to go on: counting from 2 each time is quadratic
     for tool in tools:
         if tool.namespace is not None:
-            name, n = tool.name, 2
+            name, n = tool.name, numbers.get(tool.name, 2)
             while name in taken:
                 name, n = f"{tool.name}_{n}", n + 1
+            numbers[tool.name] = n
             taken.add(name)
             tool = dataclasses.replace(tool, name=name)
         made.append(tool)
     return made
 
 
-def model_name(name: str, space: str | None, tools: tuple[Tool, ...]) -> str:
+def by_own_name(tools: Iterable[Tool]) -> dict[tuple[str | None, str], Tool]:
+    """Tools by what the client calls them: namespace and name; the first of a name."""
+    made: dict[tuple[str | None, str], Tool] = {}
+    for tool in tools:
+        made.setdefault((tool.namespace, tool.own_name or tool.name), tool)
+    return made
+
+
+def model_name(name: str, space: str | None, tools: Mapping[tuple[str | None, str], Tool]) -> str:
     """What the model calls a tool that the client names so, be it offered still or not."""
     if space is None:
         return name
-    for tool in tools:
-        if (tool.namespace, tool.own_name) == (space, name):
-            return tool.name
-    return joined_name(space, name)
+    tool = tools.get((space, name))
+    return joined_name(space, name) if tool is None else tool.name
 
 
-def found_tools(given: Any, tools: tuple[Tool, ...]) -> list[Tool]:
-    """Those of `tools` that the result of a search lists."""
+def found_tools(given: Any, tools: Mapping[tuple[str | None, str], Tool]) -> list[Tool]:
+    """Those of `tools` that the result of a search lists, in the order of `tools`."""
     entries = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
-    keys = []
+    keys: list[tuple[Any, Any]] = []
     for entry in entries:
         inner = entry.get("tools") if entry.get("type") == "namespace" else None
         if isinstance(inner, list):
@@ -169,7 +183,10 @@ def found_tools(given: Any, tools: tuple[Tool, ...]) -> list[Tool]:
             keys += [(entry.get("name"), name) for name in names]
         else:
             keys.append((None, entry.get("name")))
-    return [tool for tool in tools if (tool.namespace, tool.own_name or tool.name) in keys]
+    texts = {key for key in keys if all(isinstance(one, str | None) for one in key)}
+    if not texts & tools.keys():
+        return []
+    return [tool for key, tool in tools.items() if key in texts]
 
 
 def shown_tools(given: list[Given] | None) -> list[Given]:
@@ -201,7 +218,8 @@ def read_tool_choice(
         given = None
     if isinstance(given, dict):
         space = given.get("namespace")
-        name = model_name(str(given.get("name")), space if isinstance(space, str) else None, tools)
+        space = space if isinstance(space, str) else None
+        name = model_name(str(given.get("name")), space, by_own_name(tools))
         given = {"type": given["type"], "name": name}
     return chat_tool_choice(given, parallel, tools), tools
 
@@ -210,6 +228,7 @@ def _allowed(given: Given, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
     allowed = given.get("tools")
     if not isinstance(allowed, list) or not all(isinstance(one, dict) for one in allowed):
         raise RequestError("tool_choice.tools: must be a list of tools", field="tool_choice.tools")
+    check_number(allowed)
     whole = [one.get("name") for one in allowed if one.get("type") == "namespace"]
     names = [(one.get("namespace"), one.get("name")) for one in allowed]
     return tuple(

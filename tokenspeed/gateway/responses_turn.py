@@ -93,7 +93,7 @@ def read_request(
     ignored: list[str] = []
     parent = _parent(store, request, caller.tenant)
     before = [] if parent is None else parent.all_items()
-    items = input_items(request.input, lambda item_id: store.find_item(caller.tenant, item_id))
+    items = input_items(request.input, store.finder(caller.tenant))
     tools = read_tools(request.tools, ignored, [*before, *items])
     loaded = loaded_tools([*before, *items], tools, ignored)
     choice, allowed = read_tool_choice(
