@@ -40,10 +40,13 @@ def test_thinking_and_effort_are_the_templates_options():
 def test_output_format():
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     given = {"type": "json_schema", "schema": schema}
-    for fields in ({"output_config": {"format": given}}, {"output_format": given}):
-        found = output_format(MessagesRequest(model="m", messages=[], **fields))
-        assert (found.kind, found.value) == ("json_schema", schema)
-    assert output_format(MessagesRequest(model="m", messages=[])) is None
+    for name, fields in {
+        "output_config.format": {"output_config": {"format": given}},
+        "output_format": {"output_format": given},
+    }.items():
+        found, field = output_format(MessagesRequest(model="m", messages=[], **fields))
+        assert (found.kind, found.value, field) == ("json_schema", schema, name)
+    assert output_format(MessagesRequest(model="m", messages=[]))[0] is None
     for wrong in ({"type": "xml"}, {"type": "json_schema"}, 5):
         with pytest.raises(RequestError, match="output_config"):
             output_format(MessagesRequest(model="m", messages=[], output_config={"format": wrong}))

@@ -84,6 +84,7 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
     history = Input(notes, tools)
     history.read(request.system, request.messages)
     options = template_options(request, notes)
+    output, field = output_format(request)
     given = {name: getattr(request, name) for name in _SAME_NAME}
     return TurnRequest(
         conversation=Conversation(
@@ -101,8 +102,8 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
         ),
         caller=call.caller(Hints(metadata=request.metadata)),
         tool_choice=tool_choice(request.tool_choice, (*tools.shown, *tools.loaded), tools.hosted),
-        output_format=output_format(request),
-        output_field="output_config.format",
+        output_format=output,
+        output_field=field,
         retention=Retention(notes.retention_s),
         receipt=wants_receipt(call.scope["headers"], request.cache_receipt),
     )

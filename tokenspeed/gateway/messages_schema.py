@@ -124,18 +124,18 @@ def template_options(request: MessagesRequest, notes: Notes) -> dict[str, Any]:
     return options
 
 
-def output_format(request: MessagesRequest) -> OutputFormat | None:
-    """Of `output_config.format`, or `output_format` as it was called first."""
+def output_format(request: MessagesRequest) -> tuple[OutputFormat | None, str]:
+    """Of `output_config.format`, or `output_format` as it was called first; and which of them."""
     at, given = "output_config.format", (request.output_config or {}).get("format")
     if given is None:
         at, given = "output_format", request.output_format
     if given is None:
-        return None
+        return None, at
     if not isinstance(given, dict) or given.get("type") != "json_schema":
         refuse(f"{at}.type", "must be json_schema")
     if not isinstance(given.get("schema"), dict):
         refuse(f"{at}.schema", "must be an object")
-    return OutputFormat("json_schema", given["schema"])
+    return OutputFormat("json_schema", given["schema"]), at
 
 
 def stop_sequences(given: Sequence[str] | None) -> list[str] | None:
