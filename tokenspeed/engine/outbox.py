@@ -24,6 +24,7 @@ class Outbox:
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", addresses: Sequence[str]) -> None:
         """A gateway's number is its address's place in the list."""
+        self._alone = len(addresses) == 1
         self._sockets: dict[int, zmq.Socket[bytes]] = {}
         for number, address in enumerate(addresses):
             self._sockets[number] = made = context.socket(zmq.PUSH)
@@ -51,7 +52,7 @@ class Outbox:
 
     def deliver(self, outputs: list[m.TokenOutput]) -> None:
         """What a step produced, to each gateway its own. Waits while one is behind."""
-        if len(self._sockets) == 1:
+        if self._alone:
             self.answer(0, m.Outputs(outputs))
             return
         of_gateway: defaultdict[int, list[m.TokenOutput]] = defaultdict(list)
