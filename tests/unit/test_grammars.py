@@ -140,7 +140,7 @@ def test_only_rows_with_a_grammar_are_masked() -> None:
     rows.mask(logits, [2, 1, 0])
     finite = [set(torch.isfinite(row).nonzero().flatten().tolist()) for row in logits]
     assert finite == [{1}, set(range(SIZE)), {0}]
-    rows.record([2, 1, 0], torch.tensor([1, 0, 0]))
+    rows.record([2, 1, 0], torch.tensor([1, 0, 0]), [])
     logits = torch.zeros(2, SIZE)
     rows.mask(logits, [0, 2])
     finite = [set(torch.isfinite(row).nonzero().flatten().tolist()) for row in logits]
@@ -170,10 +170,10 @@ def sampler_of(regex: str, **params: object) -> Sampler:
     return sampler
 
 
-def run(sampler: Sampler, max_tokens: int = 20) -> list[int]:
+def run(sampler: Sampler, max_tokens: int = 20, first: int = 1) -> list[int]:
     """Samples until the end of the sequence, or until no token is left."""
     out: list[int] = []
-    for place in range(1, max_tokens):
+    for place in range(first, first + max_tokens):
         logits = torch.randn(1, SIZE, generator=torch.Generator().manual_seed(place))
         ids, _ = sampler.sample(logits, np.array([0], np.int32), torch.tensor([place]))
         out.append(int(ids[0]))
@@ -232,3 +232,17 @@ def test_a_vocabulary_travels() -> None:
     for junk in (b"", b"\x01", PACKED[:-1], PACKED + b"x", b"\xff" * 12):
         with pytest.raises(ValueError, match="vocabulary"):
             unpack_vocabulary(junk)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 5.0])
+def test_late_and_early_masks_choose_the_same_tokens(seed: int, temperature: float) -> None:
+    late, early = (sampler_of("(a|bc)+(d|e*)", temperature=temperature) for _ in range(2))
+    assert late.grammars._late == {0}
+    early.grammars._late.clear()
+    assert run(late, first=1 + 50 * seed) == run(early, first=1 + 50 * seed)
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_where_the_mask_changes_what_there_is_to_choose_from_it_comes_first(truncation) -> None:
+    assert not sampler_of("a+", **truncation).grammars._late

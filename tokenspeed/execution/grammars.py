@@ -121,13 +121,18 @@ class GrammarState:
 
     def record(self, token: int) -> None:
         """Takes note of a token that was sampled; after a stop token of none."""
+        self.failed = not self.offer(token)
+
+    def offer(self, token: int) -> bool:
+        """Takes note of a token if it fits; whether it does. After a stop token any does."""
         if self.failed or self.over:
-            return
+            return not self.failed
         begin = time.thread_time()
-        self.failed = not self._matcher.accept_token(token)
-        self.over = not self.failed and token in self.stop_ids
+        fits = bool(self._matcher.accept_token(token))
+        self.over = fits and token in self.stop_ids
         self._left_s += PER_TOKEN_S
         self._pay(begin)
+        return fits and not self.failed
 
     def _pay(self, begin: float) -> None:
         """For the CPU time since `begin`, by this thread's clock."""
@@ -161,23 +166,40 @@ class GrammarState:
 
 
 class GrammarRows:
-    """The states of the slots, and the masks of a step. False while no slot has a grammar."""
+    """The states of the slots, and the masks of a step. False while no slot has a grammar.
+
+    Where a token is chosen from all of them, by noise that is a function of the token, one that
+    fits is the one that a mask would have left: such slots are `late`, and need a mask only for
+    what did not fit. Most does.
+    """
 
     def __init__(self, vocab_size: int) -> None:
         self.store = GrammarStore()
         self._states: dict[int, GrammarState | None] = {}  # None: it could not be made
+        self._late: set[int] = set()
         self._sampled: tuple[list[GrammarState], list[int], torch.Tensor] | None = None
         self._bitmask = torch.zeros((0, -(-vocab_size // _BITS)), dtype=torch.int32)
 
     def __bool__(self) -> bool:
         return bool(self._states)
 
-    def bind(self, slot: int, key: str | None, stop_ids: list[int], output_ids: list[int]) -> None:
+    def bind(
+        self,
+        slot: int,
+        key: str | None,
+        stop_ids: list[int],
+        output_ids: list[int],
+        *,
+        late: bool = False,
+    ) -> None:
         """Gives the slot to a request that has produced `output_ids`; `key` None: no grammar."""
         self._settle()
         self._states.pop(slot, None)
+        self._late.discard(slot)
         if key is not None:
             self._states[slot] = self._make(key, stop_ids, output_ids)
+            if late:
+                self._late.add(slot)
 
     def _make(self, key: str, stop_ids: list[int], output_ids: list[int]) -> GrammarState | None:
         try:
@@ -192,9 +214,32 @@ class GrammarRows:
         still end, if its grammar is complete.
         """
         self._settle()
-        rows = [row for row, slot in enumerate(slots) if slot in self._states]
-        if not rows:
-            return
+        early = self._states.keys() - self._late
+        rows = [row for row, slot in enumerate(slots) if slot in early]
+        if rows:
+            self._mask(logits, slots, rows)
+
+    def again(self, logits: torch.Tensor, slots: list[int], ids: torch.Tensor) -> list[int]:
+        """Looks at the ids [B] of late rows. Those that do not fit are masked: sample them again,
+        and `record` what comes."""
+        if self._late.isdisjoint(slots):
+            return []
+        listed = ids.tolist()
+        rows = [row for row, slot in enumerate(slots) if slot in self._late]
+        rows = [row for row in rows if not self._offer(slots[row], listed[row])]
+        if rows:
+            self._mask(logits, slots, rows)
+        return rows
+
+    def _offer(self, slot: int, token: int) -> bool:
+        state = self._states[slot]
+        try:
+            return token < 0 or (state is not None and state.offer(token))
+        except RuntimeError:
+            self._states[slot] = None
+            return False
+
+    def _mask(self, logits: torch.Tensor, slots: list[int], rows: list[int]) -> None:
         bitmask = self._bitmask
         if len(bitmask) < len(slots):
             self._bitmask = bitmask = bitmask.new_zeros((len(slots), bitmask.shape[1]))
@@ -219,9 +264,16 @@ class GrammarRows:
             if state is not None and state.complete and bool(torch.isneginf(logits[row]).all()):
                 logits[row, torch.tensor(state.stop_ids, device=logits.device)] = 0.0
 
-    def record(self, slots: list[int], ids: torch.Tensor) -> None:
-        """Takes note of a step's ids [B], once they are needed: nothing waits for them here."""
-        states = [(row, self._states.get(slot)) for row, slot in enumerate(slots)]
+    def record(self, slots: list[int], ids: torch.Tensor, again: list[int]) -> None:
+        """Takes note of a step's ids [B], once they are needed: nothing waits for them here.
+
+        `again`: the late rows that were sampled twice; of the others it is known.
+        """
+        states = [
+            (row, self._states.get(slot))
+            for row, slot in enumerate(slots)
+            if slot not in self._late or row in again
+        ]
         found = [(row, state) for row, state in states if state is not None]
         if found:
             self._sampled = [state for _, state in found], [row for row, _ in found], ids

@@ -107,7 +107,9 @@ class Sampler:
             held.pop(slot, None)
         self._penalised.discard(slot)
         key = None if params.grammar is None else params.grammar.key
-        self.grammars.bind(slot, key, sequence.stop_ids, output_ids)
+        whole = params.top_k <= 0 and params.top_p == 1.0 and params.min_p == 0.0
+        late = whole and not params.edits_logits and self._device.type == "cpu"
+        self.grammars.bind(slot, key, sequence.stop_ids, output_ids, late=late)
         if params.edits_logits:
             self._edits[slot] = LogitEdits.of(
                 params, sequence.prompt_len, sequence.stop_ids, output_ids, self._device
@@ -148,7 +150,12 @@ class Sampler:
         for row in edited:
             self._edits[order[row]].record(int(ids[row]))
         if grammars:
-            grammars.record(order, ids)
+            again = grammars.again(logits, order, ids)
+            if again:
+                at = torch.from_numpy(slots[again].astype(np.int64))
+                chosen = [tensor[at] for tensor in self._parameters]
+                ids[again] = self._kernel(logits[again], *chosen, places[again])
+            grammars.record(order, ids, again)
         if punished and self._penalties is not None:
             at = torch.from_numpy(slots[punished].astype(np.int64)).to(self._device)
             self._penalties.record(at, ids[punished].clamp(min=0))
