@@ -12,6 +12,7 @@ import pytest
 from tests.gateway.harness import TOKENIZER, gateway
 from tests.gateway.test_processes import server
 from tokenspeed.engine.messages import GenerateRequest
+from tokenspeed.gateway.app import JSON_VALUES
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 BODIES = {
@@ -165,6 +166,20 @@ async def test_broken_json(path, body):
         assert len(reply.content) < 1000
         assert (await g.post(path, BODIES[path])).status_code == 200
         assert not any(isinstance(s, GenerateRequest) for s in g.client.sent[:-1])
+
+
+async def test_more_values_than_any_conversation_has():
+    many = [{"role": "user", "content": "x"}] * 100_000
+    sent = {
+        "/v1/chat/completions": {"messages": many},
+        "/v1/messages": {"model": "m", "max_tokens": 2, "messages": many},
+        "/v1/responses": {"input": many},
+    }
+    async with gateway() as g:
+        for path, body in sent.items():
+            reply = await g.post(path, body)
+            assert reply.status_code == 400
+            assert f"more than {JSON_VALUES} values" in reply.json()["error"]["message"]
 
 
 async def test_deep_but_valid_json_stops_before_the_template():

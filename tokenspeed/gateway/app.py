@@ -28,6 +28,7 @@ from tokenspeed.gateway.tenants import Role, Tenant
 
 BODY_TIMEOUT_S = 60.0
 JSON_DEPTH = 64
+JSON_VALUES = 1 << 18  # in a field: reading them holds the event loop
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 T = TypeVar("T")
@@ -328,10 +329,17 @@ def _lenient(body: bytes) -> Any:
 
 
 def check_depth(value: Any, field_name: str) -> None:
-    """Raises 400 for JSON nested deeper than any real message, which templates would recurse on."""
-    level, depth = [value], 0
+    """Raises 400 for JSON nested deeper than any real message, which templates would recurse on.
+
+    And for JSON of more values than any real conversation has.
+    """
+    level, depth, count = [value], 0, 0
     while level:
         depth += 1
+        count += len(level)
+        if count > JSON_VALUES:
+            why = f"{field_name}: more than {JSON_VALUES} values"
+            raise ApiError(400, why, param=field_name, code="json_too_large")
         if depth > JSON_DEPTH:
             raise ApiError(
                 400, f"{field_name}: nested too deeply", param=field_name, code="json_too_deep"
