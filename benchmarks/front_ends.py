@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+import sessions
 
-from benchmarks import sessions
 from tokenspeed.models.hub import DEMO_FOLDER
 from tokenspeed.text.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def compare(turns: int, new: int, vllm: str | None, port: int) -> dict[str, Any]
     return {"chars_per_token": round(chars, 2), "sessions": rows, "streams": streams}
 
 
-def script() -> tuple[dict[str, list[int]], float]:
+def script() -> tuple[dict[str, Any], float]:
     """What the engines say, see `null_engine.Echo`, and the characters of a token of a session."""
     tokenizer = Tokenizer.from_folder(DEMO_FOLDER)
     sample = sessions.text_of(random.Random(0), 40_000)

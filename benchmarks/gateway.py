@@ -13,7 +13,7 @@ four engines costs a prompt of so many tokens, every one of whose blocks one eng
 `--turns N` adds what a turn of a long session costs, and streamed events, in all dialects, beside
 vLLM's front end if `--vllm` names an interpreter that has it (see `front_ends.py`).
 
-    python -m benchmarks.gateway [--streams 64 256] [--rate 8000 40000] [--tokens 300]
+    python benchmarks/gateway.py [--streams 64 256] [--rate 8000 40000] [--tokens 300]
         [--engines 1] [--turns 9] [--new 700] [--vllm ENVIRONMENT/bin/python]
 """
 
@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
+from front_ends import compare
 
-from benchmarks.front_ends import compare
 from tokenspeed.engine.routing import Load, PrefixRouter
 
 LETTER = "x"

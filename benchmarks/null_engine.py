@@ -206,7 +206,8 @@ def serve(args: argparse.Namespace) -> int:
     from tokenspeed.gateway.server import serve as serve_gateway
 
     command = (sys.executable, "-m", "benchmarks.null_engine", "run")
-    pace = ("--step-s", str(args.step_s), "--load-s", str(args.load_s), "--stamps", args.stamps)
+    pace: tuple[str, ...] = ("--step-s", str(args.step_s), "--load-s", str(args.load_s))
+    pace += ("--stamps", args.stamps)
     pace += ("--max-model-len", str(args.max_model_len), "--answer", args.answer)
     config = EngineConfig.of(
         served_model_name=("null",),

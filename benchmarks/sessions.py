@@ -166,7 +166,8 @@ def post(port: int, dialect: str, body: bytes, first: Callable[[], None] = lambd
 
 
 def _of_chat(events: list[Json]) -> Answer:
-    text, call, usage = "", {"id": "", "name": "", "arguments": ""}, {}
+    text, call = "", {"id": "", "name": "", "arguments": ""}
+    usage: Json = {}
     for event in events:
         usage = event.get("usage") or usage
         for choice in event["choices"]:

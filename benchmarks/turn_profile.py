@@ -5,7 +5,7 @@ Puts stamps of each thread's own CPU time into a gateway (the null engine's `ser
 chat session of 100,000 tokens through it and prints medians over its last turns, in microseconds.
 What the kernel spends on reading the body before the first stamp is not in it.
 
-    python -m benchmarks.turn_profile [--turns 15] [--new 700] [--port 8312]
+    python benchmarks/turn_profile.py [--turns 15] [--new 700] [--port 8312]
 """
 
 import argparse
@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import front_ends, null_engine, sessions
+import front_ends
+import null_engine
+import sessions
 
 _now = time.thread_time
 _marks: list[tuple[str, float]] = []  # of the event loop's thread, in the turn at hand
