@@ -26,7 +26,7 @@ from tokenspeed.execution.grammars import (
 )
 from tokenspeed.execution.sampling_params import Grammar
 from tokenspeed.text.ebnf import in_json_string, with_little_space, with_tokens
-from tokenspeed.text.grammar import GrammarCompiler, GrammarMirror, GrammarSpec
+from tokenspeed.text.grammar import NUM_FORKS, GrammarCompiler, GrammarMirror, GrammarSpec
 from tokenspeed.text.grammar_worker import compile_spec
 from tokenspeed.text.json_schema import MAX_BYTES, check_size, narrowed
 from tokenspeed.text.output_format import content_tag, structured_outputs
@@ -185,6 +185,24 @@ def test_what_never_ends_costs_its_own_request(compiler: GrammarCompiler) -> Non
         waiting.result()
     assert caught.value.code == "grammar_limit"
     assert fits(compiler, spec(choice=["b"]), "b")
+
+
+def test_what_nobody_waits_for_holds_up_nobody() -> None:
+    made = GrammarCompiler(byte_tokenizer(), VOCAB_SIZE, cpu_limit_s=300.0, wall_limit_s=600.0)
+    try:
+        slow = []
+        for number in range(NUM_FORKS + 2):  # more than are compiled at once
+            properties = {f"{number}a{i}": {"type": "integer"} for i in range(4000)}
+            slow.append(made.submit(spec(json={"type": "object", "properties": properties})))
+        for future in slow:
+            made.abandon(future)
+        assert all(future.cancelled() for future in slow)
+        assert fits(made, spec(choice=["a"]), "a")
+        again = made.submit(spec(choice=["b"]))
+        made.abandon(again)
+        assert made.compile(spec(choice=["b"])).data
+    finally:
+        made.close()
 
 
 def test_what_takes_long_to_follow_is_refused() -> None:

@@ -7,7 +7,9 @@ the first request that needs it.
 
 import asyncio
 import threading
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import Grammar
@@ -27,6 +29,7 @@ class Grammars:
         self._answers = AnswerGrammar(answers, {text: token for token, text in added.items()})
         self._compiler: GrammarCompiler | None = None
         self._lock = threading.Lock()
+        self._wanted: Counter[Future[CompiledGrammar]] = Counter()  # by how many turns
 
     async def of(
         self,
@@ -71,12 +74,19 @@ class Grammars:
                 self._compiler.close()
 
     async def _compile(self, spec: GrammarSpec, vocab_size: int) -> CompiledGrammar:
-        def submit() -> "asyncio.Future[CompiledGrammar]":
-            return asyncio.wrap_future(self._at(vocab_size, spec.field).submit(spec), loop=loop)
-
-        loop = asyncio.get_running_loop()
-        # Others may wait for the same one: leaving does not cancel it.
-        return await asyncio.shield(await asyncio.to_thread(submit))
+        compiler = self._at(vocab_size, spec.field)
+        future = await asyncio.to_thread(compiler.submit, spec)
+        while future.cancelled():  # the last who had waited for it left just then
+            future = await asyncio.to_thread(compiler.submit, spec)
+        self._wanted[future] += 1
+        try:
+            return await asyncio.shield(asyncio.wrap_future(future))
+        finally:  # others may wait for the same one
+            self._wanted[future] -= 1
+            if not self._wanted[future]:
+                del self._wanted[future]
+                if not future.done():
+                    compiler.abandon(future)
 
     def _at(self, vocab_size: int, field: str) -> GrammarCompiler:
         if self._tokenizer is None:

@@ -162,6 +162,17 @@ class GrammarCompiler:
                 self._fail_all(child)
         return future
 
+    def abandon(self, future: "Future[CompiledGrammar]") -> None:
+        """Nobody waits for what `submit` gave: it is cancelled, and not compiled to its end."""
+        with self._lock:
+            jobs = [job for job, (_, _, waiting) in self._waiting.items() if waiting is future]
+            for job in jobs:
+                del self._by_key[self._waiting.pop(job)[0]]
+                if self._child is not None and self._child.stdin is not None:
+                    with contextlib.suppress(OSError):  # it has ended
+                        write_frame(self._child.stdin, {"id": job, "abandon": True}, b"")
+        future.cancel()
+
     def start(self) -> None:
         """Starts the other process now, which takes seconds. `RequestError` without xgrammar."""
         with self._lock:

@@ -44,6 +44,7 @@ MEMORY_BYTES = 1 << 30  # that a fork may take beyond what it begins with
 MASK_S = 0.1  # of CPU that a token may take: all requests of an engine wait for each
 TRIED_TOKENS = 16
 JOBS_PER_FORK = 1000  # the compiler's memory goes back with its process
+_NICENESS = 5  # of a fork: what answers clients comes first
 _MAX_FRAME = 64 << 20
 _LENGTH = struct.Struct("<I")
 
@@ -120,10 +121,12 @@ class Foreman:
             for key, _ in self._selector.select(wait):
                 if key.data is not None:
                     self._answer(key.data)
-                elif (frame := read_frame(self._pipe)) is not None:
-                    self._waiting.append(frame)
-                else:
+                elif (frame := read_frame(self._pipe)) is None:
                     return
+                elif frame[0].get("abandon"):
+                    self._abandon(frame[0]["id"])
+                else:
+                    self._waiting.append(frame)
             for fork in [fork for fork in self._forks if fork.deadline <= time.monotonic()]:
                 self._lost(fork)
 
@@ -144,6 +147,12 @@ class Foreman:
                 write_frame(fork.pipe, header, data)
             except OSError:
                 self._lost(fork)
+
+    def _abandon(self, job: int) -> None:
+        """Nobody waits for this one: others need not wait for it either."""
+        self._waiting = deque(frame for frame in self._waiting if frame[0]["id"] != job)
+        for fork in [fork for fork in self._forks if fork.job == job]:
+            self._dismiss(fork)
 
     def _answer(self, fork: Fork) -> None:
         frame = read_frame(fork.pipe)
@@ -185,6 +194,7 @@ def _compile_until_end(
 ) -> None:
     """The fork. Never returns."""
     try:
+        os.nice(_NICENESS)
         quiet = os.open(os.devnull, os.O_RDWR)  # the compiler's warnings quote clients
         for number in (0, 1, 2):
             os.dup2(quiet, number)
