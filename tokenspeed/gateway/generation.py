@@ -25,7 +25,6 @@ from tokenspeed.text.detokenizer import Detokenizer
 from tokenspeed.text.tokenizer import Tokenizer
 
 MAX_CHOICES = 256
-DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -165,16 +164,6 @@ class Dialect(Protocol):
         ...
 
 
-class OpenAIStream:
-    """How OpenAI's streams end, and what they say while nothing comes."""
-
-    def failure(self, error: ApiError) -> bytes:
-        return b"data: " + error.body() + b"\n\n" + DONE
-
-    def keep_alive(self) -> bytes:
-        return b": keep-alive\n\n"
-
-
 class Generation(AbstractContextManager["Generation"]):
     """All choices of a request: `n` for each prompt, prompt by prompt. Aborts on leaving."""
 
@@ -225,7 +214,7 @@ class Generation(AbstractContextManager["Generation"]):
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
-        self._record.submit([choice.prompt_ids for choice in self._firsts], self._sent.salt)
+        self._record.submit([choice.prompt_ids for choice in self.firsts], self._sent.salt)
         return self
 
     def __exit__(
@@ -297,34 +286,19 @@ class Generation(AbstractContextManager["Generation"]):
         self.mailbox.sending += 1
 
     @property
-    def _firsts(self) -> list[Choice]:
+    def firsts(self) -> list[Choice]:
         """One choice for each prompt."""
         return self.choices[:: self.params.n]
 
     def _report(self) -> None:
         """What has come of the request, for those who keep books."""
-        record, firsts, choices = self._record, self._firsts, self.choices
+        record, firsts, choices = self._record, self.firsts, self.choices
         record.num_cached = sum(choice.num_cached for choice in firsts)
         record.num_output = sum(choice.num_tokens for choice in choices)
         record.num_calls = sum(len(choice.answer.calls) for choice in choices if choice.answer)
         record.finish = ",".join(sorted({choice.finish_reason or "abort" for choice in choices}))
         if (receipt := firsts[0].receipt) is not None:
             record.num_host, record.reason = receipt.num_host, receipt.reason
-
-    def usage(self) -> dict[str, object]:
-        """Tokens so far, in OpenAI's shape. A prompt counts once, whatever `n` is."""
-        firsts = self._firsts
-        prompt = sum(len(choice.prompt_ids) for choice in firsts)
-        completion = sum(choice.num_tokens for choice in self.choices)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(c.num_cached for c in firsts)},
-            "completion_tokens_details": {
-                "reasoning_tokens": sum(c.num_reasoning for c in self.choices)
-            },
-        }
 
 
 def room_left(

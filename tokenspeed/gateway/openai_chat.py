@@ -14,8 +14,9 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, check_depth, encode_json
 from tokenspeed.gateway.chat_deltas import Deltas, whole_call
-from tokenspeed.gateway.generation import DONE, Choice, OpenAIStream
+from tokenspeed.gateway.generation import Choice
 from tokenspeed.gateway.openai_schema import ChatRequest, Sampling, check_served, sampling_params
+from tokenspeed.gateway.openai_stream import DONE, OpenAIStream, usage_of
 from tokenspeed.gateway.openai_structured import output_field, output_format_of
 from tokenspeed.gateway.openai_tools import chat_messages, chat_tool_choice, chat_tools
 from tokenspeed.gateway.receipt import wants_receipt
@@ -156,13 +157,13 @@ class _Chat(OpenAIStream):
     def _event(self, choices: list[dict[str, Any]], extras: dict[str, Any] | None = None) -> bytes:
         body: dict[str, Any] = self._head | {"choices": choices}
         if self._usage_always:
-            body["usage"] = self._generation.usage()
+            body["usage"] = usage_of(self._generation)
         elif self._usage_at_end:
             body["usage"] = None
         return b"data: " + encode_json(body | (extras or {})) + b"\n\n"
 
     def _with_usage(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        usage = self._generation.usage()
+        usage = usage_of(self._generation)
         if (receipt := self._turn.receipt) is not None:
             usage["cache_receipt"] = receipt
         return self._head | {"choices": choices, "usage": usage}

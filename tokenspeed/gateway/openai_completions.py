@@ -13,15 +13,10 @@ from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import TokenLogprobs
 from tokenspeed.gateway.app import Call, encode_json
 from tokenspeed.gateway.engine_pool import Sent
-from tokenspeed.gateway.generation import (
-    DONE,
-    Choice,
-    Generation,
-    OpenAIStream,
-    room_left,
-)
+from tokenspeed.gateway.generation import Choice, Generation, room_left
 from tokenspeed.gateway.openai_chat import MIN_LOGPROB, prompt_extras, token_text
 from tokenspeed.gateway.openai_schema import Sampling, check_served, sampling_params
+from tokenspeed.gateway.openai_stream import DONE, OpenAIStream, usage_of
 from tokenspeed.gateway.openai_structured import output_field, output_format_of
 from tokenspeed.gateway.service import Service
 from tokenspeed.text.tokenizer import Tokenizer
@@ -168,7 +163,7 @@ class _Completion(OpenAIStream):
     def closing(self) -> bytes:
         if not self._usage_at_end:
             return DONE
-        body = self._head | {"choices": [], "usage": self._generation.usage()}
+        body = self._head | {"choices": [], "usage": usage_of(self._generation)}
         return b"data: " + encode_json(body) + b"\n\n" + DONE
 
     def whole(self) -> bytes:
@@ -176,12 +171,12 @@ class _Completion(OpenAIStream):
         for choice in self._generation.choices:
             choice.text = self._echo(choice) + choice.text
             choices.append(self._choice(choice) | self._extras(choice))
-        return encode_json(self._head | {"choices": choices, "usage": self._generation.usage()})
+        return encode_json(self._head | {"choices": choices, "usage": usage_of(self._generation)})
 
     def _event(self, choice: dict[str, Any]) -> bytes:
         body = self._head | {"choices": [choice]}
         if self._usage_always:
-            body["usage"] = self._generation.usage()
+            body["usage"] = usage_of(self._generation)
         elif self._usage_at_end:
             body["usage"] = None
         return b"data: " + encode_json(body) + b"\n\n"
