@@ -93,6 +93,12 @@ def timed(call: Callable[[], Any], child: int, repeat: int) -> float:
     return round((cpu_s(child) - begin) / repeat * 1e6, 1)
 
 
+def end_of_turn(tokenizer: Tokenizer) -> int:
+    """The token that the template writes after each turn."""
+    text = tokenizer.special_tokens["eos_token"]
+    return next(token for token, added in tokenizer.added_tokens.items() if added == text)
+
+
 def session(
     prompts: Prompts, tokenizer: Tokenizer, body: dict[str, Any], args: argparse.Namespace
 ) -> None:
@@ -114,7 +120,7 @@ def session(
     function = call["function"]
     said = f'I look.<tool_call>{{"name": "{function["name"]}", "arguments": '
     said += f"{function['arguments']}}}</tool_call>"
-    output = [*tokenizer.encode(said, add_special_tokens=False), tokenizer.eos_ids[0]]
+    output = [*tokenizer.encode(said, add_special_tokens=False), end_of_turn(tokenizer)]
     spoken = Spoken(("I look.",), ((function["name"], call["id"], function["arguments"]),))
     prompts.record(prompt, spoken, output, output[-1])
 
@@ -179,7 +185,7 @@ def measure(
         raise SystemExit("the session is not continued: nothing to measure")
     at = len(conversation.messages) - 2
     tails = prompts._tails
-    stop = tokenizer.added_tokens[tokenizer.eos_ids[0]]
+    stop = tokenizer.added_tokens[end_of_turn(tokenizer)]
     tail = _found(tails.tail(conversation, at, stop))
 
     def check_depths() -> None:
@@ -194,11 +200,11 @@ def measure(
         "canonical form and hash of tools": lambda: canonical.apply(conversation),
         "hash messages": lambda: prompts._keys.chain(root, conversation.messages),
         "render and tokenise tail": lambda: prompts._tail_ids(
-            _found(tails.tail(conversation, at, stop)), tokenizer.eos_ids[0], stop
+            _found(tails.tail(conversation, at, stop)), end_of_turn(tokenizer), stop
         ),
         "render tail, in a child": lambda: tails.tail(conversation, at, stop),
         "ids of the past": lambda: known.ids(),
-        "tokenise tail": lambda: prompts._tail_ids(tail, tokenizer.eos_ids[0], stop),
+        "tokenise tail": lambda: prompts._tail_ids(tail, end_of_turn(tokenizer), stop),
         "all to ids": lambda: prompts.make(conversation),
         "encode message": lambda: encode(message),
     }
