@@ -116,6 +116,7 @@ class GrammarCompiler:
         self._lock = threading.RLock()
         self._vocabulary: bytes | None = None
         self._child: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self._recent: OrderedDict[str, CompiledGrammar] = OrderedDict()
         self._recent_bytes = 0
         self._alive: weakref.WeakValueDictionary[str, CompiledGrammar] = (
@@ -147,6 +148,8 @@ class GrammarCompiler:
                 return ready
             if key in self._by_key:
                 return self._by_key[key]
+            if self._closed:
+                raise RequestError("the server is closing", code="grammar_limit")
             if len(self._waiting) >= MAX_WAITING:
                 why = "too many grammars wait to be compiled: try again"
                 raise RequestError(f"{spec.field}: {why}", field=spec.field, code="grammar_limit")
@@ -180,8 +183,9 @@ class GrammarCompiler:
                 self._start()
 
     def close(self) -> None:
-        """Ends the other process; what waits for it fails."""
+        """Ends the other process for good; what waits for it fails."""
         with self._lock:
+            self._closed = True
             child, self._child = self._child, None
         if child is not None:
             self._end(child)

@@ -39,6 +39,7 @@ class TemplateWorker:
         self._wall_limit_s = wall_limit_s
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self.num_kills = 0
 
     def start(self) -> None:
@@ -58,6 +59,8 @@ class TemplateWorker:
         call = extra | {"tools": tools, "add_generation_prompt": add_generation_prompt}
         line = json.dumps({"messages": messages, "call": call})
         with self._lock:
+            if self._closed:
+                raise RequestError("the server is closing", code="template_limit")
             reply = self._exchange(line)
         if reply is None:
             raise RequestError(
@@ -70,8 +73,9 @@ class TemplateWorker:
         return str(reply["text"])
 
     def close(self) -> None:
-        """Ends the child. A later `render` starts a new one."""
+        """Ends the child for good: a later `render` is refused."""
         with self._lock:
+            self._closed = True
             self._stop()
 
     def _exchange(self, line: str) -> dict[str, Any] | None:
