@@ -100,7 +100,7 @@ def _run(client: Client, version: str, folder: Path, options: argparse.Namespace
             "dialect": client.dialect,
         }
         about |= {"linear": client.linear, "answers": answers[: client.num_turns]}
-        paths = {str(work): "/work", str(home): "/home/user", str(clients): "/clients"}
+        paths = {str(work): "/project", str(home): "/home/user", str(clients): "/clients"}
         file = options.capture / f"{client.name}.json"
         write_golden(file, about, recorder.exchanges, paths)
     run = judge(client, version, status, said, work, server)

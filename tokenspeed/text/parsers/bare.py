@@ -4,11 +4,13 @@
 Such a call is told from content by the tools of the request; without tools there is none.
 """
 
+from abc import ABC, abstractmethod
+
 from tokenspeed.text.channels import Inputs
 from tokenspeed.text.parsers.thinking import ThinkParser
 
 
-class BareParser(ThinkParser):
+class BareParser(ThinkParser, ABC):
     """A subclass gives `starts`, the characters that may begin a call, and `begins`."""
 
     starts = ""
@@ -17,9 +19,9 @@ class BareParser(ThinkParser):
         super().__init__(inputs)
         self.known = frozenset(tool.name for tool in inputs.tools)
 
+    @abstractmethod
     def begins(self) -> None:
         """One of `starts` stands next and `raw` is empty: sets `state`."""
-        raise NotImplementedError
 
     def read_text(self) -> bool:
         if self.known and self.out.channel == "content" and self.out.blank:

@@ -46,8 +46,8 @@ class MarkedJsonParser(ThinkParser):
         return found is not None
 
     def read_head(self) -> bool:
-        """What stands between a call's opener and its arguments."""
-        raise NotImplementedError
+        """What stands between a call's opener and its arguments. Unused where `opened` reads it."""
+        raise RuntimeError("a call was opened, whose head nobody reads")
 
     def begin_arguments(self, name: str, call_id: str | None, text: str = "") -> bool:
         """The head was read, and `text` of what follows it. What has no name is no call."""

@@ -88,7 +88,7 @@ class ThinkParser:
 
     def opened(self, marker: str) -> None:
         """`marker` was read, which opens a call: sets `state`."""
-        raise NotImplementedError
+        raise RuntimeError(f"{marker!r} opens calls, which nobody reads")
 
     def cut(self) -> None:
         """The answer ended in the middle of a call."""
