@@ -339,3 +339,11 @@ def test_without_the_library_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(RequestError, match="xgrammar, which is not installed") as caught:
         made.compile(spec(choice=["a"]))
     assert caught.value.code == "unsupported_parameter"
+
+
+def test_a_closed_compiler_starts_no_process() -> None:
+    made = GrammarCompiler(byte_tokenizer(), VOCAB_SIZE)
+    made.close()
+    with pytest.raises(RequestError, match="closing"):
+        made.compile(spec(choice=["a"]))
+    assert made._child is None

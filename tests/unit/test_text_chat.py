@@ -222,3 +222,12 @@ def test_worker_is_started_again_after_it_died():
         assert worker.render([]) == "ok"
     finally:
         worker.close()
+
+
+def test_a_closed_worker_starts_no_child():
+    worker = TemplateWorker(made("ok"))
+    worker.start()
+    worker.close()
+    with pytest.raises(RequestError, match="closing"):
+        worker.render([])
+    assert worker._child is None
