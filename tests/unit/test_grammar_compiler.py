@@ -205,6 +205,33 @@ def test_what_nobody_waits_for_holds_up_nobody() -> None:
         made.close()
 
 
+def test_a_grammar_abandoned_as_it_becomes_ready() -> None:
+    """The process learns of the answer and that nobody wants it at once, in either order."""
+    made = GrammarCompiler(byte_tokenizer(), VOCAB_SIZE)
+    try:
+        made.compile(spec(choice=["a"]))
+        assert made._child is not None
+        properties = {f"a{i}": {"type": "integer"} for i in range(100)}
+        waiting = made.submit(spec(json={"type": "object", "properties": properties}))
+        time.sleep(0.05)  # the fork is at it: 0.3 s of work
+        os.kill(made._child.pid, signal.SIGSTOP)
+        made.abandon(waiting)
+        time.sleep(0.6)  # and answers meanwhile
+        os.kill(made._child.pid, signal.SIGCONT)
+        assert made.compile(spec(choice=["c"])).data
+    finally:
+        made.close()
+
+
+def test_a_cancelled_future_costs_nobody_else() -> None:
+    made = GrammarCompiler(byte_tokenizer(), VOCAB_SIZE)
+    try:
+        assert made.submit(spec(choice=["a"])).cancel()
+        assert made.compile(spec(choice=["b"])).data
+    finally:
+        made.close()
+
+
 def test_what_takes_long_to_follow_is_refused() -> None:
     tokens = [bytes([97 + n % 26]) * (1 + n // 26) for n in range(5000)]
     info = tokenizer_info(pack_vocabulary([*tokens, b""], [5000]))

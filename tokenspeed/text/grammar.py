@@ -243,6 +243,8 @@ class GrammarCompiler:
                 return
             key, spec, future = waiting
             del self._by_key[key]
+            if not future.set_running_or_notify_cancel():  # from here on nobody can cancel it
+                return
             if "error" not in answer:
                 grammar = CompiledGrammar(key, data, self.vocabulary())
                 self._alive[key] = grammar
@@ -260,6 +262,8 @@ class GrammarCompiler:
                 return
             lost, self._waiting, self._by_key = self._waiting, {}, {}
         for _, spec, future in lost.values():
+            if not future.set_running_or_notify_cancel():
+                continue
             why = f"{spec.field}: the process that compiles grammars has ended"
             future.set_exception(RequestError(why, field=spec.field, code="grammar_limit"))
 

@@ -120,7 +120,8 @@ class Foreman:
             wait = None if deadline == float("inf") else max(deadline - time.monotonic(), 0.0)
             for key, _ in self._selector.select(wait):
                 if key.data is not None:
-                    self._answer(key.data)
+                    if key.data in self._forks:  # not dismissed by an event before this one
+                        self._answer(key.data)
                 elif (frame := read_frame(self._pipe)) is None:
                     return
                 elif frame[0].get("abandon"):
