@@ -216,7 +216,7 @@ def test_a_grammar_abandoned_as_it_becomes_ready() -> None:
         time.sleep(0.05)  # the fork is at it: 0.3 s of work
         os.kill(made._child.pid, signal.SIGSTOP)
         made.abandon(waiting)
-        time.sleep(0.6)  # and answers meanwhile
+        time.sleep(1.5)  # and answers meanwhile
         os.kill(made._child.pid, signal.SIGCONT)
         assert made.compile(spec(choice=["c"])).data
     finally:
