@@ -33,8 +33,10 @@ class DecoderLayer(Layer):
     """norm, attention, norm, feed-forward; the residual is added inside the norms.
 
     `hidden` is the last block's output, not yet added to `residual` (None in the first layer).
+    Where `heard` is a list, the residual stream that enters is appended to it.
     """
 
+    heard: list[Tensor] | None = None
     flows = (("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),)
 
     def __init__(self, target: Target, config: DecoderConfig, self_attn: Layer, mlp: Layer) -> None:
@@ -54,6 +56,8 @@ class DecoderLayer(Layer):
         cache: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor]:
         hidden, residual = self.input_layernorm.add(hidden, residual)
+        if self.heard is not None:
+            self.heard.append(residual)
         hidden = self.self_attn(hidden, batch, cache)
         hidden, residual = self.post_attention_layernorm.add(hidden, residual)
         return self.mlp(hidden), residual
@@ -69,13 +73,29 @@ class Decoder(Layer):
         self.embed_tokens = Embedding(target, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(layers)
         self.norm = ResidualNorm(target, "norm", config.hidden_size, config.norm_eps)
+        self.aux_layers: tuple[int, ...] = ()
+        self.heard: list[Tensor] = []
+
+    def hear(self, layers: tuple[int, ...]) -> None:
+        """From now on `heard` holds the residual stream after each of these layers, which rise."""
+        members = cast(list[DecoderLayer], list(self.layers))
+        if list(layers) != sorted(set(layers) & set(range(len(members)))):
+            raise ValueError(f"aux_layers {layers}: must rise and name some of {len(members)}")
+        self.aux_layers = layers
+        for index, layer in enumerate(members):
+            layer.heard = self.heard if index - 1 in layers else None
 
     def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
+        if self.aux_layers:
+            self.heard.clear()
         hidden: Tensor = self.embed_tokens(batch.token_ids)
         residual: Tensor | None = None
         for layer, cache in zip(self.layers, caches, strict=True):
             hidden, residual = layer(hidden, residual, batch, cache)
-        return self.norm.add(hidden, residual)[0]
+        hidden, residual = self.norm.add(hidden, residual)
+        if len(self.heard) < len(self.aux_layers):
+            self.heard.append(residual)
+        return hidden
 
 
 class CausalLM(Layer):
@@ -90,6 +110,19 @@ class CausalLM(Layer):
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.model = Decoder(target, config, layers)
         self.lm_head = LMHead(target, self.model.embed_tokens, tied=config.tied)
+        self.aux_hidden: list[Tensor] = []
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """Layers whose residual streams, [T, hidden] whole, each `forward` leaves in `aux_hidden`.
+
+        Layer i's is what enters layer i + 1. `ValueError`: no such layers, or not in order.
+        """
+        return self.model.aux_layers
+
+    @aux_layers.setter
+    def aux_layers(self, layers: tuple[int, ...]) -> None:
+        self.model.hear(layers)
 
     @classmethod
     @abstractmethod
@@ -110,6 +143,8 @@ class CausalLM(Layer):
     def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
         """One step over all tokens of the batch; appends their keys and values: [T, hidden]."""
         hidden: Tensor = self.model(batch, caches)
+        if self.aux_layers:
+            self.aux_hidden = [self.spmd.gather_stream(x) for x in self.model.heard]
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

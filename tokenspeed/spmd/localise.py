@@ -54,6 +54,13 @@ class Spmd:
         """The ranks of this stage that have the same tokens; None if there is no other."""
         return self.groups.peers if self.groups is not None else None
 
+    def gather_stream(self, x: Tensor) -> Tensor:
+        """The residual stream of all of one's tokens, of the part that lies here in this step."""
+        tp = self.group("tp")
+        if tp is None or not self.step.split:
+            return x
+        return tp.all_gather(x, 0, Stream(self.step, tp).sizes())
+
     def group(self, axis: str) -> Group | None:
         """The group over an axis; None if it has one rank."""
         if self.groups is None:
