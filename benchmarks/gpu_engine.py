@@ -153,7 +153,7 @@ def plan_words(
     binds: Any = (),
 ) -> Words:
     """Every request decodes one token at `context + step`."""
-    rows = [(i, pv.ROW_SAMPLE, case.context + step, 1, 0, i) for i in range(case.batch)]
+    rows = [(i, pv.ROW_SAMPLE, case.context + step, 1, 0, i, 0) for i in range(case.batch)]
     sections = [rows, tokens, deltas, (), binds]
     body = [np.array(section, np.int32).ravel() for section in sections]
     header = np.zeros(pv.HEADER_WORDS, np.int32)

@@ -38,8 +38,8 @@ ROOM = 4096  # tokens each decoding request may still generate
 def result_for(plan: NDArray[np.int32]) -> NDArray[np.int32]:
     """The StepResult of a model that always says 5."""
     view = PlanView(plan)
-    ids = np.where(view.flags & ROW_SAMPLE, 5, -1)
-    return view.result(ids, np.zeros(view.num_rows, np.bool_))
+    counts = view.flags & ROW_SAMPLE
+    return view.result(np.full(counts.sum(), 5), counts, np.zeros(view.num_rows, np.bool_))
 
 
 def prompt(seed: int, length: int) -> NDArray[np.int32]:

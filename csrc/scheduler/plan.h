@@ -6,7 +6,8 @@
 // one after the other without gaps, in the order below; counts come from the header.
 //
 //   Plan:   header [kPlanHeaderWords]
-//           rows   [num_rows][kRowWords]        slot, flags, start, num_tokens, num_draft, offset
+//           rows   [num_rows][kRowWords]        slot, flags, start, num_tokens, num_draft, offset,
+//                                               num_propose
 //           tokens [num_tokens]                 ids; kTokenFromDevice: the slot's last sampled id
 //           deltas [num_deltas][kDeltaWords]    group, slot, index in the slot's page table, page
 //           copies [num_copies][kCopyWords]     source tier, source page, target tier, target page
@@ -16,7 +17,11 @@
 //           rows   [num_rows][kResultRowWords]  slot, status, num_accepted    (in plan order)
 //           ids    [num_ids]                    accepted ids, ragged, in row order
 //
-// A row covers positions [start, start + num_tokens) of its slot's sequence. Execution applies, in
+// A row covers positions [start, start + num_tokens) of its slot's sequence. The last `num_draft`
+// of its tokens are drafts: guesses at what will be sampled, and logits are wanted at its last
+// 1 + num_draft places. Such a row accepts 1 .. 1 + num_draft ids: the drafts that are what would
+// have been sampled anyway, and one more. After them a drafter on the device proposes `num_propose`
+// ids. Execution applies, in
 // this order: binds (the slot's sampler state is reset and rebuilt for that request), copies,
 // deltas, then rows. A page table entry not named by a delta keeps its value.
 #pragma once
@@ -27,7 +32,7 @@ namespace tokenspeed {
 
 inline constexpr int32_t kPlanMagic = 0x4C505354;    // "TSPL"
 inline constexpr int32_t kResultMagic = 0x53525354;  // "TSRS"
-inline constexpr int32_t kLayoutVersion = 1;
+inline constexpr int32_t kLayoutVersion = 2;
 
 inline constexpr int kPlanHeaderWords = 16;
 enum PlanHeader : int {
@@ -43,10 +48,18 @@ enum PlanHeader : int {
     kPlanHeaderNumBinds = 9,
 };
 
-inline constexpr int kRowWords = 6;
-enum RowWord : int { kRowSlot, kRowFlags, kRowStart, kRowNumTokens, kRowNumDraft, kRowTokenOffset };
+inline constexpr int kRowWords = 7;
+enum RowWord : int {
+    kRowSlot,
+    kRowFlags,
+    kRowStart,
+    kRowNumTokens,
+    kRowNumDraft,
+    kRowTokenOffset,
+    kRowNumPropose,
+};
 enum RowFlag : int32_t {
-    kRowSample = 1,          // logits of the row's last token are needed and one id is sampled
+    kRowSample = 1,          // logits of the last 1 + num_draft tokens are needed, ids are sampled
     kRowPromptLogprobs = 2,  // logits of all the row's tokens are needed
     kRowPrefill = 4,         // the row computes tokens that were known when it was planned
 };

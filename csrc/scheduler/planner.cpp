@@ -159,7 +159,7 @@ void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
     const int32_t flags = (sample ? kRowSample : 0) | (prefill ? kRowPrefill : 0) |
                           (prefill && request.wants_prompt_logits() ? kRowPromptLogprobs : 0);
     const auto offset = static_cast<int32_t>(sections_.tokens.size());
-    for (int32_t word : {held.slot.id(), flags, start, num_tokens, 0, offset}) {
+    for (int32_t word : {held.slot.id(), flags, start, num_tokens, 0, offset, 0}) {
         sections_.rows.push_back(word);
     }
     const auto tokens = request.tokens.begin();

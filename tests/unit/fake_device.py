@@ -20,6 +20,7 @@ class Row(NamedTuple):
     num_tokens: int
     num_draft: int
     token_offset: int
+    num_propose: int
 
 
 def next_token(tokens: list[int]) -> int:
@@ -89,8 +90,8 @@ class FakeDevice:
         assert plan[2] == len(plan)
         assert num_copies == 0
         at = 16
-        rows = [Row(*row) for row in plan[at : at + 6 * num_rows].reshape(-1, 6).tolist()]
-        at += 6 * num_rows
+        rows = [Row(*row) for row in plan[at : at + 7 * num_rows].reshape(-1, 7).tolist()]
+        at += 7 * num_rows
         tokens = plan[at : at + num_tokens].tolist()
         at += num_tokens
         for group, slot, index, page in plan[at : at + 4 * num_deltas].reshape(-1, 4).tolist():
@@ -123,7 +124,7 @@ class FakeDevice:
                 ids += [] if failed else [self.last[row.slot]]
         header = [
             0x53525354,
-            1,
+            2,
             8 + len(words) + len(ids),
             plan[3],
             plan[4],

@@ -17,15 +17,16 @@ CPU = torch.device("cpu")
 
 
 def plan(
-    rows: list[tuple[int, int, int, int]],
+    rows: list[tuple[int, ...]],
     tokens: list[int],
     deltas: list[tuple[int, int, int, int]] | None = None,
     binds: list[tuple[int, int, int, int]] | None = None,
 ) -> pv.Words:
-    """Rows are (slot, flags, start, num_tokens)."""
+    """Rows are (slot, flags, start, num_tokens), and num_draft, num_propose where not 0."""
     offset, full_rows = 0, []
-    for slot, flags, start, count in rows:
-        full_rows.append((slot, flags, start, count, 0, offset))
+    for slot, flags, start, count, *speculated in rows:
+        num_draft, num_propose = speculated or (0, 0)
+        full_rows.append((slot, flags, start, count, num_draft, offset, num_propose))
         offset += count
     sections: list[Any] = [full_rows, tokens, deltas or [], [], binds or []]
     body = np.concatenate([np.array(s, np.int32).ravel() for s in sections])
@@ -75,12 +76,19 @@ def test_the_page_table_keeps_what_no_delta_names() -> None:
 
 def test_results_are_ragged_and_name_failed_rows() -> None:
     view = pv.PlanView(plan([(2, 1, 0, 1), (0, 0, 0, 1), (1, 1, 0, 1)], [1, 2, 3]))
-    result = view.result(np.array([50, -1, 60]), np.array([False, False, True]))
+    result = view.result(np.array([50]), np.array([1, 0, 0]), np.array([False, False, True]))
     header, rows, ids = result[:8], result[8:17].reshape(3, 3), result[17:]
-    assert header.tolist() == [pv.RESULT_MAGIC, 1, len(result), 9, 1, 3, 1, 0]
+    assert header.tolist() == [pv.RESULT_MAGIC, pv.LAYOUT_VERSION, len(result), 9, 1, 3, 1, 0]
     assert rows.tolist() == [[2, 0, 1], [0, 0, 0], [1, pv.ROW_FAILED, 0]]
     assert ids.tolist() == [50]
     assert result.dtype == np.int32
+
+
+def test_rows_with_drafts_accept_several_ids() -> None:
+    view = pv.PlanView(plan([(2, 1, 4, 3, 2, 5), (0, 1, 0, 1)], [1, 2, 3, 4]))
+    assert (view.num_draft.tolist(), view.num_propose.tolist()) == ([2, 0], [5, 0])
+    result = view.result(np.array([2, 7, 50]), np.array([2, 1]), np.array([False, False]))
+    assert result[8:].tolist() == [2, pv.ROW_OK, 2, 0, pv.ROW_OK, 1, 2, 7, 50]
 
 
 def test_request_ids_are_64_bits_wide() -> None:
@@ -89,7 +97,7 @@ def test_request_ids_are_64_bits_wide() -> None:
     assert pv.PlanView(plan([], [], binds=[bind])).bound_request_ids() == [wide]
 
 
-@pytest.mark.parametrize("change", [(0, 1), (1, 2), (2, 99), (5, 3), (6, 0)])
+@pytest.mark.parametrize("change", [(0, 1), (1, 1), (2, 99), (5, 3), (6, 0)])
 def test_words_that_are_no_plan_are_refused(change: tuple[int, int]) -> None:
     words = plan([(0, 1, 0, 2)], [4, 5])
     words[change[0]] = change[1]

@@ -40,7 +40,7 @@ class Pipeline(FakeDevice):
         before = len(self.rows)
         result = super().compute(plan)
         rows = [(self.bound[row.slot], row) for row in self.rows[before:]]
-        assert -1 not in plan[16 + 6 * len(rows) :][: plan[6]], "a token that nobody knows"
+        assert -1 not in plan[16 + 7 * len(rows) :][: plan[6]], "a token that nobody knows"
         for request, row in rows:
             for earlier, other in (pair for flight in self.flights for pair in flight):
                 if earlier == request:

@@ -93,7 +93,7 @@ class Device:
 
     def launch(self, plan: Words, live: dict[int, Life], in_flight: deque[Step]) -> Step:
         counts = plan[5:10].tolist()
-        widths = (6, 1, 4, 4, 4)
+        widths = (7, 1, 4, 4, 4)
         ends = PLAN_HEADER + np.cumsum([c * w for c, w in zip(counts, widths, strict=True)])
         assert plan[2] == len(plan) == ends[-1]
         assert counts[3] == 0
@@ -114,12 +114,12 @@ class Device:
         ids: list[int] = []
         step = Step(np.empty(0, np.int32), [], [], [])
         for row in rows:
-            given = [token for (token,) in tokens[row[-1] : row[-1] + row[3]]]
+            given = [token for (token,) in tokens[row[5] : row[5] + row[3]]]
             status, sampled = self._run(row, given, live, in_flight, step)
             words += [row[0], status, len(sampled)]
             ids += sampled
         assert len({row[0] for row in rows}) == len(rows)
-        head = [RESULT_MAGIC, 1, RESULT_HEADER + len(words) + len(ids), *plan[3:5].tolist()]
+        head = [RESULT_MAGIC, 2, RESULT_HEADER + len(words) + len(ids), *plan[3:5].tolist()]
         result = np.array([*head, len(rows), len(ids), 0, *words, *ids], np.int32)
         return step._replace(result=result)
 
@@ -132,7 +132,7 @@ class Device:
         step: Step,
     ) -> tuple[int, list[int]]:
         """Computes one row: its status and the ids it gives."""
-        slot, flags, start, count, num_draft, _ = row
+        slot, flags, start, count, num_draft, *_ = row
         life, table, end = self.bound[slot], self.tables[slot], start + count
         assert life is not None
         assert any(life is other for other in live.values())

@@ -25,8 +25,8 @@ def prompt(length: int, seed: int = 0) -> Prompt:
 def result(words: Words) -> Words:
     """Token 1 for every row that samples."""
     plan = PlanView(words)
-    ids = np.where(plan.flags & ROW_SAMPLE, 1, -1).astype(np.int64)
-    return plan.result(ids, np.zeros(plan.num_rows, np.bool_))
+    counts = plan.flags & ROW_SAMPLE
+    return plan.result(np.ones(counts.sum()), counts, np.zeros(plan.num_rows, np.bool_))
 
 
 class Run:

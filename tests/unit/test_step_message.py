@@ -116,7 +116,7 @@ def test_a_step_without_plans_is_a_message_too(count: int) -> None:
 
 
 def test_outputs_arrive_whole() -> None:
-    words = PlanView(plan()).result(np.array([17]), np.array([False]))
+    words = PlanView(plan()).result(np.array([17]), np.array([1]), np.array([False]))
     plain = StepOutput(words, {}, {})
     rich = StepOutput(
         words, {2**64 - 1: logprobs(5, 6)}, {3: {}, 4: {1: logprobs(7), 2: logprobs(8, 9, 10)}}

@@ -15,11 +15,11 @@ Words = NDArray[np.int32]
 
 PLAN_MAGIC: Final = 0x4C505354
 RESULT_MAGIC: Final = 0x53525354
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 STEP_VERSION: Final = 2  # of `execution/step_message.py`; here, as no tensor is needed to know it
 
 HEADER_WORDS: Final = 16
-SECTIONS: Final = (6, 1, 4, 4, 4)  # words of a row, token, delta, copy, bind
+SECTIONS: Final = (7, 1, 4, 4, 4)  # words of a row, token, delta, copy, bind
 RESULT_HEADER_WORDS: Final = 8
 
 ROW_SAMPLE: Final = 1
@@ -33,8 +33,9 @@ ROW_FAILED: Final = 1
 class PlanView:
     """The sections of one plan, without a copy. `ValueError` if the words are not a plan.
 
-    Shapes: slots, flags, starts, num_tokens [num_rows]; tokens [num_tokens]; deltas [num_deltas, 4]
-    (group, slot, index, page); copies [num_copies, 4]; binds [num_binds, 4].
+    Shapes: slots, flags, starts, num_tokens, num_draft, num_propose [num_rows]; tokens
+    [num_tokens]; deltas [num_deltas, 4] (group, slot, index, page); copies [num_copies, 4]; binds
+    [num_binds, 4].
     """
 
     def __init__(self, words: Words) -> None:
@@ -50,7 +51,9 @@ class PlanView:
             at += count * width
         rows, tokens, self.deltas, self.copies, self.binds = sections
         self.num_rows = len(rows)
-        self.slots, self.flags, self.starts, self.num_tokens = rows.T[:4]
+        columns = rows.T
+        self.slots, self.flags, self.starts, self.num_tokens, self.num_draft = columns[:5]
+        self.num_propose = columns[6]
         self.tokens = tokens[:, 0]
 
     def bound_request_ids(self) -> list[int]:
@@ -59,19 +62,22 @@ class PlanView:
         ids: list[int] = (halves[:, 0] | halves[:, 1] << np.uint64(32)).tolist()
         return ids
 
-    def result(self, ids: NDArray[np.int64], failed: NDArray[np.bool_]) -> Words:
-        """The StepResult of this plan: `ids` [num_rows], -1 where a row accepts no id."""
-        accepted = ids >= 0
-        accepted &= ~failed
-        taken = ids[accepted]
+    def result(
+        self, ids: NDArray[np.integer], counts: NDArray[np.integer], failed: NDArray[np.bool_]
+    ) -> Words:
+        """The StepResult of this plan.
+
+        `ids` [sum(counts)] are those that rows accept, in row order; `counts` [num_rows], 0 where a
+        row does not sample or failed.
+        """
         end = RESULT_HEADER_WORDS + 3 * self.num_rows
-        size, count = end + len(taken), len(taken)
+        size, count = end + len(ids), len(ids)
         words = np.empty(size, np.int32)
         step = self.step_words
         words[:8] = RESULT_MAGIC, LAYOUT_VERSION, size, *step, self.num_rows, count, 0
         rows = words[RESULT_HEADER_WORDS:end].reshape(-1, 3)
         rows[:, 0] = self.slots
         rows[:, 1] = failed  # ROW_FAILED is 1
-        rows[:, 2] = accepted
-        words[end:] = taken
+        rows[:, 2] = counts
+        words[end:] = ids
         return words

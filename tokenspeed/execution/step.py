@@ -97,7 +97,9 @@ class Begun:
             self.step.owners[at if rows is None else rows[at]]: entry
             for at, entry in self.logprobs.items()
         }
-        return StepOutput(plan.result(ids, failed), logprobs, self.prompt_logprobs)
+        accepts = (ids >= 0) & ~failed
+        words = plan.result(ids[accepts], accepts.astype(np.int32), failed)
+        return StepOutput(words, logprobs, self.prompt_logprobs)
 
 
 class Seats:
