@@ -195,7 +195,7 @@ def measure(
 
 
 def start_load(port: int, streams: int, tokens: int, result: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-m", "benchmarks.gateway", "--load", str(port)]
+    command = [sys.executable, __file__, "--load", str(port)]
     options = {"--streams": streams, "--tokens": tokens, "--result": result}
     return subprocess.Popen([*command, *(str(x) for pair in options.items() for x in pair)])
 

@@ -26,7 +26,13 @@ from tokenspeed.execution.grammars import (
 )
 from tokenspeed.execution.sampling_params import Grammar
 from tokenspeed.text.ebnf import in_json_string, with_little_space, with_tokens
-from tokenspeed.text.grammar import NUM_FORKS, GrammarCompiler, GrammarMirror, GrammarSpec
+from tokenspeed.text.grammar import (
+    MAX_WAITING_EACH,
+    NUM_FORKS,
+    GrammarCompiler,
+    GrammarMirror,
+    GrammarSpec,
+)
 from tokenspeed.text.grammar_worker import compile_spec
 from tokenspeed.text.json_schema import MAX_BYTES, check_size, narrowed
 from tokenspeed.text.output_format import content_tag, structured_outputs
@@ -219,6 +225,28 @@ def test_a_grammar_abandoned_as_it_becomes_ready() -> None:
         time.sleep(1.5)  # and answers meanwhile
         os.kill(made._child.pid, signal.SIGCONT)
         assert made.compile(spec(choice=["c"])).data
+    finally:
+        made.close()
+
+
+def test_owners_take_turns() -> None:
+    """What one owner piles up holds up no other for longer than what is at work."""
+    made = GrammarCompiler(byte_tokenizer(), VOCAB_SIZE)
+    order: list[str] = []
+    try:
+        jobs = []
+        for owner, count in (("many", 12), ("few", 2)):
+            for number in range(count):
+                future = made.submit(spec(choice=[f"{owner}{number}"]), owner)
+                future.add_done_callback(lambda _, owner=owner: order.append(owner))
+                jobs.append(future)
+        for future in jobs:
+            assert future.result().data
+        assert order.index("few") < 6 and order[-1] == "many"
+        with pytest.raises(RequestError, match="too many grammars"):
+            for number in range(MAX_WAITING_EACH + 12):
+                made.submit(spec(choice=["x" * 500 + str(number)]), "many")
+        assert made.submit(spec(choice=["y"]), "few").result().data
     finally:
         made.close()
 

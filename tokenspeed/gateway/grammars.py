@@ -40,8 +40,12 @@ class Grammars:
         output: OutputFormat | None = None,
         starts_in: Channel | None = None,
         field: str = "response_format",
+        owner: str = "",
     ) -> Grammar | None:
-        """What the answer must follow, or None. `field`: what the dialect calls `output`.
+        """What the answer must follow, or None.
+
+        `field`: what the dialect calls `output`. `owner`: the user, whose grammars wait behind
+        each other and not before those of others.
 
         `starts_in`: where the answer begins; None: it has no channels.
 
@@ -59,13 +63,13 @@ class Grammars:
         if spec is None:
             return None
         try:
-            return await self._compile(spec, vocab_size)
+            return await self._compile(spec, vocab_size, owner)
         except RequestError:
             # A schema that nobody asked to enforce may be the one that does not compile.
             looser = await asyncio.to_thread(make, True)
             if looser is None or looser == spec:
                 raise
-            return await self._compile(looser, vocab_size)
+            return await self._compile(looser, vocab_size, owner)
 
     def close(self) -> None:
         """Ends the process that compiles, if there is one."""
@@ -73,11 +77,11 @@ class Grammars:
             if self._compiler is not None:
                 self._compiler.close()
 
-    async def _compile(self, spec: GrammarSpec, vocab_size: int) -> CompiledGrammar:
+    async def _compile(self, spec: GrammarSpec, vocab_size: int, owner: str) -> CompiledGrammar:
         compiler = self._at(vocab_size, spec.field)
-        future = await asyncio.to_thread(compiler.submit, spec)
+        future = await asyncio.to_thread(compiler.submit, spec, owner)
         while future.cancelled():  # the last who had waited for it left just then
-            future = await asyncio.to_thread(compiler.submit, spec)
+            future = await asyncio.to_thread(compiler.submit, spec, owner)
         self._wanted[future] += 1
         try:
             return await asyncio.shield(asyncio.wrap_future(future))

@@ -68,7 +68,9 @@ async def completions(service: Service, call: Call) -> None:
     output = output_format_of(request.response_format, request.structured_outputs)
     if output is not None:
         field = output_field(request.structured_outputs)
-        grammar = await service.grammars.of(limits.vocab_size, output=output, field=field)
+        grammar = await service.grammars.of(
+            limits.vocab_size, output=output, field=field, owner=caller.user
+        )
         params = params.replace(grammar=grammar)
     salt = service.keys.salt(caller.salt, request.cache_salt)
     sent = Sent(salt, caller.user, caller.retention or Retention())

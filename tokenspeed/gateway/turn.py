@@ -93,6 +93,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         output=request.output_format,
         starts_in=prompt.starts_in,
         field=request.output_field,
+        owner=request.caller.user,
     )
     params = request.params.replace(max_tokens=max_tokens, grammar=grammar)
     if _is_quiet(request) and service.no_calls:

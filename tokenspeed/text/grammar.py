@@ -31,6 +31,7 @@ WALL_LIMIT_S = 15.0
 NUM_FORKS = 2
 CACHE_BYTES = 128 << 20
 MAX_WAITING = 256  # grammars that wait to be compiled
+MAX_WAITING_EACH = 64  # of one owner
 _CHILD = """
 import os
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # what forks has no threads
@@ -122,7 +123,7 @@ class GrammarCompiler:
         self._alive: weakref.WeakValueDictionary[str, CompiledGrammar] = (
             weakref.WeakValueDictionary()
         )
-        self._waiting: dict[int, tuple[str, GrammarSpec, Future[CompiledGrammar]]] = {}
+        self._waiting: dict[int, tuple[str, GrammarSpec, Future[CompiledGrammar], str]] = {}
         self._by_key: dict[str, Future[CompiledGrammar]] = {}
         self._last_id = 0
 
@@ -135,8 +136,11 @@ class GrammarCompiler:
         """Waits for `submit`."""
         return self.submit(spec).result()
 
-    def submit(self, spec: GrammarSpec) -> "Future[CompiledGrammar]":
-        """The grammar, or a `RequestError` naming `spec.field`, here or in the future."""
+    def submit(self, spec: GrammarSpec, owner: str = "") -> "Future[CompiledGrammar]":
+        """The grammar, or a `RequestError` naming `spec.field`, here or in the future.
+
+        Owners take turns where many grammars wait.
+        """
         text = json.dumps({"format": spec.format, "tokens": dict(spec.tokens)})
         key = hashlib.sha256(text.encode()).hexdigest()
         with self._lock:
@@ -150,17 +154,18 @@ class GrammarCompiler:
                 return self._by_key[key]
             if self._closed:
                 raise RequestError("the server is closing", code="grammar_limit")
-            if len(self._waiting) >= MAX_WAITING:
+            own = sum(waiting[3] == owner for waiting in self._waiting.values())
+            if len(self._waiting) >= MAX_WAITING or own >= MAX_WAITING_EACH:
                 why = "too many grammars wait to be compiled: try again"
                 raise RequestError(f"{spec.field}: {why}", field=spec.field, code="grammar_limit")
             child = self._child if self._child and self._child.poll() is None else self._start()
             self._last_id += 1
             future: Future[CompiledGrammar] = Future()
-            self._waiting[self._last_id] = key, spec, future
+            self._waiting[self._last_id] = key, spec, future, owner
             self._by_key[key] = future
             assert child.stdin is not None
             try:
-                write_frame(child.stdin, {"id": self._last_id}, text.encode())
+                write_frame(child.stdin, {"id": self._last_id, "owner": owner}, text.encode())
             except OSError:
                 self._fail_all(child)
         return future
@@ -168,7 +173,7 @@ class GrammarCompiler:
     def abandon(self, future: "Future[CompiledGrammar]") -> None:
         """Nobody waits for what `submit` gave: it is cancelled, and not compiled to its end."""
         with self._lock:
-            jobs = [job for job, (_, _, waiting) in self._waiting.items() if waiting is future]
+            jobs = [job for job, entry in self._waiting.items() if entry[2] is future]
             for job in jobs:
                 del self._by_key[self._waiting.pop(job)[0]]
                 if self._child is not None and self._child.stdin is not None:
@@ -241,7 +246,7 @@ class GrammarCompiler:
             waiting = self._waiting.pop(answer["id"], None)
             if waiting is None:
                 return
-            key, spec, future = waiting
+            key, spec, future, _ = waiting
             del self._by_key[key]
             if not future.set_running_or_notify_cancel():  # from here on nobody can cancel it
                 return
@@ -261,7 +266,7 @@ class GrammarCompiler:
             if self._child not in (None, child):
                 return
             lost, self._waiting, self._by_key = self._waiting, {}, {}
-        for _, spec, future in lost.values():
+        for _, spec, future, _ in lost.values():
             if not future.set_running_or_notify_cancel():
                 continue
             why = f"{spec.field}: the process that compiles grammars has ended"

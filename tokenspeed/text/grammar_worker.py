@@ -21,7 +21,7 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from io import BufferedRWPair
 from typing import IO, TYPE_CHECKING, Any
@@ -109,7 +109,8 @@ class Foreman:
         self._pipe, self._info, self._limits = pipe, info, limits
         self._selector = selectors.DefaultSelector()
         self._selector.register(pipe, selectors.EVENT_READ)
-        self._waiting: deque[tuple[Header, bytes]] = deque()
+        # By whose they are; owners take turns. What has been given to a fork is not in here.
+        self._waiting: OrderedDict[str, deque[tuple[Header, bytes]]] = OrderedDict()
         self._forks: list[Fork] = []
 
     def run(self) -> None:
@@ -127,7 +128,7 @@ class Foreman:
                 elif frame[0].get("abandon"):
                     self._abandon(frame[0]["id"])
                 else:
-                    self._waiting.append(frame)
+                    self._waiting.setdefault(frame[0]["owner"], deque()).append(frame)
             for fork in [fork for fork in self._forks if fork.deadline <= time.monotonic()]:
                 self._lost(fork)
 
@@ -141,7 +142,7 @@ class Foreman:
             if idle is None and len(self._forks) >= self._limits["num_forks"]:
                 return
             fork = idle or self._fork()
-            header, data = self._waiting.popleft()
+            header, data = self._next()
             fork.job, fork.num_jobs = header["id"], fork.num_jobs + 1
             fork.deadline = time.monotonic() + self._limits["wall_s"]
             try:
@@ -149,9 +150,20 @@ class Foreman:
             except OSError:
                 self._lost(fork)
 
+    def _next(self) -> tuple[Header, bytes]:
+        owner, frames = self._waiting.popitem(last=False)
+        frame = frames.popleft()
+        if frames:
+            self._waiting[owner] = frames  # behind all others
+        return frame
+
     def _abandon(self, job: int) -> None:
         """Nobody waits for this one: others need not wait for it either."""
-        self._waiting = deque(frame for frame in self._waiting if frame[0]["id"] != job)
+        for owner, frames in list(self._waiting.items()):
+            left = deque(frame for frame in frames if frame[0]["id"] != job)
+            self._waiting[owner] = left
+            if not left:
+                del self._waiting[owner]
         for fork in [fork for fork in self._forks if fork.job == job]:
             self._dismiss(fork)
 
