@@ -76,6 +76,20 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True)
+class SpeculationOptions:
+    """Drafts of tokens, verified in one step. These options change performance, never tokens."""
+
+    speculative_config: str | None = option(
+        None, "JSON, as vLLM's (see speculation.md); default: method auto"
+    )
+    speculative_model: str | None = option(None, "older: the key `model` of speculative_config")
+    num_speculative_tokens: int | None = option(None, "older: the key of the same name", low=1)
+    speculative_draft_tensor_parallel_size: int | None = option(
+        None, "older: the key `draft_tensor_parallel_size`", low=1
+    )
+
+
+@dataclass(frozen=True)
 class ParallelOptions:
     """How many devices share the model."""
 
@@ -109,12 +123,18 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     experts: ExpertOptions = field(default_factory=ExpertOptions)
 
     @classmethod
     def of(cls, **options: Any) -> "EngineConfig":
-        """Builds a config from flat option names; unknown names raise `ValueError`."""
+        """Builds a config from flat option names; unknown names raise `ValueError`.
+
+        `speculative_config` may be a dict, too.
+        """
+        if isinstance(asked := options.get("speculative_config"), dict):
+            options["speculative_config"] = json.dumps(asked)
         groups: dict[str, Any] = {}
         for name, kind in cls.groups().items():
             names = {f.name for f in dataclasses.fields(kind)}

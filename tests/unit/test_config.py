@@ -2,13 +2,16 @@
 """Options: refused when wrong, and each one read somewhere."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tokenspeed import LLM
 from tokenspeed.config import EngineConfig, ServerOptions
+from tokenspeed.execution.speculation.options import Speculation, speculation_of
 
 GROUPS = [*EngineConfig.groups().values(), ServerOptions]
 
@@ -86,3 +89,135 @@ def test_a_format_that_there_is_not_is_refused(value: object) -> None:
 def test_one_text_is_no_list_of_them() -> None:
     with pytest.raises(ValueError, match="kernel_backend must be a list of texts: 'add=reference'"):
         EngineConfig.of(kernel_backend="add=reference")
+
+
+def speculation(config: object = None, **options: Any) -> Speculation:
+    if config is not None:
+        options["speculative_config"] = config if isinstance(config, str) else json.dumps(config)
+    return speculation_of(EngineConfig.of(**options))
+
+
+READS: list[tuple[dict[str, Any], str, object]] = [
+    ({"method": "ngram"}, "methods", ("ngram",)),
+    ({"method": "ngram"}, "is_auto", False),
+    ({"method": "draft_model", "model": "x/y"}, "model", "x/y"),
+    ({"num_speculative_tokens": 3}, "num_tokens", 3),
+    (
+        {"method": "draft_model", "model": "x", "draft_tensor_parallel_size": 2},
+        "draft_tensor_parallel_size",
+        2,
+    ),
+    ({"method": "ngram", "prompt_lookup_min": 3}, "prompt_lookup_min", 3),
+    ({"method": "ngram", "prompt_lookup_max": 9}, "prompt_lookup_max", 9),
+    ({"adaptive": False}, "adaptive", False),
+    ({"method": "suffix", "suffix_min_match": 7}, "suffix_min_match", 7),
+    ({"shared_store_tokens": 0}, "shared_store_tokens", 0),
+]
+
+
+@pytest.mark.parametrize(("asked", "name", "value"), READS, ids=str)
+def test_each_key_of_speculation_is_read(asked: dict[str, Any], name: str, value: object) -> None:
+    found = getattr(speculation(asked, tensor_parallel_size=2), name)
+    assert found == value
+    assert found != getattr(Speculation(), name)
+    assert {name for _, name, _ in READS} == {f.name for f in dataclasses.fields(Speculation)}
+
+
+def test_speculation_is_on_by_itself_and_can_be_off() -> None:
+    made = speculation()
+    assert (made, made.is_auto, made.adaptive) == (Speculation(), True, True)
+    assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 8)
+    assert speculation({"method": "auto"}) == made
+    off = speculation({"method": "off"})
+    assert (off.methods, off.model_method) == ((), None)
+    assert speculation(attention_data_parallel_size=2).methods == ("suffix",)
+    assert speculation(pipeline_parallel_size=2).methods == ("suffix",)
+
+
+@pytest.mark.parametrize(
+    ("asked", "methods"),
+    [
+        ({"method": "mtp+suffix"}, ("suffix", "mtp")),
+        ({"method": "suffix + ngram"}, ("ngram", "suffix")),
+        ({"method": "deepseek_mtp"}, ("mtp",)),
+        ({"model": "x"}, ("draft_model",)),
+        ({"model": "[ngram]"}, ("ngram",)),
+        ({"method": "eagle3", "model": "x"}, ("eagle3",)),
+    ],
+    ids=str,
+)
+def test_methods_are_asked_cheapest_first(asked: dict[str, Any], methods: tuple[str, ...]) -> None:
+    assert speculation(asked).methods == methods
+
+
+def test_the_older_options_of_speculation_mean_the_same() -> None:
+    older = {"speculative_model": "x", "num_speculative_tokens": 4}
+    size = {"speculative_draft_tensor_parallel_size": 2}
+    newer = {"model": "x", "num_speculative_tokens": 4, "draft_tensor_parallel_size": 2}
+    made = speculation(newer, tensor_parallel_size=2)
+    assert speculation(**older, **size, tensor_parallel_size=2) == made
+    assert speculation(speculative_model="[ngram]").methods == ("ngram",)
+    assert speculation(num_speculative_tokens=4).depth == 4
+    for name, value in (older | size).items():
+        with pytest.raises(ValueError, match="speculative_config and the older option"):
+            speculation({"method": "auto"}, **{name: value})
+
+
+REFUSED = [
+    ("{", "speculative_config is no JSON"),
+    (3, "must be a JSON object: 3"),
+    ([], r"must be a JSON object: \[\]"),
+    ({"methods": "ngram"}, "unknown key 'methods'; there are method, model"),
+    ({"method": "medusa"}, "unknown method 'medusa'; there are auto, off, ngram"),
+    ({"method": "ngram+"}, "unknown method ''"),
+    ({"method": None}, "method must be a text: None"),
+    ({"method": "off+ngram"}, "auto and off stand alone"),
+    ({"method": "ngram+ngram"}, "each at most once"),
+    ({"method": "mtp+deepseek_mtp"}, "each at most once"),
+    ({"method": "mtp+eagle3", "model": "x"}, "of mtp, eagle3, draft_model at most one"),
+    ({"method": "ngram", "num_speculative_tokens": 0}, "num_speculative_tokens must be at least 1"),
+    ({"num_speculative_tokens": True}, "num_speculative_tokens must be an integer: True"),
+    ({"num_speculative_tokens": 2.0}, "num_speculative_tokens must be an integer: 2.0"),
+    ({"adaptive": 1}, "adaptive must be true or false: 1"),
+    ({"method": "suffix", "shared_store_tokens": -1}, "shared_store_tokens must be at least 0"),
+    ({"method": "off", "adaptive": True}, "method off has no use for adaptive"),
+    ({"method": "suffix", "prompt_lookup_min": 2}, "suffix has no use for prompt_lookup_min"),
+    ({"method": "mtp", "model": "x"}, "method mtp has no use for model"),
+    ({"method": "eagle3"}, "method eagle3 needs a model"),
+    ({"method": "draft_model"}, "method draft_model needs a model"),
+    (
+        {"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
+        "prompt_lookup_min 4 is above prompt_lookup_max 3",
+    ),
+    (
+        {"model": "x", "draft_tensor_parallel_size": 2},
+        "draft_tensor_parallel_size must be 1 or 1, as the model's: 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "message"), REFUSED, ids=str)
+def test_wrong_speculation_is_refused_with_the_reason(asked: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        speculation(asked)
+
+
+@pytest.mark.parametrize("name", ["attention_data_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize("method", ["mtp", "suffix+eagle3", "draft_model"])
+def test_model_drafters_refuse_some_meshes(method: str, name: str) -> None:
+    asked = {"method": method} | ({} if method == "mtp" else {"model": "x"})
+    with pytest.raises(ValueError, match=f"method {method.split('+')[-1]} needs {name} 1"):
+        speculation(asked, **{name: 2})
+
+
+def test_a_draft_must_fit_the_context() -> None:
+    assert speculation({"num_speculative_tokens": 7}, max_model_len=8).depth == 7
+    assert speculation(max_model_len=4).depth == 8  # nobody asked for it: it is shortened
+    with pytest.raises(ValueError, match="num_speculative_tokens 8 must be below max_model_len 8"):
+        speculation({"num_speculative_tokens": 8}, max_model_len=8)
+
+
+def test_speculation_may_be_a_dict_in_python() -> None:
+    config = EngineConfig.of(speculative_config={"method": "ngram"})
+    assert speculation_of(config).methods == ("ngram",)
+    assert EngineConfig.from_json(config.to_json()) == config
