@@ -128,7 +128,8 @@ def _check_value(key: str, value: Any) -> None:
     least = _LEAST.get(key, 1)
     if type(value) is not kind:
         raise ValueError(f"speculative_config: {key} must be {_WORDS[kind]}: {value!r}")
-    if kind is int and value < least:
+    number: Any = value
+    if kind is int and number < least:
         raise ValueError(f"speculative_config: {key} must be at least {least}: {value}")
 
 
