@@ -218,3 +218,75 @@ def _add_mtp(folder: Path, config: Any) -> None:
     content = json.loads(index.read_text())
     content["weight_map"] |= dict.fromkeys(extra, "mtp.safetensors")
     index.write_text(json.dumps(content))
+
+
+def make_eagle3(
+    folder: Path,
+    *,
+    hidden_size: int = 64,
+    num_heard: int = 3,
+    draft_vocab_size: int = VOCAB_SIZE // 2,
+    embedding: bool = False,
+    seed: int = 0,
+    drop: tuple[str, ...] = (),
+    **changes: Any,
+) -> Path:
+    """Writes a random fp32 EAGLE-3 head for a target of `hidden_size` features.
+
+    Draft token j is the target's 2j + 1. `embedding`: it has one of its own. `drop` names tensors
+    that are left out; `changes` are config values, of which `...` drops the key.
+    """
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "draft_vocab_size": draft_vocab_size,
+        "hidden_size": hidden_size,
+        "intermediate_size": 80,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+        "transformers_version": "4.51.0",
+    } | changes
+    d, inner, q, kv = hidden_size, 80, 4 * 16, 2 * 16
+    shapes = {
+        "fc": (d, num_heard * d),
+        "norm": (d,),
+        "lm_head": (draft_vocab_size, d),
+        "midlayer.hidden_norm": (d,),
+        "midlayer.input_layernorm": (d,),
+        "midlayer.post_attention_layernorm": (d,),
+        "midlayer.self_attn.q_proj": (q, 2 * d),
+        "midlayer.self_attn.k_proj": (kv, 2 * d),
+        "midlayer.self_attn.v_proj": (kv, 2 * d),
+        "midlayer.self_attn.o_proj": (d, q),
+        "midlayer.mlp.gate_proj": (inner, d),
+        "midlayer.mlp.up_proj": (inner, d),
+        "midlayer.mlp.down_proj": (d, inner),
+    }
+    if embedding:
+        shapes["embed_tokens"] = (VOCAB_SIZE, d)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {
+        f"{name}.weight": torch.rand(shape, generator=generator) + 0.5
+        if len(shape) == 1
+        else torch.randn(shape, generator=generator) * 0.1
+        for name, shape in shapes.items()
+    }
+    each = VOCAB_SIZE // draft_vocab_size
+    ids = torch.arange(draft_vocab_size) * each + each - 1
+    tensors["d2t"] = ids - torch.arange(draft_vocab_size)
+    tensors["t2d"] = torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill_(0, ids, True)
+    folder.mkdir(exist_ok=True)
+    kept = {name: tensor for name, tensor in tensors.items() if name not in drop}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    values = {key: value for key, value in config.items() if value is not ...}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder

@@ -29,10 +29,11 @@ class GqaShape:
     o_bias: bool = False
     qk_norm: Literal["head", "token"] | None = None  # before rope: of each head, or of all at once
     norm_eps: float = 1e-6
+    input_size: int | None = None  # of q, k and v; None: hidden_size
 
 
 class GqaAttention(Layer):
-    """[T, hidden] -> [T, hidden]. Child names are the checkpoint's: q_proj, k_norm, o_proj...
+    """[T, input] -> [T, hidden]. Child names are the checkpoint's: q_proj, k_norm, o_proj...
 
     `cos_sin` [positions, head_dim] is shared by all layers (`layers/rope.py`).
     """
@@ -47,7 +48,7 @@ class GqaAttention(Layer):
         kv_size = shape.num_kv_heads * shape.head_dim
         self.qkv_proj = Linear(
             target,
-            shape.hidden_size,
+            shape.input_size or shape.hidden_size,
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=shape.qkv_bias,
             split="rows",

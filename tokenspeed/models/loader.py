@@ -17,13 +17,13 @@ from tqdm import tqdm
 from tokenspeed import _cpu
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.layers.layer import Layer, Source
-from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.load_report import ONE_RANK, LoadReport, Place, make_report
 from tokenspeed.models.piece import Piece
 from tokenspeed.models.tensor_check import (
     SCALE_SUFFIX,
     Block,
+    Loadable,
     TensorNames,
     check_names,
     check_tensor,
@@ -33,7 +33,7 @@ from tokenspeed.models.tensor_check import (
 
 
 def load_weights(
-    model: CausalLM,
+    model: Loadable,
     checkpoint: Checkpoint,
     names: TensorNames,
     progress: Callable[[float], None] | None = None,
@@ -138,7 +138,7 @@ def dequantize(weight: Tensor, scale: Tensor, block: Block, dtype: torch.dtype) 
     return out
 
 
-def _allocate(model: CausalLM) -> None:
+def _allocate(model: Loadable) -> None:
     """Gives every parameter of this rank memory in its local shape."""
     num_bytes = sum(p.numel() * p.itemsize for p in model.parameters())
     for module in model.modules():

@@ -7,11 +7,13 @@ Every rank checks every name and shape, also of tensors of which it reads nothin
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
 
 from tokenspeed.errors import ModelLoadError
-from tokenspeed.layers.layer import Layer, Source
+from tokenspeed.layers.layer import Layer, Source, Target
 from tokenspeed.layers.moe import Experts
-from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
 from tokenspeed.models.piece import Piece
 from tokenspeed.models.safetensors_header import TensorEntry
@@ -20,6 +22,18 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
 Block = tuple[int, int]
+
+
+class Loadable(Protocol):
+    """What loading asks of a model: see `CausalLM`."""
+
+    target: Target
+
+    def named_modules(self) -> Iterable[tuple[str, nn.Module]]: ...
+    def modules(self) -> Iterable[nn.Module]: ...
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+    def checkpoint_name(self, name: str) -> str: ...
+    def sets_aside(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,7 @@ class TensorNames:
     fp8_block: Block | None = None
 
 
-def wanted_sources(model: CausalLM, prefix: str) -> dict[Layer, dict[str, Source]]:
+def wanted_sources(model: Loadable, prefix: str) -> dict[Layer, dict[str, Source]]:
     """For each module the checkpoint tensors that it asks for; its picks must cover it."""
     modules: dict[Layer, dict[str, Source]] = {}
     seen: set[str] = set()
@@ -67,7 +81,7 @@ def _num_picked(source: Source) -> int:
 
 
 def check_names(
-    model: CausalLM, wanted: Mapping[str, Source], checkpoint: Checkpoint, names: TensorNames
+    model: Loadable, wanted: Mapping[str, Source], checkpoint: Checkpoint, names: TensorNames
 ) -> tuple[str, ...]:
     """Refuses missing and unknown tensors; returns those that are set aside."""
     there = checkpoint.entries.keys()
