@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: MIT
+// The depths of a step as an engine wants them: the best by what is believed, and now and then
+// another one, so that no belief stays wrong for ever. Knows no tokens and no clock.
+//
+//   P1  what is tried although it is believed to cost time costs kTryingShare of the time in the
+//       long run, as far as beliefs go, and at most kMostSaved steps' worth at once
+//   P2  the same calls give the same depths: nothing is random
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "policy/acceptance.h"
+#include "policy/depths.h"
+#include "policy/step_time.h"
+
+namespace tokenspeed::policy {
+
+// The rows of a step that may carry drafts; all of the same length. A request may stand here twice,
+// with drafts in hand and with drafts to be proposed.
+struct Candidates {
+    std::span<const uint64_t> request_ids;
+    std::span<const int32_t> drafters;
+    std::span<const int32_t> match_lens;
+    std::span<const int32_t> max_depths;
+};
+
+class DepthPolicy {
+  public:
+    static constexpr double kTryingShare = 0.008;
+    static constexpr double kMostSaved = 16;
+    static constexpr int kMostDepth = 128;
+
+    // `proposes`: for each drafter, whether its drafts cost proposing. Both collaborators outlive
+    // this.
+    // REQUIRES: proposes.size() == acceptance->num_drafters(); 0 <= per_token <= count.
+    DepthPolicy(const StepTimeModel* times, Acceptance* acceptance, std::vector<bool> proposes,
+                Experts experts);
+
+    const Acceptance& acceptance() const { return *acceptance_; }
+
+    // `base`: the step without these drafts. Writes a depth in [0, max_depth] for each, at most
+    // `max_drafts` in all.
+    // REQUIRES: drafters in range, depths >= 0.
+    void choose(const Features& base, const Candidates& candidates, int64_t max_drafts,
+                std::span<int32_t> depths);
+
+  private:
+    void gather(const DraftCosts& costs, const Candidates& candidates);
+    bool compare(const DraftCosts& costs, const DepthChoice& choice, std::span<int32_t> depths);
+    void try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
+                    int64_t max_drafts, std::span<int32_t> depths);
+    bool afford(double loss_s);
+    Tries& expect(const Candidates& candidates, size_t i, int depth, double least);
+
+    const StepTimeModel* times_;
+    Acceptance* acceptance_;
+    std::vector<bool> proposes_;
+    Experts experts_;
+    double saved_s_ = 0;             // that may be lost by trying
+    int64_t steps_since_plain_ = 0;  // since a step had no drafts
+    // Scratch of one call.
+    std::vector<double> probabilities_;
+    std::vector<size_t> ends_;
+    std::vector<DraftRow> rows_;
+    std::vector<size_t> due_;
+};
+
+}  // namespace tokenspeed::policy

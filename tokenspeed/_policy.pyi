@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: MIT
+"""What is worth doing, learnt while running, compiled from csrc/policy: how long steps take, how
+often drafts are accepted, how deep to speculate. Knows no tokens and no clock; nothing is random.
+
+Arrays are contiguous and of the named type: nothing is converted. `ValueError` for what does not
+fit.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+# What a step's time is made of, in this order: 1; rows that sample and are no prefill; drafts to
+# verify; prefill tokens; tokens of KV read / 1000; distinct experts touched (`experts_touched`);
+# tokens that a drafter with weights proposes.
+FEATURES: tuple[str, ...]
+MAX_DEPTH: int  # of a row; deeper limits mean this one
+
+class StepTimeModel:
+    """seconds = sum(coefficients * features), coefficients >= 0.
+
+    Recursive least squares with directional forgetting (Cao and Schwartz, Automatica 36, 2000) and
+    Huber's weights, on relative errors.
+    """
+
+    def __init__(
+        self,
+        prior: NDArray[np.float64] | None = None,  # [7] seconds for one of each; 0: free for ever
+        *,
+        forgetting: float = 0.98,
+        prior_weight: float = 1e-4,  # steps that the prior counts for
+    ) -> None: ...
+    def observe(self, features: NDArray[np.float64], seconds: float) -> bool:
+        """Learns from a step. False, and nothing learnt, if a number is not finite, a feature is
+        < 0 or the time is not > 0."""
+    def predict(self, features: NDArray[np.float64]) -> tuple[float, float]:
+        """Seconds and their standard deviation, the noise of steps included."""
+    @property
+    def coefficients(self) -> NDArray[np.float64]: ...  # [7] seconds for one of each
+    @property
+    def relative_error(self) -> float: ...  # moving mean of |error| / predicted time
+    @property
+    def median_relative_error(self) -> float: ...  # of the last 256 steps; 1 before the first
+    @property
+    def num_observed(self) -> int: ...
+
+class Acceptance:
+    """How often drafts are what is sampled: for each request, drafter and place."""
+
+    def __init__(
+        self,
+        num_drafters: int,
+        *,
+        prior: float = 0.5,
+        request_memory: float = 16.0,  # drafts, of a place, that a request's rates remember
+        shared_memory: float = 1024.0,  # ... that the drafter's do
+        request_shrinkage: float = 4.0,  # drafts that the drafter's rate counts for in a request's
+        shared_shrinkage: float = 4.0,  # ... and the place before it in the drafter's
+    ) -> None: ...
+    def observe(
+        self,
+        request_ids: NDArray[np.uint64],  # [n]
+        drafters: NDArray[np.int32],  # [n] in [0, num_drafters)
+        match_lens: NDArray[np.int32],  # [n] as when the depth was chosen; 0: matches nothing
+        hits: NDArray[np.int32],  # [n] leading drafts that are what was sampled
+        missed: NDArray[np.bool_],  # [n] the next draft is not; False: there was none
+    ) -> None:
+        """Also of drafts that no step carried: a token drafter's are compared with what was sampled
+        anyway, and nothing needs to be tried. Of a request that `choose` has not seen, or that was
+        forgotten, the drafter alone learns."""
+    def rate(self, request_id: int, drafter: int, match_len: int, place: int) -> float:
+        """That draft `place` (from 0) is accepted if those before it are."""
+    def forget(self, request_id: int) -> None: ...
+    @property
+    def num_requests(self) -> int: ...
+
+class DepthPolicy:
+    """Depths that give most tokens per second by what is believed, and rarely others, to learn:
+    0.8% of the time is spent on these."""
+
+    def __init__(
+        self,
+        times: StepTimeModel,
+        acceptance: Acceptance,
+        proposes: list[bool],  # [num_drafters] whether its drafts cost proposing
+        *,
+        num_experts: int = 0,  # of a layer; 0: a dense model
+        experts_per_token: int = 0,
+    ) -> None: ...
+    def choose(
+        self,
+        base: NDArray[np.float64],  # [7] the coming step without these drafts
+        request_ids: NDArray[np.uint64],  # [n]
+        drafters: NDArray[np.int32],  # [n]
+        match_lens: NDArray[np.int32],  # [n] tokens that matched; 0 for drafters with weights
+        max_depths: NDArray[np.int32],  # [n] drafts in hand, or that may be proposed
+        max_drafts: int,  # in all
+    ) -> NDArray[np.int32]:
+        """[n] depths. What a drafter with weights proposes in this step is verified in the next:
+        its depth is chosen, and its verification paid, here."""
+
+def choose_depths(
+    times: StepTimeModel,
+    base: NDArray[np.float64],  # [7]
+    rates: NDArray[np.float64],  # [n, d] of each draft, if those before it are accepted
+    max_depths: NDArray[np.int32],  # [n]
+    proposes: NDArray[np.bool_],  # [n]
+    max_drafts: int,
+    *,
+    num_experts: int = 0,
+    experts_per_token: int = 0,
+) -> NDArray[np.int32]:
+    """[n] depths that maximise (decode rows + expected accepted drafts) / seconds of the step
+    without its prefill, exactly (Dinkelbach, Management Science 13, 1967)."""
+
+def experts_touched(num_tokens: float, num_experts: int, experts_per_token: int) -> float:
+    """Distinct experts of a layer, if every token chose at random."""
