@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -20,7 +21,7 @@ from tokenspeed.models.hf_config import HfConfig, architecture, read_json, text_
 from tokenspeed.models.load_report import LoadReport, Place
 from tokenspeed.models.loader import load_weights
 from tokenspeed.models.registry import find_architecture
-from tokenspeed.models.tensor_check import Block, TensorNames
+from tokenspeed.models.tensor_check import Block, TensorNames, wanted_sources
 from tokenspeed.spmd.collectives import Variant
 from tokenspeed.spmd.compile import SpmdPlan, compile_model
 from tokenspeed.spmd.group import Communicator
@@ -28,6 +29,7 @@ from tokenspeed.spmd.localise import localise
 from tokenspeed.spmd.mesh import Mesh
 
 _log = logging.getLogger(__name__)
+Mtp = Literal["without", "with", "if there"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.bfloat16}
 
 
@@ -51,15 +53,20 @@ def load_model(
     progress: Callable[[float], None] | None = None,
     ranks: Ranks | None = None,
     quantization: Quantization | None = None,
+    *,
+    mtp: Mtp = "without",
 ) -> CausalLM:
     """Builds the model in `folder` and fills it. `dtype` None takes that of config.json.
+
+    `mtp` says whether `CausalLM.mtp` is wanted; "if there" takes it where the folder has all of
+    its tensors.
 
     Raises `ModelLoadError` for whatever is wrong with the folder, before weights are allocated, and
     `ValueError` for a mesh that the model cannot be divided over.
     """
     start = time.perf_counter()
     model, report = load_with_report(
-        folder, dtype, device, max_model_len, progress, ranks, quantization
+        folder, dtype, device, max_model_len, progress, ranks, quantization, mtp=mtp
     )
     _log.info("%s in %.1f s", report, time.perf_counter() - start)
     return model
@@ -73,10 +80,14 @@ def load_with_report(
     progress: Callable[[float], None] | None = None,
     ranks: Ranks | None = None,
     quantization: Quantization | None = None,
+    *,
+    mtp: Mtp = "without",
 ) -> tuple[CausalLM, LoadReport]:
     """As `load_model`, and what was read."""
     ranks = ranks or Ranks()
-    model, names, plan = plan_model(folder, dtype, device, max_model_len, ranks, quantization)
+    model, names, plan = plan_model(
+        folder, dtype, device, max_model_len, ranks, quantization, mtp=mtp
+    )
     model.spmd = localise(model, plan, ranks.rank, ranks.communicator)
     place = Place(ranks.rank, ranks.mesh.num_ranks)
     return model, load_weights(model, Checkpoint(folder), names, progress, place)
@@ -89,9 +100,13 @@ def plan_model(
     max_model_len: int | None,
     ranks: Ranks,
     quantization: Quantization | None = None,
+    *,
+    mtp: Mtp = "without",
 ) -> tuple[CausalLM, TensorNames, SpmdPlan]:
     """The whole model on the meta device, and how it is divided; the same on every rank."""
     model, names = build_model(folder, dtype, device, max_model_len, quantization)
+    if mtp == "with" or (mtp == "if there" and has_mtp(folder)):
+        model.add_mtp()
     plan = compile_model(
         model,
         ranks.mesh,
@@ -123,6 +138,20 @@ def build_model(
     except (RuntimeError, OverflowError) as error:  # torch cannot even describe such a tensor
         raise ModelLoadError(f"{folder}: config.json asks for impossible sizes: {error}") from error
     return model, TensorNames(found.prefix, found.other, block)
+
+
+def has_mtp(folder: Path) -> bool:
+    """Whether config.json speaks of MTP layers and the tensors of the first are there."""
+    model, names = build_model(folder, None, torch.device("meta"))
+    sources = wanted_sources(model, names.prefix)
+    own = {name for each in sources.values() for name in each}
+    try:
+        model.add_mtp()
+    except ModelLoadError:
+        return False
+    sources = wanted_sources(model, names.prefix)
+    added = {name for each in sources.values() for name in each} - own
+    return added <= Checkpoint(folder).entries.keys()
 
 
 def stated_dtype(config: HfConfig, outer: HfConfig) -> torch.dtype:

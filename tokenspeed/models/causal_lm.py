@@ -6,11 +6,12 @@ it. Refuses to know the kind of attention and feed-forward; a model's file gives
 """
 
 from abc import abstractmethod
-from typing import Any, Protocol, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from tokenspeed.errors import ModelLoadError
 from tokenspeed.kernels.quant import Quantization
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
@@ -18,49 +19,10 @@ from tokenspeed.layers.embedding import Embedding, LMHead
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.norm import ResidualNorm
 from tokenspeed.models.decoder_config import DecoderConfig
+from tokenspeed.models.decoder_layer import Attention, DecoderLayer
+from tokenspeed.models.mtp import MtpModule
 from tokenspeed.spmd.localise import Spmd
-from tokenspeed.spmd.placement import ModuleSpec
-
-
-class Attention(Protocol):
-    """What a decoder layer asks of its attention, which is also a `Layer`."""
-
-    def __call__(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor: ...
-    def cache_spec(self, dtype: torch.dtype) -> CacheSpec: ...
-
-
-class DecoderLayer(Layer):
-    """norm, attention, norm, feed-forward; the residual is added inside the norms.
-
-    `hidden` is the last block's output, not yet added to `residual` (None in the first layer).
-    Where `heard` is a list, the residual stream that enters is appended to it.
-    """
-
-    heard: list[Tensor] | None = None
-    flows = (("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"),)
-
-    def __init__(self, target: Target, config: DecoderConfig, self_attn: Layer, mlp: Layer) -> None:
-        super().__init__(target)
-        self.spec = ModuleSpec(outputs=mlp.spec.outputs)
-        size, eps = config.hidden_size, config.norm_eps
-        self.input_layernorm = ResidualNorm(target, "input_layernorm", size, eps)
-        self.self_attn = self_attn
-        self.post_attention_layernorm = ResidualNorm(target, "post_attention_layernorm", size, eps)
-        self.mlp = mlp
-
-    def forward(
-        self,
-        hidden: Tensor,
-        residual: Tensor | None,
-        batch: ForwardBatch,
-        cache: tuple[Tensor, ...],
-    ) -> tuple[Tensor, Tensor]:
-        hidden, residual = self.input_layernorm.add(hidden, residual)
-        if self.heard is not None:
-            self.heard.append(residual)
-        hidden = self.self_attn(hidden, batch, cache)
-        hidden, residual = self.post_attention_layernorm.add(hidden, residual)
-        return self.mlp(hidden), residual
+from tokenspeed.spmd.placement import Flow
 
 
 class Decoder(Layer):
@@ -101,7 +63,7 @@ class Decoder(Layer):
 class CausalLM(Layer):
     """A model that the engine can run. Its parameters are on the meta device until loaded."""
 
-    flows = (("model", "lm_head"),)
+    flows: tuple[Flow, ...] = (("model", "lm_head"),)
     spmd: Spmd  # once it is built for a rank (`models/build.py`)
 
     def __init__(self, target: Target, config: DecoderConfig, layers: list[DecoderLayer]) -> None:
@@ -110,7 +72,19 @@ class CausalLM(Layer):
         self.vocab_size, self.max_position = config.vocab_size, config.max_position
         self.model = Decoder(target, config, layers)
         self.lm_head = LMHead(target, self.model.embed_tokens, tied=config.tied)
+        self.mtp: MtpModule | None = None
         self.aux_hidden: list[Tensor] = []
+
+    def add_mtp(self) -> None:
+        """Gives the model the first module that predicts a token further: `mtp`.
+
+        Before it is divided over ranks and filled. `ModelLoadError`: the model has none.
+        """
+        raise ModelLoadError(f"{type(self).__name__} has no layers that predict further tokens")
+
+    def _take_mtp(self, block: DecoderLayer) -> None:
+        self.mtp = MtpModule(self.target, self.config, self.model.embed_tokens, block)
+        self.flows = (*self.flows, ("model", "mtp", "lm_head"))
 
     @property
     def aux_layers(self) -> tuple[int, ...]:

@@ -17,9 +17,11 @@ from tokenspeed.kernels.quant import Quantization
 from tokenspeed.layers.layer import Layer, Target
 from tokenspeed.layers.mlp import MLP
 from tokenspeed.layers.rope import rope_table
-from tokenspeed.models.causal_lm import CausalLM, DecoderLayer
+from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.decoder_config import DecoderConfig, read_decoder, read_heads
+from tokenspeed.models.decoder_layer import DecoderLayer
 from tokenspeed.models.hf_config import HfConfig
+from tokenspeed.models.mtp import SHARED
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -39,6 +41,7 @@ class DecoderModel(CausalLM):
 
     default_head_dim: ClassVar[int | None] = None  # None: hidden_size / num_attention_heads
     num_mtp_layers: int = 0  # behind the last layer; they predict several tokens ahead
+    build: Build
 
     @classmethod
     def from_config(
@@ -54,13 +57,22 @@ class DecoderModel(CausalLM):
         decoder = read_decoder(config, rope_dim=rope_dim, max_model_len=max_model_len)
         cos_sin = rope_table(decoder.rope, decoder.max_position, device)
         build = Build(target, config, decoder, cos_sin)
-        layers = [
-            DecoderLayer(target, decoder, cls.attention(build), cls.feed_forward(build, index))
-            for index in range(decoder.num_layers)
-        ]
+        layers = [cls._layer(build, index) for index in range(decoder.num_layers)]
         model = cls(target, decoder, layers)
         model.num_mtp_layers = cls.read_mtp_layers(config)
+        model.build = build
         return model
+
+    @classmethod
+    def _layer(cls, build: Build, index: int) -> DecoderLayer:
+        attention, mlp = cls.attention(build), cls.feed_forward(build, index)
+        return DecoderLayer(build.target, build.decoder, attention, mlp)
+
+    def add_mtp(self) -> None:
+        """Modules behind the first are set aside: it goes on by itself."""
+        if not self.num_mtp_layers:
+            super().add_mtp()
+        self._take_mtp(self._layer(self.build, self.config.num_layers))
 
     @classmethod
     @abstractmethod
@@ -81,11 +93,16 @@ class DecoderModel(CausalLM):
 
     @classmethod
     def read_mtp_layers(cls, config: HfConfig) -> int:
-        """Layers behind the last one whose weights are known and set aside."""
+        """Layers behind the last one that predict further tokens; set aside unless asked for."""
         return 0
+
+    def checkpoint_name(self, name: str) -> str:
+        here = f"model.layers.{self.config.num_layers}."
+        return re.sub(r"^mtp\.(block\.)?", here, name)
 
     def sets_aside(self, name: str) -> bool:
         layer, first = _LAYER.match(name), self.config.num_layers
         if layer is not None and first <= int(layer[1]) < first + self.num_mtp_layers:
-            return True
+            is_first = self.mtp is not None and int(layer[1]) == first
+            return not is_first or name[layer.end() :] in SHARED
         return super().sets_aside(name)

@@ -2,7 +2,7 @@
 """DeepSeek V2 and V3, and models of their shape such as the text part of Kimi K2.
 
 Multi-head latent attention, mixture of experts with shared experts. The layers after the last
-decoder layer predict several tokens ahead (MTP); their weights are recognised and set aside.
+decoder layer predict several tokens ahead (MTP, `models/mtp.py`).
 Sources: arXiv:2405.04434 (V2), arXiv:2412.19437 (V3).
 """
 

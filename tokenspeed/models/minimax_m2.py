@@ -2,7 +2,7 @@
 """MiniMax M2 and M2.1: a norm over all heads at once, half of each head turned, sigmoid routing.
 
 Every layer has experts and none of them is shared. The layers after the last one predict several
-tokens ahead (MTP); their weights are recognised and set aside. Source: the release's model card
+tokens ahead (MTP, `models/mtp.py`). Source: the release's model card
 and configuration, https://huggingface.co/MiniMaxAI/MiniMax-M2.
 """
 
@@ -77,6 +77,7 @@ class MiniMaxM2ForCausalLM(DecoderModel):
         return MoE(build.target, build.decoder.hidden_size, routing, inner)
 
     def checkpoint_name(self, name: str) -> str:
+        name = super().checkpoint_name(name)
         for own, theirs in SPELLING.items():
             name = name.replace(own, theirs)
         return name
