@@ -81,7 +81,7 @@ class Steps:
         if self.graphs is None or len(view.tokens) > len(rows):
             outputs = self.compute(self.batcher.build(view).forward)
         else:
-            size = self.graphs.size_for(len(rows))
+            size = self.graphs.size_for(len(rows), len(rows))
             assert size is not None
             outputs = self.graphs.run(self.batcher.build_decode(view, size).forward)
         return [output[: len(view.tokens)].clone() for output in outputs]
@@ -173,7 +173,7 @@ def test_sizes_on_a_gpu() -> None:
     assert part.graph_sizes(EngineConfig.of(cuda_graph_max_bs=3), gpu) == [1, 2, 3]
     assert part.graph_sizes(EngineConfig.of(cuda_graph_max_bs=1), gpu) == [1]
     graphs = StepGraphs(Toy().compute, CpuRecorder(), max_rows=20, sizes=[1, 2, 4, 8])
-    assert [graphs.size_for(n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, None]
+    assert [graphs.size_for(n, n) for n in (1, 2, 3, 5, 8, 9)] == [1, 2, 4, 8, 8, None]
 
 
 class Toy:
@@ -199,7 +199,7 @@ class Toy:
 
 class Rows:
     def __init__(self, count: int) -> None:
-        self.slots = range(count)
+        self.slots = self.token_ids = range(count)
 
 
 def run_toy(flaw: str, caplog: pytest.LogCaptureFixture) -> StepGraphs:
@@ -207,7 +207,7 @@ def run_toy(flaw: str, caplog: pytest.LogCaptureFixture) -> StepGraphs:
     graphs = StepGraphs(toy.compute, CpuRecorder(), max_rows=4)
     for step in range(5):
         toy.x.fill_(step + 1)
-        size = graphs.size_for(3)
+        size = graphs.size_for(3, 3)
         if size is None:
             break
         got = graphs.run(Rows(size))  # type: ignore[arg-type]
@@ -217,7 +217,7 @@ def run_toy(flaw: str, caplog: pytest.LogCaptureFixture) -> StepGraphs:
 
 
 def test_graphs_are_kept_where_they_are_right(caplog: pytest.LogCaptureFixture) -> None:
-    assert run_toy("", caplog).size_for(3) == 3
+    assert run_toy("", caplog).size_for(3, 3) == 3
     assert not caplog.records
 
 
@@ -233,7 +233,7 @@ def test_graphs_are_kept_where_they_are_right(caplog: pytest.LogCaptureFixture) 
 def test_what_a_replay_misses_ends_graphs(
     flaw: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert run_toy(flaw, caplog).size_for(3) is None
+    assert run_toy(flaw, caplog).size_for(3, 3) is None
     assert [why in record.getMessage() for record in caplog.records] == [True]
 
 

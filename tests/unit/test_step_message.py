@@ -119,14 +119,18 @@ def test_outputs_arrive_whole() -> None:
     words = PlanView(plan()).result(np.array([17]), np.array([1]), np.array([False]))
     plain = StepOutput(words, {}, {})
     rich = StepOutput(
-        words, {2**64 - 1: logprobs(5, 6)}, {3: {}, 4: {1: logprobs(7), 2: logprobs(8, 9, 10)}}
+        words,
+        {2**64 - 1: [logprobs(5, 6), logprobs(11)], 8: []},
+        {3: {}, 4: {1: logprobs(7), 2: logprobs(8, 9, 10)}},
     )
-    for output in (plain, rich):
+    drafts = StepOutput(words, {}, {}, {2**64 - 1: [5, 2**31 - 1], 3: [0]})
+    for output in (plain, rich, drafts):
         found = decode_output(encode_output(output))
         assert found.words.tolist() == output.words.tolist()
         assert (found.logprobs, found.prompt_logprobs) == (output.logprobs, output.prompt_logprobs)
+        assert found.drafts == output.drafts
     low = TokenLogprobs([1], [float("-inf")], [1])
-    assert decode_output(encode_output(StepOutput(words, {1: low}, {}))).logprobs == {1: low}
+    assert decode_output(encode_output(StepOutput(words, {1: [low]}, {}))).logprobs == {1: [low]}
 
 
 def test_every_sampling_parameter_travels() -> None:
@@ -139,7 +143,7 @@ STEP = encode_step(
     [plan(), None], {1: [bind(0), bind(1, 7, (5, 6))]}, [("", b"vocabulary"), ("key", None)]
 )
 OUTPUT = encode_output(
-    StepOutput(np.arange(9, dtype=np.int32), {1: logprobs(5)}, {2: {1: logprobs(6)}})
+    StepOutput(np.arange(9, dtype=np.int32), {1: [logprobs(5)]}, {2: {1: logprobs(6)}}, {1: [7]})
 )
 
 

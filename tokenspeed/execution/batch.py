@@ -6,16 +6,22 @@
 
 A page table entry is written only when a delta names it; nothing here is rebuilt per step, and all
 work on tokens is vectorised. Steps in which every row decodes one token share their memory, so that
-captured steps find it where it was. Rows that only fill such a step up to a captured size belong to
-a slot of their own, whose one page is the scratch page: they write there and nowhere else.
+captured steps find it where it was, and so do steps of rows that verify drafts. Rows that only fill
+a step up to a captured size belong to a slot of their own, whose one page is the scratch page: they
+write there and nowhere else.
 """
+
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tokenspeed.execution.plan_view import ROW_SAMPLE, TOKEN_FROM_DEVICE, PlanView
+from tokenspeed.execution.plan_view import TOKEN_FROM_DEVICE, PlanView
 from tokenspeed.execution.step_tensors import NO_SLOT, StepBatch, StepTensors
+
+MAX_VERIFY_TOKENS: Final = 1024  # of a step of verifying rows in memory that stays,
+MAX_VERIFY_ROW: Final = 64  # and of each of its rows
 
 
 class Batcher:
@@ -38,16 +44,19 @@ class Batcher:
         self.device = device
         self.max_num_seqs = max_num_seqs
         max_pages = -(-max_model_len // page_size)
+        self._max_kv_len = max_pages * page_size
         num_slots = max_num_seqs + (scratch_page is not None)
         self._host_table = np.zeros((num_slots, max_pages), np.int32)
         self._host_table[max_num_seqs:] = scratch_page or 0
         # On the CPU the tensor is the host's table itself.
         self._table = torch.from_numpy(self._host_table).to(device)
         self.last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
-        self._decode = StepTensors(max_num_seqs, max_num_seqs, device)
+        self._decode = StepTensors(max_num_seqs, max_num_seqs, max_num_seqs, device)
         self._decode.arrays.q_start[:] = np.arange(max_num_seqs + 1)
+        self._decode.arrays.logits_start[:] = self._decode.arrays.q_start
         self._decode.arrays.logits_index[:] = np.arange(max_num_seqs)
         self._decode_batches: dict[int, StepBatch] = {}
+        self._verify: StepTensors | None = None  # once a step needs it
 
     def apply_deltas(self, deltas: NDArray[np.int32]) -> None:
         """Page table entries [n, 4]: group, slot, index, page."""
@@ -62,25 +71,56 @@ class Batcher:
 
     def build(self, plan: PlanView) -> StepBatch:
         """The tensors of this step."""
-        counts = plan.num_tokens
-        ends = np.cumsum(counts)
-        row_of = np.repeat(np.arange(plan.num_rows), counts)
-        positions = np.arange(len(plan.tokens)) - (ends - counts - plan.starts)[row_of]
-        tensors = StepTensors(len(plan.tokens), plan.num_rows, self.device)
-        arrays, sampled = tensors.arrays, sample_index(plan)
-        arrays.q_start[1:] = ends
-        arrays.kv_len[:] = kv_len = plan.starts + counts
-        arrays.slots[:] = plan.slots
-        arrays.logits_index[: len(sampled)] = sampled
-        arrays.places[: len(sampled)] = positions[sampled] + 1
+        num_tokens, num_logits = len(plan.tokens), len(plan.sample_index)
+        tensors = StepTensors(num_tokens, plan.num_rows, num_logits, self.device)
+        kv_len = plan.starts + plan.num_tokens
+        return self._build(
+            plan,
+            tensors,
+            max_q_len=int(plan.num_tokens.max(initial=0)),
+            max_kv_len=int(kv_len.max(initial=0)),
+        )
+
+    def keeps_verify(self, plan: PlanView) -> bool:
+        """Whether `build_verify` has room for a step of these rows."""
+        largest = int(plan.num_tokens.max(initial=0))
+        return len(plan.tokens) <= MAX_VERIFY_TOKENS and largest <= MAX_VERIFY_ROW
+
+    def build_verify(self, plan: PlanView) -> StepBatch:
+        """A step in which every row samples after each of its tokens, in memory that stays.
+
+        Lasts until the next step of this kind. Of its lengths it says no more than follows from the
+        numbers of rows and tokens, as another step of these numbers may be a replay of it.
+        """
+        if self._verify is None:
+            sizes = MAX_VERIFY_TOKENS, self.max_num_seqs, MAX_VERIFY_TOKENS
+            self._verify = StepTensors(*sizes, self.device)
+        longest = min(len(plan.tokens) - plan.num_rows + 1, MAX_VERIFY_ROW)
+        return self._build(plan, self._verify, max_q_len=longest, max_kv_len=self._max_kv_len)
+
+    def _build(
+        self, plan: PlanView, tensors: StepTensors, *, max_q_len: int, max_kv_len: int
+    ) -> StepBatch:
+        arrays, index = tensors.arrays, plan.sample_index
+        num_rows, num_tokens, num_logits = plan.num_rows, len(plan.tokens), len(index)
+        ends = np.cumsum(plan.num_tokens)
+        row_of = np.repeat(np.arange(num_rows), plan.num_tokens)
+        positions = np.arange(num_tokens) - (ends - plan.num_tokens - plan.starts)[row_of]
+        arrays.q_start[1 : num_rows + 1] = ends
+        np.cumsum(plan.num_places, out=arrays.logits_start[1 : num_rows + 1])
+        np.add(plan.starts, plan.num_tokens, out=arrays.kv_len[:num_rows])
+        arrays.slots[:num_rows] = plan.slots
+        arrays.logits_index[:num_logits] = index
+        arrays.places[:num_logits] = positions[index] + 1
         self._fill_tokens(tensors, plan, plan.slots[row_of], positions)
         tensors.upload()
         batch = tensors.batch(
-            plan.num_rows,
-            len(sampled),
+            num_tokens,
+            num_rows,
+            num_logits,
             self._table,
-            max_q_len=int(counts.max(initial=0)),
-            max_kv_len=int(kv_len.max(initial=0)),
+            max_q_len=max_q_len,
+            max_kv_len=max_kv_len,
         )
         return self._with_ids(batch, plan)
 
@@ -105,11 +145,15 @@ class Batcher:
         if num_rows > count:
             self._fill_up(slice(count, num_rows))
         self._decode.upload()
+        return self.decoding(num_rows)
+
+    def decoding(self, num_rows: int) -> StepBatch:
+        """The first rows of the last step in which every row samples after its one token."""
         batch = self._decode_batches.get(num_rows)
         if batch is None:
-            longest = self._table.shape[1] * self._page_size
+            sizes = num_rows, num_rows, num_rows
             batch = self._decode.batch(
-                num_rows, num_rows, self._table, max_q_len=1, max_kv_len=longest
+                *sizes, self._table, max_q_len=1, max_kv_len=self._max_kv_len
             )
             self._decode_batches[num_rows] = batch
         return batch
@@ -124,8 +168,8 @@ class Batcher:
 
     def idle(self) -> StepBatch:
         """A step without tokens."""
-        none = StepTensors(0, 0, self.device)
-        return none.batch(0, 0, self._table, max_q_len=0, max_kv_len=0)
+        none = StepTensors(0, 0, 0, self.device)
+        return none.batch(0, 0, 0, self._table, max_q_len=0, max_kv_len=0)
 
     def _fill_tokens(
         self,
@@ -159,10 +203,3 @@ class Batcher:
             ids, slots = batch.forward.token_ids, batch.token_slots
             torch.where(slots >= 0, self.last_ids[slots.clamp(min=0)], ids, out=ids)
         return batch
-
-
-def sample_index(plan: PlanView) -> NDArray[np.int64]:
-    """[num_sampled] the last token of each row that samples."""
-    ends: NDArray[np.int64] = np.cumsum(plan.num_tokens, dtype=np.int64)
-    last: NDArray[np.int64] = ends[(plan.flags & ROW_SAMPLE) != 0] - 1
-    return last

@@ -183,6 +183,9 @@ class GrammarRows:
     def __bool__(self) -> bool:
         return bool(self._states)
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._states
+
     def bind(
         self,
         slot: int,

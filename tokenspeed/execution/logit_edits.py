@@ -72,8 +72,8 @@ class LogitEdits:
             row[self.bias_ids] += self.bias
 
     def record(self, token_id: int) -> None:
-        """Takes note of the id that was sampled."""
-        if self.phrases:
+        """Takes note of the id that was sampled; -1 is none."""
+        if self.phrases and token_id >= 0:
             self.outputs.append(token_id)
 
 

@@ -5,6 +5,7 @@ The layouts are described in csrc/scheduler/plan.h; the constants below repeat i
 nothing else here knows a word's position. Knows int32 words, no tensors and no requests.
 """
 
+from functools import cached_property
 from operator import mul
 from typing import Final
 
@@ -16,7 +17,7 @@ Words = NDArray[np.int32]
 PLAN_MAGIC: Final = 0x4C505354
 RESULT_MAGIC: Final = 0x53525354
 LAYOUT_VERSION: Final = 2
-STEP_VERSION: Final = 2  # of `execution/step_message.py`; here, as no tensor is needed to know it
+STEP_VERSION: Final = 3  # of `execution/step_message.py`; here, as no tensor is needed to know it
 
 HEADER_WORDS: Final = 16
 SECTIONS: Final = (7, 1, 4, 4, 4)  # words of a row, token, delta, copy, bind
@@ -55,6 +56,23 @@ class PlanView:
         self.slots, self.flags, self.starts, self.num_tokens, self.num_draft = columns[:5]
         self.num_propose = columns[6]
         self.tokens = tokens[:, 0]
+
+    @cached_property
+    def num_places(self) -> NDArray[np.int32]:
+        """[num_rows] tokens of each row, its last ones, after which an id is sampled."""
+        places: NDArray[np.int32] = (self.flags & ROW_SAMPLE) * (self.num_draft + 1)
+        return places
+
+    @cached_property
+    def sample_index(self) -> NDArray[np.int64]:
+        """[sum(num_places)] these tokens of all rows, in row order."""
+        places = self.num_places
+        last = np.cumsum(self.num_tokens, dtype=np.int64)[places > 0] - 1
+        if len(last) == places.sum():
+            return last
+        ahead = places[places > 0]
+        ends = np.cumsum(ahead)
+        return np.arange(ends[-1]) + np.repeat(last + 1 - ends, ahead)
 
     def bound_request_ids(self) -> list[int]:
         """[num_binds] the 64-bit request ids, put together from their halves."""

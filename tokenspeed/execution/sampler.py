@@ -22,6 +22,7 @@ from tokenspeed.kernels.registry import select
 GREEDY_BELOW = 1e-5  # temperatures that would overflow float32 logits
 LEAST_TOP_P = 1e-6  # float32 must not round it to 0
 NO_PENALTIES = (1.0, 0.0, 0.0)
+MAX_GATHERED = 64  # batches whose parameters are kept in order
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +72,17 @@ class Penalties:
         )
 
     def record(self, slots: torch.Tensor, ids: torch.Tensor) -> None:
-        self.output_count[slots, ids] += 1
+        """Counts the ids [B] of these slots; -1 is none."""
+        self.output_count[slots, ids.clamp(min=0)] += (ids >= 0).int()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What came out of the places of a step at which ids were sampled, L of them in R rows."""
+
+    ids: torch.Tensor  # [L] int64; -1: none came of the place, or nobody looked
+    counts: torch.Tensor | None  # [R] int32: leading ids that a row keeps; None: no row verified
+    logprobs: dict[int, list[TokenLogprobs]]  # by row, of the ids it keeps, where wanted
 
 
 class Sampler:
@@ -81,19 +92,20 @@ class Sampler:
         self._shape, self._device = (max_num_seqs, vocab_size), device
         kinds = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64)
         self._parameters = [torch.zeros(max_num_seqs, dtype=k, device=device) for k in kinds]
-        self._gathered: tuple[bytes, list[torch.Tensor]] | None = None
+        self._gathered: dict[bytes, list[torch.Tensor]] = {}
         self._edits: dict[int, LogitEdits] = {}
         self._num_logprobs: dict[int, int] = {}
         self._penalised: set[int] = set()
         self._penalties: Penalties | None = None
         self.grammars = GrammarRows(vocab_size)
         self._kernel = select("sample", device=device)
+        self._accept = select("verify", device=device)
         self._logprobs = LogprobsReader(device)
 
     def bind(self, slot: int, sequence: Sequence, output_ids: list[int]) -> None:
         """Gives the slot to a request that has produced `output_ids` so far."""
         params = sequence.params
-        self._gathered = None
+        self._gathered.clear()
         values = (
             params.temperature if params.temperature >= GREEDY_BELOW else 0.0,
             params.top_k,
@@ -133,7 +145,7 @@ class Sampler:
         """
         grammars = self.grammars
         if not (self._num_logprobs or self._edits or self._penalised or grammars):
-            return self._kernel(logits, *self._gather(slots), places), {}
+            return self.draw(logits, slots, places), {}
         order = slots.tolist()
         wanted = [row for row, slot in enumerate(order) if slot in self._num_logprobs]
         edited = [row for row, slot in enumerate(order) if slot in self._edits]
@@ -146,7 +158,7 @@ class Sampler:
             grammars.may_end(logits, order, edited)
         if punished:
             self._penalise(logits, punished, slots)
-        ids: torch.Tensor = self._kernel(logits, *self._gather(slots), places)
+        ids = self.draw(logits, slots, places)
         for row in edited:
             self._edits[order[row]].record(int(ids[row]))
         if grammars:
@@ -158,12 +170,85 @@ class Sampler:
             grammars.record(order, ids, again)
         if punished and self._penalties is not None:
             at = torch.from_numpy(slots[punished].astype(np.int64)).to(self._device)
-            self._penalties.record(at, ids[punished].clamp(min=0))
+            self._penalties.record(at, ids[punished])
         if raw is None:
             return ids, {}
         num_top = [self._num_logprobs[order[row]] for row in wanted]
         entries = self._logprobs.read(raw, ids[wanted].clamp(min=0), num_top)
         return ids, dict(zip(wanted, entries, strict=True))
+
+    def draw(
+        self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor
+    ) -> torch.Tensor:
+        """As `sample`, by temperature, top_k, top_p, min_p and noise alone; remembers nothing."""
+        ids: torch.Tensor = self._kernel(logits, *self._gather(slots), places)
+        return ids
+
+    def verify(
+        self,
+        logits: torch.Tensor,
+        slots: NDArray[np.int32],
+        num_places: NDArray[np.int32],
+        starts: torch.Tensor,
+        tokens: torch.Tensor,
+        places: torch.Tensor,
+    ) -> Sampled:
+        """Samples after each of `tokens` [L], and keeps what would have been sampled without them.
+
+        Row r of R has the next `num_places[r]` of logits [L, vocab_size] (changed in place), tokens
+        and places; `starts` [R + 1] int32 says where. Its first token is known, the others are
+        drafts. An id is what the same place gives in a step of its own, as noise depends on the
+        position alone, and a row keeps the leading ones whose draft is the id before: there is
+        nothing to correct. What a request remembers of its ids, it remembers of those it keeps.
+        """
+        minded = np.array([self._minds(slot) for slot in slots.tolist()]) & (num_places > 0)
+        logprobs: dict[int, list[TokenLogprobs]] = {}
+        if minded.any():
+            ids = self._place_by_place(logits, slots, num_places, tokens, places, minded, logprobs)
+        else:
+            ids = self.draw(logits, np.repeat(slots, num_places), places)
+        counts = self._accept(ids, tokens, starts)
+        last = ids[(starts[:-1] + counts - 1).clamp(min=0).long()]
+        return Sampled(ids, counts - ((counts > 0) & (last < 0)).int(), logprobs)
+
+    def _minds(self, slot: int) -> bool:
+        """Whether the slot's ids depend on more than their logits, or more of them is told."""
+        held = (self._edits, self._num_logprobs, self._penalised, self.grammars)
+        return any(slot in one for one in held)
+
+    def _place_by_place(
+        self,
+        logits: torch.Tensor,
+        slots: NDArray[np.int32],
+        num_places: NDArray[np.int32],
+        tokens: torch.Tensor,
+        places: torch.Tensor,
+        minded: NDArray[np.bool_],
+        logprobs: dict[int, list[TokenLogprobs]],
+    ) -> torch.Tensor:
+        """Ids [L], -1 where no row came. Rows that mind go on while their drafts are right, so that
+        what is remembered of them never runs ahead; the others draw at all their places at once."""
+        ids, first = torch.full_like(places, -1), np.cumsum(num_places) - num_places
+        free = np.flatnonzero(np.repeat(~minded, num_places))
+        if len(free):
+            at = torch.from_numpy(free).to(self._device)
+            ids[at] = self.draw(logits[at], np.repeat(slots, num_places)[free], places[at])
+        drafts, rows, place = tokens.tolist(), np.flatnonzero(minded), 0
+        while len(rows):
+            index = first[rows] + place
+            at = torch.from_numpy(index).to(self._device)
+            ids[at], entries = self.sample(logits[at], slots[rows], places[at])
+            listed = ids[at].tolist()
+            for i, entry in entries.items():
+                if listed[i] >= 0:
+                    logprobs.setdefault(int(rows[i]), []).append(entry)
+            place += 1
+            goes_on = [
+                place < num_places[row] and drafts[begin + 1] == token
+                for row, begin, token in zip(rows, index, listed, strict=True)
+            ]
+            rows = rows[goes_on]
+        return ids
 
     def _penalise(self, logits: torch.Tensor, rows: list[int], slots: NDArray[np.int32]) -> None:
         penalties = self._penalties
@@ -180,7 +265,9 @@ class Sampler:
     def _gather(self, slots: NDArray[np.int32]) -> list[torch.Tensor]:
         """The parameters of these slots; kept while the same slots run with the same requests."""
         key = slots.tobytes()
-        if self._gathered is None or self._gathered[0] != key:
+        if key not in self._gathered:
+            if len(self._gathered) == MAX_GATHERED:
+                self._gathered.clear()
             at = torch.from_numpy(slots.astype(np.int64)).to(self._device)
-            self._gathered = key, [tensor[at] for tensor in self._parameters]
-        return self._gathered[1]
+            self._gathered[key] = [tensor[at] for tensor in self._parameters]
+        return self._gathered[key]

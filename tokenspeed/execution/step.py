@@ -5,6 +5,7 @@
 """
 
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from tokenspeed.execution.grammars import News
 from tokenspeed.execution.plan_view import PlanView, Words
-from tokenspeed.execution.sampler import Sequence
+from tokenspeed.execution.sampler import Sampled, Sequence
 from tokenspeed.execution.sampling_params import TokenLogprobs
 
 PromptLogprobs = dict[int, TokenLogprobs]  # prompt position -> its token
@@ -23,8 +24,9 @@ class StepOutput:
     """The StepResult for the scheduler, and what only the request's owner wants to know."""
 
     words: Words
-    logprobs: dict[int, TokenLogprobs]  # request id -> of the id sampled in this step
+    logprobs: dict[int, list[TokenLogprobs]]  # request id -> of the ids it keeps of this step
     prompt_logprobs: dict[int, PromptLogprobs]  # request id -> what this step read of its prompt
+    drafts: dict[int, list[int]] = field(default_factory=dict)  # request id -> ids proposed
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,57 +51,119 @@ class Step:
     grammars: list[News] = field(default_factory=list)  # to take in first
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the host must see of a step of R rows, T tokens and L places that sampled."""
+
+    ids: NDArray[np.int64]  # [L]
+    counts: NDArray[np.int32] | None  # [R], as `Sampled` has them
+    sums: NDArray[np.float32] | None  # [T] of hidden states: not finite where one of them is not
+    drafts: NDArray[np.int64] | None  # [R, n] ids proposed, -1 where none
+
+
 class Results:
-    """What the host must see of a step: sampled ids, and the sums of hidden states to look for NaN.
+    """What the host must see of a step. From a GPU it travels while the host goes on."""
 
-    From a GPU both travel while the host goes on.
-    """
-
-    def __init__(self, sampled: torch.Tensor, sums: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        sampled: Sampled,
+        sums: torch.Tensor | None = None,
+        drafts: torch.Tensor | None = None,
+    ) -> None:
         self._arrived: torch.cuda.Event | None = None
-        self._tensors = [sampled] if sums is None else [sampled, sums.float()]
-        if sampled.is_cuda:
-            self._tensors = [_to_host(tensor) for tensor in self._tensors]
+        sums = None if sums is None else sums.float()
+        self._ids, self._others = sampled.ids, [sampled.counts, sums, drafts]
+        if sampled.ids.is_cuda:
+            self._ids = _to_host(self._ids)
+            self._others = [None if t is None else _to_host(t) for t in self._others]
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def wait(self) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-        """Both once they are here."""
+    def wait(self) -> Found:
+        """All of it, once it is here."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        arrays = [tensor.numpy() for tensor in self._tensors]
-        return arrays[0], arrays[1] if len(arrays) == 2 else None
+        return Found(self._ids.numpy(), *(None if t is None else t.numpy() for t in self._others))
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A step on its way. `rows` are those that sample; None: all."""
+    """A step on its way."""
 
     step: Step
     plan: PlanView
-    rows: NDArray[np.int64] | None
     results: Results
-    logprobs: dict[int, TokenLogprobs]  # by place in `rows`
+    logprobs: dict[int, list[TokenLogprobs]]  # by row
     prompt_logprobs: dict[int, PromptLogprobs]  # by request id
 
     def finish(self) -> StepOutput:
         """Waits for the step. Any thread may; others may begin meanwhile."""
-        plan, rows = self.plan, self.rows
-        sampled, sums = self.results.wait()
-        failed = np.zeros(plan.num_rows, np.bool_) if sums is None else _not_finite(sums, plan)
-        if rows is None:
-            ids, failed = sampled, sampled < 0
-        else:
-            ids = np.full(plan.num_rows, -1, np.int64)
-            ids[rows] = sampled
-            failed[rows] |= sampled < 0
-        logprobs = {
-            self.step.owners[at if rows is None else rows[at]]: entry
-            for at, entry in self.logprobs.items()
-        }
-        accepts = (ids >= 0) & ~failed
-        words = plan.result(ids[accepts], accepts.astype(np.int32), failed)
-        return StepOutput(words, logprobs, self.prompt_logprobs)
+        plan, found = self.plan, self.results.wait()
+        places = plan.num_places
+        counts = _num_kept(plan, found.counts, found.ids)
+        failed = (counts == 0) & (places > 0)
+        if found.sums is not None and not np.isfinite(found.sums).all():
+            counts, failed = _of_finite(plan, counts, ~np.isfinite(found.sums))
+        same = np.array_equal(counts, places)
+        kept = found.ids if same else found.ids[_leading(counts, places)]
+        owners = self.step.owners
+        logprobs = {owners[row]: entries[: counts[row]] for row, entries in self.logprobs.items()}
+        drafts = {} if found.drafts is None else _proposed(found.drafts, counts, owners)
+        words = plan.result(kept, counts, failed)
+        return StepOutput(words, logprobs, self.prompt_logprobs, drafts)
+
+
+def num_kept(plan: PlanView, sampled: Sampled) -> NDArray[np.int32]:
+    """[R] ids that each row keeps, on the host: waits for the device."""
+    counts = None if sampled.counts is None else sampled.counts.cpu().numpy()
+    return _num_kept(plan, counts, sampled.ids.cpu().numpy())
+
+
+def _num_kept(
+    plan: PlanView, counts: NDArray[np.int32] | None, ids: NDArray[np.int64]
+) -> NDArray[np.int32]:
+    if counts is not None:
+        return counts
+    counts = plan.num_places.copy()  # at most one each
+    counts[counts > 0] = ids >= 0
+    return counts
+
+
+def _of_finite(
+    plan: PlanView, counts: NDArray[np.int32], bad: NDArray[np.bool_]
+) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    """Of `counts`, those from hidden states that are finite, and which rows failed for want of any.
+
+    bad: [T]. A row that verifies ends where its first bad token stands, any other row fails.
+    """
+    ends = np.cumsum(plan.num_tokens)
+    counts, failed = counts.copy(), np.zeros(plan.num_rows, np.bool_)
+    for row, (begin, end) in enumerate(zip(ends - plan.num_tokens, ends, strict=True)):
+        leading = int(bad[begin:end].argmax()) if bad[begin:end].any() else end - begin
+        if not plan.num_draft[row] and leading < end - begin:
+            leading = 0
+        counts[row] = min(counts[row], leading)
+        failed[row] = not leading or (counts[row] == 0 and plan.num_places[row])
+    return counts, failed
+
+
+def _leading(counts: NDArray[np.int32], places: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[L] the first `counts[r]` of each row's places."""
+    first = np.cumsum(places) - places
+    kept: NDArray[np.bool_] = np.arange(places.sum()) < np.repeat(first + counts, places)
+    return kept
+
+
+def _proposed(
+    drafts: NDArray[np.int64], counts: NDArray[np.int32], owners: list[int]
+) -> dict[int, list[int]]:
+    """By request id, for rows that kept an id."""
+    found = {
+        owner: list(takewhile(lambda token: token >= 0, ids))
+        for owner, ids, count in zip(owners, drafts.tolist(), counts.tolist(), strict=True)
+        if count
+    }
+    return {owner: ids for owner, ids in found.items() if ids}
 
 
 class Seats:
@@ -119,11 +183,3 @@ class Seats:
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _not_finite(sums: NDArray[np.float32], plan: PlanView) -> NDArray[np.bool_]:
-    """[num_rows] whether any of the row's hidden states, of which these are sums, is not finite."""
-    bad = ~np.isfinite(sums)
-    if not bad.any():
-        return np.zeros(plan.num_rows, np.bool_)
-    return np.logical_or.reduceat(bad, np.cumsum(plan.num_tokens) - plan.num_tokens)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""`StepGraphs`: decode steps captured once for each number of rows, and replayed.
+"""`StepGraphs`: steps captured once for each number of rows and tokens, and replayed.
 
-A captured step runs the kernels that the model ran, without the model's Python. Only steps in which
-every row decodes one token are captured: their memory stays where it is (`execution/batch.py`). On
-a CPU each number of rows is captured when it first comes; elsewhere some sizes are, beforehand, and
-steps are filled up to them.
+A captured step runs the kernels that the model ran, without the model's Python. Captured are steps
+in which every row samples after each of its tokens: after its one token, or after a token and the
+drafts behind it; their memory stays where it is (`execution/batch.py`). On a CPU each number of
+rows and tokens is captured when it first comes; elsewhere some sizes of steps of one token a
+row are, beforehand, and steps are filled up to them.
 
 What a replay would miss is found in two ways: the recorder refuses what it cannot record, and the
 second step of each size is computed both ways and compared bit by bit. A model that fails either
@@ -24,7 +25,7 @@ from tokenspeed.execution.recorders import Graph, NotCapturableError, Outputs, R
 from tokenspeed.layers.batch import ForwardBatch
 
 _log = logging.getLogger(__name__)
-MAX_GRAPHS = 128
+MAX_GRAPHS = 256
 
 Compute = Callable[[ForwardBatch], Outputs]
 
@@ -37,9 +38,10 @@ class _Captured:
 
 
 class StepGraphs:
-    """`compute` gives hidden states [R, hidden] and logits [R, vocab] of a batch of R rows.
+    """`compute` gives hidden states [T, hidden], logits [T, vocab], perhaps more, of T tokens.
 
-    `sizes` are the numbers of rows to capture, rising; empty: any number up to `max_rows`.
+    `sizes` are the numbers of rows to capture, rising, with one token each; empty: any number up to
+    `max_rows`, of any number of tokens.
     """
 
     def __init__(
@@ -47,26 +49,29 @@ class StepGraphs:
     ) -> None:
         self._compute, self._recorder = compute, recorder
         self._sizes, self._max_rows = tuple(sizes), sizes[-1] if sizes else max_rows
-        self._captured: OrderedDict[int, _Captured] = OrderedDict()
+        self._captured: OrderedDict[tuple[int, int], _Captured] = OrderedDict()
         self.num_replays = 0
 
-    def size_for(self, num_rows: int) -> int | None:
-        """How many rows a step of `num_rows` is filled up to; None: it is not to be captured."""
+    def size_for(self, num_rows: int, num_tokens: int) -> int | None:
+        """How many rows such a step is filled up to; None: it is not to be captured."""
         if num_rows > self._max_rows:
             return None
+        if num_tokens > num_rows:
+            return None if self._sizes else num_rows
         return self._sizes[bisect_left(self._sizes, num_rows)] if self._sizes else num_rows
 
     def run(self, batch: ForwardBatch) -> Outputs:
         """What `compute` gives, for a batch of one of the sizes; valid until the next call."""
-        found = self._captured.get(len(batch.slots))
+        key = len(batch.slots), len(batch.token_ids)
+        found = self._captured.get(key)
         if found is None:
-            return self._capture(batch)
-        self._captured.move_to_end(len(batch.slots))
+            return self._capture(key, batch)
+        self._captured.move_to_end(key)
         self.num_replays += 1
         found.graph.replay()
         return found.graph.outputs if found.is_trusted else self._check(found)
 
-    def _capture(self, batch: ForwardBatch) -> Outputs:
+    def _capture(self, key: tuple[int, int], batch: ForwardBatch) -> Outputs:
         try:
             graph = self._recorder.capture(lambda: self._compute(batch))
         except NotCapturableError as error:
@@ -75,7 +80,7 @@ class StepGraphs:
         if len(self._captured) == MAX_GRAPHS:
             self._captured.popitem(last=False)
         trusted = not self._recorder.is_checked
-        self._captured[len(batch.slots)] = _Captured(graph, batch, trusted)
+        self._captured[key] = _Captured(graph, batch, trusted)
         return graph.outputs
 
     def _check(self, captured: _Captured) -> Outputs:

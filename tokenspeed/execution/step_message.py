@@ -89,13 +89,17 @@ def decode_step(message: bytes) -> StepMessage:
 def encode_output(output: StepOutput) -> bytes:
     """For the scheduler's rank."""
     facts = {
-        "logprobs": [[i, dataclasses.astuple(entry)] for i, entry in output.logprobs.items()],
+        "logprobs": [
+            [i, [dataclasses.astuple(entry) for entry in entries]]
+            for i, entries in output.logprobs.items()
+        ],
         "prompt_logprobs": [
             [i, [[at, dataclasses.astuple(entry)] for at, entry in entries.items()]]
             for i, entries in output.prompt_logprobs.items()
         ],
+        "drafts": list(output.drafts.items()),
     }
-    text = json.dumps(facts).encode() if output.logprobs or output.prompt_logprobs else b""
+    text = json.dumps(facts).encode() if any(facts.values()) else b""
     size = HEADER_WORDS + len(output.words) + -(-len(text) // 4)
     header = [OUTPUT_MAGIC, STEP_VERSION, size, len(output.words), 0, len(text), 0, 0]
     head = np.array(header, np.int32).tobytes()
@@ -113,11 +117,12 @@ def decode_output(message: bytes) -> StepOutput:
         facts = json.loads(_text(words, num_text))
         return StepOutput(
             result,
-            {i: TokenLogprobs(*entry) for i, entry in facts["logprobs"]},
+            {i: [TokenLogprobs(*e) for e in entries] for i, entries in facts["logprobs"]},
             {
                 i: {at: TokenLogprobs(*entry) for at, entry in entries}
                 for i, entries in facts["prompt_logprobs"]
             },
+            dict(facts["drafts"]),
         )
 
 

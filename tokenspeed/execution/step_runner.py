@@ -2,7 +2,8 @@
 """`StepRunner`: one rank's share of a step. Knows no request's lifecycle and no other rank.
 
 All ranks run every step, with an empty batch where their dp index has no plan. Those of the last
-stage have logits; one of each dp index samples and says what came out.
+stage have logits; one of each dp index samples and says what came out. A drafter runs on all of
+them, once the ids are known, and proposes the same on each.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -18,10 +19,12 @@ from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.logprobs import LogprobsReader
 from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_PROMPT_LOGPROBS, ROW_SAMPLE, PlanView
-from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.sampler import Sampled, Sampler
 from tokenspeed.execution.sampling_params import TokenLogprobs
-from tokenspeed.execution.step import Begun, PromptLogprobs, Results, Step, StepOutput
+from tokenspeed.execution.speculation.drafter import DraftWork, ModelDrafter
+from tokenspeed.execution.step import Begun, PromptLogprobs, Results, Step, StepOutput, num_kept
 from tokenspeed.execution.step_graphs import StepGraphs
+from tokenspeed.execution.step_tensors import StepBatch
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.spmd.group import Group
 
@@ -31,7 +34,12 @@ Caches = list[tuple[torch.Tensor, ...]]
 
 
 class Model(Protocol):
-    """What execution asks of a model."""
+    """What execution asks of a model.
+
+    `aux_hidden`: [T, D] each, what the last `forward` left for a drafter that asked for it.
+    """
+
+    aux_hidden: list[torch.Tensor]
 
     def forward(self, batch: ForwardBatch, caches: Caches) -> torch.Tensor:
         """Hidden states [T, D] of every token; writes their keys and values."""
@@ -58,7 +66,8 @@ class StepRunner:
     `logits` says whether this rank is on the last stage, `sampler` is None where it does not
     sample. `ahead`: steps are planned before the ids of the one before are known, and find them on
     the device; `peers` have the same tokens and get the sampled ids at once. `graphs` serve decode
-    steps, over the same model and cache.
+    and verify steps, over the same model and cache; they give hidden states, logits and what is in
+    `aux_hidden`.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class StepRunner:
         peers: Group | None = None,
         balancer: Balancer | None = None,
         graphs: StepGraphs | None = None,
+        drafter: ModelDrafter | None = None,
     ) -> None:
         self.device = batcher.device
         self._model, self.cache = model, cache
@@ -81,7 +91,7 @@ class StepRunner:
         self._logprobs = LogprobsReader(batcher.device)
         self._spmd, self._has_logits = spmd, logits
         self._ahead, self._peers = ahead, peers
-        self._balancer, self._graphs = balancer, graphs
+        self._balancer, self._graphs, self._drafter = balancer, graphs, drafter
         if self.device.type == "cpu":
             _cpu.keep_freed_memory()  # weights are loaded: a step takes what the last one freed
 
@@ -95,7 +105,7 @@ class StepRunner:
         """Captures decode steps of these numbers of rows, with a bar on the terminal."""
         with tqdm(sorted(sizes, reverse=True), desc="Capturing", disable=None) as bar:
             for size in bar:  # the largest first: the others use its memory
-                if self._graphs is not None and self._graphs.size_for(size) is not None:
+                if self._graphs is not None and self._graphs.size_for(size, size) is not None:
                     self._graphs.run(self._batcher.fillers(size).forward)
 
     def begin(self, step: Step) -> Begun | None:
@@ -134,6 +144,8 @@ class StepRunner:
         if self._sampler is not None:
             for bind in step.binds:
                 self._sampler.bind(bind.slot, bind.sequence, bind.output_ids)
+        if self._drafter is not None and len(plan.binds):
+            self._drafter.bind(plan.binds[:, 0])
         if len(plan.copies):
             self._copy_pages(plan.copies)
         self._batcher.apply_deltas(plan.deltas)
@@ -144,36 +156,45 @@ class StepRunner:
         hidden = self._model.forward(batch.forward, self.cache.layers)
         if not self._has_logits:
             return None
-        rows = np.flatnonzero(plan.flags & ROW_SAMPLE)
+        aux = [] if self._drafter is None else self._model.aux_hidden
         logits = self._logits(hidden, batch.forward.logits_index)
-        sampled, chosen = self._sample(logits, plan.slots[rows], batch.places)
+        sampled = self._sample(plan, batch, logits)
         prompts = self._prompt_logprobs(step, plan, hidden)
+        drafts = self._draft(plan, batch, hidden, aux, sampled)
         if self._sampler is None:
             return None
-        results = Results(sampled, hidden.sum(dim=-1))
-        return Begun(step, plan, rows, results, chosen, prompts)
+        results = Results(sampled, hidden.sum(dim=-1), drafts)
+        return Begun(step, plan, results, sampled.logprobs, prompts)
 
     def _captured_size(self, plan: PlanView) -> int | None:
         """Rows of the captured step that serves this plan; None: it is run as it is."""
-        if self._graphs is None or len(plan.tokens) != plan.num_rows:
+        num_tokens = len(plan.tokens)
+        if self._graphs is None or num_tokens != len(plan.sample_index):
             return None
-        size = self._graphs.size_for(plan.num_rows)
-        if size is None or any(flags & ~ROW_PREFILL != ROW_SAMPLE for flags in plan.flags.tolist()):
+        if any(flags & ~ROW_PREFILL != ROW_SAMPLE for flags in plan.flags.tolist()):
             return None
-        return size
+        if num_tokens > plan.num_rows and not self._batcher.keeps_verify(plan):
+            return None
+        return self._graphs.size_for(plan.num_rows, num_tokens)
 
     def _begin_captured(self, step: Step, plan: PlanView, size: int) -> Begun | None:
-        """Every row samples after its one token; rows that fill up come last."""
+        """Every row samples after each of its tokens; rows that fill up come last."""
         if self._graphs is None:
             raise RuntimeError("there are no graphs")
-        count, batch = plan.num_rows, self._batcher.build_decode(plan, size)
-        _, logits = self._graphs.run(batch.forward)
-        places = batch.places
+        count, num_tokens = plan.num_rows, len(plan.tokens)
+        if num_tokens > count:
+            batch = self._batcher.build_verify(plan)
+        else:
+            batch = self._batcher.build_decode(plan, size)
+        outputs = self._graphs.run(batch.forward)
         if size > count:
-            logits, places = logits[:count], places[:count]
-        sampled, chosen = self._sample(logits, plan.slots, places)
+            outputs = tuple(output[:num_tokens] for output in outputs)
+            batch = self._batcher.decoding(count)
+        hidden, logits, *aux = outputs
+        sampled = self._sample(plan, batch, logits)
+        drafts = self._draft(plan, batch, hidden, aux, sampled)
         # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
-        return Begun(step, plan, None, Results(sampled), chosen, {})
+        return Begun(step, plan, Results(sampled, None, drafts), sampled.logprobs, {})
 
     def _logits(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
         """Of the tokens at `index`, which rises; None without any."""
@@ -181,23 +202,74 @@ class StepRunner:
             return None
         return self._model.logits(hidden if len(index) == len(hidden) else hidden[index])
 
-    def _sample(
-        self, logits: torch.Tensor | None, slots: NDArray[np.int32], places: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[int, TokenLogprobs]]:
-        """Ids of the rows with logits (-1: none came of them) and log-probabilities of some."""
-        chosen: dict[int, TokenLogprobs] = {}
+    def _sample(self, plan: PlanView, batch: StepBatch, logits: torch.Tensor | None) -> Sampled:
+        """What comes of the logits; on a rank that does not sample it is told, if it must know."""
         if logits is None:
-            return places[:0], chosen
-        if self._sampler is not None:
-            sampled, chosen = self._sampler.sample(logits, slots, places)
+            return Sampled(batch.places[:0], None, {})
+        sampled = self._sampled(plan, batch, logits)
+        if self._peers is not None and (self._ahead or self._drafter is not None):
+            sampled = _spread(sampled, self._peers)
+        if self._ahead:
+            if sampled.counts is None:
+                self._batcher.keep_last_ids(plan.slots[plan.num_places > 0], sampled.ids)
+            else:
+                last = (batch.logits_start[:-1] + sampled.counts - 1).clamp(min=0).long()
+                self._batcher.keep_last_ids(plan.slots, sampled.ids[last])
+        return sampled
+
+    def _sampled(self, plan: PlanView, batch: StepBatch, logits: torch.Tensor) -> Sampled:
+        forward, places = batch.forward, batch.places
+        verifies = bool(plan.num_draft.any())
+        if self._sampler is None:  # the rank that samples will say
+            counts = torch.empty_like(forward.slots) if verifies else None
+            return Sampled(torch.empty_like(places), counts, {})
+        if verifies:
+            tokens = forward.token_ids
+            if len(places) < len(tokens):
+                tokens = tokens[forward.logits_index]
+            starts = batch.logits_start
+            return self._sampler.verify(logits, plan.slots, plan.num_places, starts, tokens, places)
+        rows = np.flatnonzero(plan.num_places)
+        ids, entries = self._sampler.sample(logits, plan.slots[rows], places)
+        return Sampled(ids, None, {int(rows[at]): [entry] for at, entry in entries.items()})
+
+    def _draft(
+        self,
+        plan: PlanView,
+        batch: StepBatch,
+        hidden: torch.Tensor,
+        aux_hidden: list[torch.Tensor],
+        sampled: Sampled,
+    ) -> torch.Tensor | None:
+        """What the drafter proposes, [num_rows, n]."""
+        if self._drafter is None:
+            return None
+        forward, ids = batch.forward, sampled.ids
+        if len(ids) < len(forward.token_ids):
+            ids = torch.full_like(forward.token_ids, -1)
+            ids[forward.logits_index] = sampled.ids
+        work = DraftWork(
+            batch=batch,
+            hidden=hidden,
+            aux_hidden=aux_hidden,
+            row_sample=plan.num_places > 0,
+            accepted=num_kept(plan, sampled),
+            ids=ids,
+            num_propose=plan.num_propose,
+            sample=self._draw,
+        )
+        return self._drafter.draft(work)
+
+    def _draw(
+        self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor
+    ) -> torch.Tensor:
+        """Ids of a drafter's logits, with the sampler's noise, the same on all ranks; 0 where none
+        comes of them."""
+        if self._sampler is None:
+            ids = torch.empty_like(places)
         else:
-            sampled = torch.empty_like(places)  # as the rank that samples will say
-        if not self._ahead:
-            return sampled, chosen
-        if self._peers is not None:
-            sampled = self._peers.broadcast(sampled, 0)
-        self._batcher.keep_last_ids(slots, sampled)
-        return sampled, chosen
+            ids = self._sampler.draw(logits, slots, places).clamp(min=0)
+        return ids if self._peers is None else self._peers.broadcast(ids, 0)
 
     def _copy_pages(self, copies: NDArray[np.int32]) -> None:
         if copies[:, 0].any() or copies[:, 2].any():
@@ -230,3 +302,12 @@ class StepRunner:
             if self._sampler is not None:
                 found[step.owners[row]] = dict(enumerate(entries, first))
         return found
+
+
+def _spread(sampled: Sampled, peers: Group) -> Sampled:
+    """What the first of these ranks sampled, on all of them."""
+    ids, counts = sampled.ids, sampled.counts
+    if counts is None:
+        return Sampled(peers.broadcast(ids, 0), None, sampled.logprobs)
+    told = peers.broadcast(torch.cat([ids, counts.long()]), 0)
+    return Sampled(told[: len(ids)], told[len(ids) :].int(), sampled.logprobs)

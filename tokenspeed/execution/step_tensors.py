@@ -23,31 +23,32 @@ class StepArrays:
     token_ids: NDArray[np.int64]  # [T]
     token_slots: NDArray[np.int64]  # [T] whose last sampled id the token is, or NO_SLOT
     cache_index: NDArray[np.int64]  # [T]
-    logits_index: NDArray[np.int64]  # [R], of which the first L count
-    places: NDArray[np.int64]  # [R]: positions of the tokens to be sampled; the first L count
+    logits_index: NDArray[np.int64]  # [L]
+    places: NDArray[np.int64]  # [L]: positions of the tokens to be sampled
     positions: NDArray[np.int32]  # [T]
     kv_len: NDArray[np.int32]  # [R]
     slots: NDArray[np.int32]  # [R]
     q_start: NDArray[np.int32]  # [R + 1]
+    logits_start: NDArray[np.int32]  # [R + 1]: where a row's part of logits_index begins
 
 
 class StepTensors:
-    """Memory for up to `num_tokens` tokens in `num_rows` rows.
+    """Memory for up to `num_tokens` tokens in `num_rows` rows, `num_logits` of which have logits.
 
     On a CPU a batch of it lasts until the arrays are written again, elsewhere until `upload`.
     """
 
-    def __init__(self, num_tokens: int, num_rows: int, device: torch.device) -> None:
-        counts = (num_tokens,) * 3 + (num_rows,) * 2 + (num_tokens,) + (num_rows,) * 2
-        kinds = (torch.int64,) * 5 + (torch.int32,) * 4
-        self._size = sum(
-            n * k.itemsize for n, k in zip((*counts, num_rows + 1), kinds, strict=True)
-        )
+    def __init__(
+        self, num_tokens: int, num_rows: int, num_logits: int, device: torch.device
+    ) -> None:
+        wide, narrow = torch.int64, torch.int32
+        layout = [(num_tokens, wide)] * 3 + [(num_logits, wide)] * 2 + [(num_tokens, narrow)]
+        layout += [(num_rows, narrow)] * 2 + [(num_rows + 1, narrow)] * 2
         self._on_host = device.type == "cpu"
-        self._host = torch.zeros(self._size, dtype=torch.uint8)
+        self._host = torch.zeros(sum(n * k.itemsize for n, k in layout), dtype=torch.uint8)
         self._device = self._host if self._on_host else torch.empty_like(self._host, device=device)
         fields, at = [], 0
-        for count, kind in zip((*counts, num_rows + 1), kinds, strict=True):
+        for count, kind in layout:
             end = at + count * kind.itemsize
             fields.append((at, end, kind))
             at = end
@@ -62,32 +63,33 @@ class StepTensors:
 
     def batch(
         self,
+        num_tokens: int,
         num_rows: int,
-        num_sampled: int,
+        num_logits: int,
         page_table: torch.Tensor,
         *,
         max_q_len: int,
         max_kv_len: int,
     ) -> "StepBatch":
-        """The first rows, and their tokens if each has one; else all tokens."""
-        ids, slots_of, index, sampled, places, positions, kv_len, slots, q_start = self._tensors
-        one_each = len(ids) == len(slots)
-        tokens = slice(num_rows) if one_each else slice(None)
+        """The first tokens and rows."""
+        ids, slots_of, index, wanted, places, positions, *of_rows = self._tensors
+        kv_len, slots, q_start, logits_start = of_rows
         return StepBatch(
             ForwardBatch(
-                token_ids=ids[tokens],
-                positions=positions[tokens],
-                cache_index=index[tokens],
+                token_ids=ids[:num_tokens],
+                positions=positions[:num_tokens],
+                cache_index=index[:num_tokens],
                 q_start=q_start[: num_rows + 1],
                 kv_len=kv_len[:num_rows],
                 slots=slots[:num_rows],
                 page_table=page_table,
-                logits_index=sampled[:num_sampled],
+                logits_index=wanted[:num_logits],
                 max_q_len=max_q_len,
                 max_kv_len=max_kv_len,
             ),
-            slots_of[tokens],
-            places[:num_sampled],
+            slots_of[:num_tokens],
+            places[:num_logits],
+            logits_start[: num_rows + 1],
         )
 
 
@@ -98,3 +100,4 @@ class StepBatch:
     forward: ForwardBatch
     token_slots: torch.Tensor  # [T] int64
     places: torch.Tensor  # [L] int64
+    logits_start: torch.Tensor  # [R + 1] int32
