@@ -273,5 +273,7 @@ def test_wrong_tensors_are_refused(target: Path, tmp_path: Path, name: str) -> N
 def test_stages_and_groups_are_refused(target: Path, tmp_path: Path) -> None:
     model = load_model(target, torch.float32, CPU, 192)
     for mesh in (Mesh(dp=2), Mesh(pp=2)):
-        with pytest.raises(ValueError, match="an EAGLE-3 head runs with dp 1 and pp 1"):
+        with pytest.raises(ValueError, match="drafters with weights run with dp 1 and pp 1"):
             load_eagle3(make_eagle3(tmp_path), model, Ranks(mesh))
+    with pytest.raises(ValueError, match="divided over all 4 of them, not over 2"):
+        load_eagle3(make_eagle3(tmp_path), model, Ranks(Mesh(tp=2, ep=4)))

@@ -12,6 +12,7 @@ from tokenspeed.layers.layer import Target
 from tokenspeed.models.build import Ranks
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.checkpoint import Checkpoint
+from tokenspeed.models.draft_model import ranks_beside
 from tokenspeed.models.eagle3 import Eagle3
 from tokenspeed.models.eagle3_config import read_eagle3
 from tokenspeed.models.hf_config import HfConfig, read_json
@@ -33,11 +34,10 @@ def load_eagle3(folder: Path, target: CausalLM, ranks: Ranks | None = None) -> E
     without an embedding reads the target's.
 
     Raises `ModelLoadError` for whatever is wrong with the folder, or does not fit the target, and
-    `ValueError` for a mesh with dp or pp.
+    `ValueError` for a mesh: see `ranks_beside`.
     """
     ranks = ranks or Ranks()
-    if ranks.mesh.dp > 1 or ranks.mesh.pp > 1:
-        raise ValueError(f"mesh {ranks.mesh}: an EAGLE-3 head runs with dp 1 and pp 1")
+    ranks = ranks_beside(ranks, ranks.mesh.tp)
     config = read_eagle3(HfConfig(read_json(folder / "config.json")), target.config)
     plain = Target(target.target.device, target.target.dtype)
     head, checkpoint = Eagle3(plain, config), Checkpoint(folder)
