@@ -57,6 +57,14 @@ class Scheduler:
         """Queues a request. `ValueError`: empty, too long, duplicate id, can never fit."""
     def abort(self, request_id: int) -> bool:
         """Ends a request in any state; False if it is unknown or over. No update follows it."""
+    def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int = 0) -> bool:
+        """For the request's next row that samples: `draft`, guesses at what follows the tokens it
+        has now, to be verified, and how many further ids the device shall propose.
+
+        Shortened silently to what fits. A later call replaces it. False: no such live request.
+        `ValueError`: a negative id or number. With `overlap_depth` 1 a request that speculates is
+        in one step at a time.
+        """
     def next_plan(self) -> NDArray[np.int32] | None:
         """The next step's Plan (csrc/scheduler/plan.h), or None when nothing can run now.
 

@@ -175,6 +175,12 @@ NB_MODULE(_scheduler, m) {
              "salt"_a = nb::bytes("", 0), "read_cache"_a = true, "prompt_logprobs"_a = false,
              "user"_a = 0, "retention_s"_a = 0.0, "pinned"_a = false)
         .def("abort", &Scheduler::abort, "request_id"_a)
+        .def(
+            "speculate",
+            [](Scheduler& self, uint64_t request_id, const Words& draft, int32_t num_propose) {
+                return self.speculate(request_id, view(draft), num_propose);
+            },
+            "request_id"_a, "draft"_a.noconvert(), "num_propose"_a = 0)
         .def("next_plan",
              [](Scheduler& self) -> std::optional<Array<int32_t>> {
                  const auto plan = self.next_plan();

@@ -12,7 +12,7 @@ namespace tokenspeed {
 
 namespace {
 
-constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '3'};
+constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '4'};
 static_assert(std::is_trivially_copyable_v<SchedulerOptions>);
 static_assert(sizeof(SchedulerOptions) == 12 * sizeof(int32_t), "options are int32 words");
 
@@ -157,6 +157,14 @@ void EventLog::release(std::span<const int32_t> tokens, std::span<const uint8_t>
     array(salt);
 }
 
+void EventLog::speculate(uint64_t request_id, std::span<const int32_t> draft, int32_t num_propose) {
+    if (!enabled_) return;
+    value(kSpeculate);
+    value(request_id);
+    value(num_propose);
+    array(draft);
+}
+
 std::vector<std::vector<int32_t>> replay(std::span<const uint8_t> events) {
     Reader in(events);
     const auto magic = in.take(sizeof(kMagic));
@@ -193,6 +201,12 @@ std::vector<std::vector<int32_t>> replay(std::span<const uint8_t> events) {
             case EventLog::kRelease: {
                 const auto tokens = in.array<int32_t>();
                 scheduler.release(tokens, in.array<uint8_t>());
+                break;
+            }
+            case EventLog::kSpeculate: {
+                const auto request_id = in.value<uint64_t>();
+                const auto num_propose = in.value<int32_t>();
+                scheduler.speculate(request_id, in.array<int32_t>(), num_propose);
                 break;
             }
             default:

@@ -2,7 +2,7 @@
 // The event log: everything that was told to a scheduler, in order, so that another one can be told
 // the same. The key of the prefix hashes is not in it: no plan depends on it.
 //
-//   log:    "TSEVENT3", the options as int32 words, then records
+//   log:    "TSEVENT4", the options as int32 words, then records
 //   record: one byte of kind, then its fields, little-endian; arrays with a 32-bit count in front
 #pragma once
 
@@ -26,7 +26,8 @@ class EventLog {
         kFlushCache = 5,
         kAdvance = 6,
         kRetain = 7,
-        kRelease = 8
+        kRelease = 8,
+        kSpeculate = 9
     };
 
     explicit EventLog(const SchedulerOptions& options);
@@ -39,6 +40,7 @@ class EventLog {
     void retain(std::span<const int32_t> tokens, std::span<const uint8_t> salt,
                 const Retention& retention);
     void release(std::span<const int32_t> tokens, std::span<const uint8_t> salt);
+    void speculate(uint64_t request_id, std::span<const int32_t> draft, int32_t num_propose);
     const std::vector<uint8_t>& bytes() const { return bytes_; }
 
   private:

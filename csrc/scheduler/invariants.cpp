@@ -97,9 +97,16 @@ void Scheduler::check_retention(std::string& broken) const {
 }
 
 void Scheduler::check_requests(std::string& broken) const {
-    std::vector<int> leases(slots_.num_slots(), 0);
+    std::vector<int> leases(slots_.num_slots(), 0), drafts(leases);
+    std::vector<bool> alone(slots_.num_slots(), false);
     for (const Step& step : in_flight_) {
-        for (const Row& row : step.rows) ++leases[row.slot];
+        for (const Row& row : step.rows) {
+            expect(!alone[row.slot], "M1: a row follows one that speculates", broken);
+            expect(row.draft.empty() || leases[row.slot] == 0, "M1: drafts behind a row", broken);
+            ++leases[row.slot];
+            drafts[row.slot] += row.num_draft();
+            alone[row.slot] = row.speculates();
+        }
     }
     Ledger ledger;
     int num_held = 0;
@@ -115,12 +122,17 @@ void Scheduler::check_requests(std::string& broken) const {
         const bool draining = std::holds_alternative<Draining>(request->state);
         expect(slots_.num_leases(slot) == leases[slot], "I2: leases are miscounted", broken);
         expect(!draining || leases[slot] > 0, "I7: Draining without a step in flight", broken);
-        expect(held->computed <= held->scheduled, "I5: computed beyond scheduled", broken);
-        expect((leases[slot] > 0) == (held->computed < held->scheduled), "I5: lost step", broken);
+        expect(held->settled <= held->scheduled, "I5: settled beyond scheduled", broken);
+        expect((leases[slot] > 0) == (held->settled < held->scheduled), "I5: lost step", broken);
+        expect(held->pages.num_sealed() * options_.page_size <= held->settled,
+               "I3: sealed beyond what is settled", broken);
+        expect(held->alone == alone[slot], "M1: who speculates is not agreed", broken);
         expect(held->scheduled <= held->pages.size() * options_.page_size, "I13: no page", broken);
         expect(held->scheduled < request->limit, "planned beyond the limit", broken);
-        expect(draining || held->scheduled <= request->known() + leases[slot], "I5", broken);
-        expect(draining || options_.overlap_depth > 0 || held->scheduled <= request->known(),
+        expect(draining || held->settled <= request->known(), "I5: settled and unknown", broken);
+        const int32_t firm = held->scheduled - drafts[slot];  // as if all drafts were rejected
+        expect(draining || firm <= request->known() + leases[slot], "I5", broken);
+        expect(draining || options_.overlap_depth > 0 || firm <= request->known(),
                "M1: planned before its token is known", broken);
         (held->promise.firm() ? ledger.firm : ledger.soft) += held->promise.num_left();
     }
@@ -158,13 +170,15 @@ uint64_t Scheduler::state_hash() const {
             mix.add(word);
         }
         mix.add(request->tokens);
+        mix.add(request->draft);
+        mix.add(request->num_propose);
         mix.add(turn(*request));
         mix.add(request->user == nullptr ? 0 : request->user->key);
         mix.add(request->user == nullptr ? 0 : request->user->tag);
         const Holdings* held = holdings(request->state);
         mix.add(held == nullptr ? 0 : held->slot.id() + 1);
         if (held == nullptr) continue;
-        mix.add(uint64_t(held->computed) << 32 | uint64_t(held->scheduled));
+        mix.add(uint64_t(held->settled) << 32 | uint64_t(held->scheduled));
         mix.add(uint64_t(held->promise.firm()) << 32 | uint64_t(held->promise.num_left()));
         for (int i = 0; i < held->pages.size(); ++i) mix.add(names.of(held->pages.id(i)));
         mix.add(held->pages.num_sealed());
@@ -196,6 +210,8 @@ uint64_t Scheduler::state_hash() const {
         for (const Row& row : step.rows) {
             mix.add(row.request->id);
             mix.add(uint64_t(row.start) << 32 | uint64_t(row.num_tokens));
+            mix.add(row.draft);
+            mix.add(row.num_propose);
         }
     }
     return mix.result();

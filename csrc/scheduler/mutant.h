@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Known ways to break the scheduler, to test its tests. A build with -DTS_MUTANT=kName has that one
 // defect, and the exploration must find it (tests/cpp/mutants.cmake). Every other build has none:
-// `mutant` is false at compile time. K.., I.., M.. and R.. are the classes of docs/scheduler.md.
+// `mutant` is false at compile time. K.., I.., M.., R.. and S.. are the classes of
+// docs/scheduler.md.
 #pragma once
 
 namespace tokenspeed {
@@ -39,6 +40,16 @@ enum class Mutant {
     kR3MarksHoldBack,        // what is marked does not count as available
     kR4PromiseBeyondBudget,  // a receipt promises what the share does not allow
     kR5ReceiptTwice,         // a request is told again what was found for it
+    kK3CountsRejected,       // one rejected draft counts as settled
+    kK3KeepsScheduled,       // rejected drafts stay scheduled
+    kK5PublishRejected,      // a page whose last place holds a rejected draft is published
+    kM1SpeculatesTwice,      // a step follows a row in flight that speculates
+    kS1DraftRetracts,        // a draft without a page retracts somebody
+    kS1TakesPromised,        // a draft takes a page that was promised to others
+    kS1ReclaimsInFlight,     // pages go from a request whose drafts are being verified
+    kS1PromptsStarve,        // drafts use up what prompts wait for
+    kS1BeyondLimit,          // a draft goes on behind the limit
+    kS2StopIgnored,          // a stop id among accepted drafts does not end the request
 };
 
 #ifndef TS_MUTANT

@@ -26,7 +26,7 @@ WritablePage PagePool::open(FreePage page) {
     return WritablePage(this, page.id_);
 }
 
-SealedPage PagePool::seal(WritablePage page, const Committed&) {
+SealedPage PagePool::seal(WritablePage page, const Settled&) {
     page.pool_ = nullptr;
     kind_[page.id_] = Kind::kSealed;
     return SealedPage(this, page.id_);
@@ -60,12 +60,19 @@ PageList::~PageList() {
     while (!sealed_.empty()) sealed_.pop_back();
 }
 
-void PageList::seal_full(PagePool& pool, const Committed& proof, int page_size) {
+void PageList::seal_full(PagePool& pool, const Settled& proof, int page_size) {
     const int count = proof.tokens() / page_size - num_sealed();
     if (count <= 0) return;
     TS_CHECK(count <= static_cast<int>(open_.size()));
     for (int i = 0; i < count; ++i) sealed_.push_back(pool.seal(std::move(open_[i]), proof));
     open_.erase(open_.begin(), open_.begin() + count);
+}
+
+int PageList::drop_behind(int count) {
+    TS_CHECK(count >= num_sealed());
+    int dropped = 0;
+    for (; size() > count; ++dropped) open_.pop_back();
+    return dropped;
 }
 
 SlotPool::SlotPool(int num_slots) : leases_(num_slots, 0) {

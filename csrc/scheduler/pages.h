@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Who owns which page and which slot, said in types. Knows nothing of requests, tokens or steps.
 //
-//   FreePage ----open----> WritablePage ----seal(Committed)----> SealedPage ----share---->
+//   FreePage ----open----> WritablePage ----seal(Settled)------> SealedPage ----share---->
 //   SealedPage nobody's                one writer                           immutable, any number
 //   of readers
 //
@@ -12,10 +12,13 @@
 //  P1  A page is in exactly one of: the free list, one WritablePage, >= 1 SealedPages, the keeper.
 //  P2  A Slot dies only when no step in flight holds a Lease on it (checked); the pages of a
 //      request stand beside its Slot in one `Holdings`, so they cannot be freed under a step.
-//  P3  Only `Committed`, which only a committed step can make, turns a writable page into a sealed
-//      one, and only sealed pages can be published: what is unwritten is never published.
+//  P3  Only `Settled` turns a writable page into a sealed one, only a `Committed` gives it, and
+//  only
+//      the commit of a step makes that. Only sealed pages can be published: what is unwritten, or
+//      holds a draft that was rejected, is never published.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -33,16 +36,30 @@ inline constexpr PageId kNoPage = -1;
 class PagePool;
 class Scheduler;
 
-// Proof that a step committed. `tokens` positions of one sequence are written.
-class Committed {
+// Proof that the first `tokens` positions of one sequence are written, with tokens known for good.
+class Settled {
   public:
     int32_t tokens() const { return tokens_; }
+    Settled at_most(int32_t tokens) const { return Settled(std::min(tokens_, tokens)); }
+
+  private:
+    friend class Committed;
+    explicit Settled(int32_t tokens) : tokens_(tokens) {}
+    int32_t tokens_;
+};
+
+// Proof that a step committed. `computed` positions of one sequence are written; the last of them
+// may hold drafts that were rejected, so that this alone seals no page.
+class Committed {
+  public:
+    int32_t computed() const { return computed_; }
+    Settled settled(int32_t num_rejected) const { return Settled(computed_ - num_rejected); }
 
   private:
     friend class Scheduler;
     friend class PageTestAccess;
-    explicit Committed(int32_t tokens) : tokens_(tokens) {}
-    int32_t tokens_;
+    explicit Committed(int32_t computed) : computed_(computed) {}
+    int32_t computed_;
 };
 
 // The part all three kinds share: a pool, an id, and moves that leave nothing behind.
@@ -120,7 +137,7 @@ class PagePool {
 
     FreePage take();  // REQUIRES: num_available() > 0. O(1).
     WritablePage open(FreePage page);
-    SealedPage seal(WritablePage page, const Committed& proof);
+    SealedPage seal(WritablePage page, const Settled& proof);
     SealedPage share_kept(PageId page);  // REQUIRES: the page is sealed, in use or kept
     void reclaim(PageId page);           // the keeper lets go of a page that no one uses
 
@@ -182,7 +199,9 @@ class PageList {
         return std::span(open_).subspan(first - num_sealed(), last - first);
     }
     // Seals the pages that `proof` says are full.
-    void seal_full(PagePool& pool, const Committed& proof, int page_size);
+    void seal_full(PagePool& pool, const Settled& proof, int page_size);
+    // Gives back what is being written behind the first `count` pages; returns how many.
+    int drop_behind(int count);
 
   private:
     std::vector<SealedPage> sealed_;
@@ -208,7 +227,7 @@ class Promise {
     ~Promise() {
         if (!mutant(Mutant::kK11PromiseLeak)) total() -= left_;
     }
-    bool firm() const { return firm_ && left_ > 0; }
+    bool firm() const { return firm_; }
     int num_left() const { return left_; }
     void take() {
         if (left_ == 0) return;

@@ -7,10 +7,6 @@
 
 namespace tokenspeed {
 
-void Scheduler::Sections::clear() {
-    for (auto* section : {&rows, &tokens, &deltas, &binds}) section->clear();
-}
-
 std::span<const int32_t> Scheduler::next_plan() {
     if (num_in_flight() >= max_in_flight()) {
         throw std::invalid_argument(
@@ -21,10 +17,12 @@ std::span<const int32_t> Scheduler::next_plan() {
         step_ = std::move(spare_steps_.back());
         spare_steps_.pop_back();
     }
-    sections_.clear();
+    sections_.deltas.clear();
+    sections_.binds.clear();
     left_out_ = nullptr;
     budget_ = micro_share(options_.max_num_batched_tokens);
     plan_decodes();
+    plan_drafts();
     plan_prefills();
     // S1 makes room for whole known sequences, and a decoding request without a page retracts until
     // it has one: somebody can always run, unless a step in flight has to bring pages back first.
@@ -35,13 +33,16 @@ std::span<const int32_t> Scheduler::next_plan() {
     return emit();
 }
 
-// The request's state if a row of one token may be planned for it now.
+// The request's state if a row of one token may be planned for it now. Who speculates waits until
+// its last token is known, for that is what a draft goes on from.
 Decoding* Scheduler::decodable(Request& request) const {
     auto* decoding = std::get_if<Decoding>(&request.state);
     if (decoding == nullptr || &request == left_out_) return nullptr;
     const int32_t next = decoding->held.scheduled;
     if (next + 1 >= request.limit) return nullptr;  // ends with the step in flight
-    const bool from_device = options_.overlap_depth > 0 || mutant(Mutant::kM1PlannedTwice);
+    if (decoding->held.alone && !mutant(Mutant::kM1SpeculatesTwice)) return nullptr;
+    const bool from_device =
+        (options_.overlap_depth > 0 && !request.speculates()) || mutant(Mutant::kM1PlannedTwice);
     return next < request.known() || from_device ? decoding : nullptr;
 }
 
@@ -52,7 +53,8 @@ int32_t Scheduler::take_turns() {
     if (options_.num_micro_steps == 1) return static_cast<int32_t>(turns_.size());
     std::erase_if(turns_, [](const Request* request) {
         const auto* decoding = std::get_if<Decoding>(&request->state);
-        return decoding == nullptr || decoding->held.scheduled + 1 >= request->limit;
+        return decoding == nullptr ||  // all drafts may be rejected
+               std::min(decoding->held.scheduled, request->known()) + 1 >= request->limit;
     });
     const auto num_decoding = std::ssize(turns_);
     const int32_t share =
@@ -77,6 +79,7 @@ void Scheduler::plan_decodes() {
             ++i;
             continue;
         }
+        if (reclaim_spare()) continue;
         // `request` itself can be retracted, so there is a victim, and it arrived no earlier.
         Request* victim = retractable();
         TS_CHECK(victim != nullptr);
@@ -86,6 +89,31 @@ void Scheduler::plan_decodes() {
         } else {
             retract(*victim);
         }
+    }
+}
+
+bool Scheduler::prompts_wait() const {
+    return waiting_.size() > 0 || std::ranges::any_of(running_, [](const Request* request) {
+               return std::holds_alternative<Prefilling>(request->state);
+           });
+}
+
+// D1: lengthens the rows of decoding requests by their drafts, as far as there is room.
+void Scheduler::plan_drafts() {
+    int32_t left = prompts_wait() && !mutant(Mutant::kS1PromptsStarve) ? budget_ / 2 : budget_;
+    for (Row& row : step_.rows) {
+        Request& request = *row.request;
+        row.draft = std::exchange(request.draft, {});
+        if (row.draft.empty()) continue;
+        Holdings& held = *holdings(request.state);
+        const int32_t most = mutant(Mutant::kS1BeyondLimit) ? left : request.limit - row.end() - 1;
+        const int32_t count = std::max(0, std::min({row.num_draft(), left, most}));
+        row.draft.resize(pages_for_draft(held, count));
+        row.num_tokens += row.num_draft();
+        held.scheduled += row.num_draft();
+        held.alone |= !row.draft.empty();
+        budget_ -= row.num_draft();
+        left -= row.num_draft();
     }
 }
 
@@ -142,12 +170,51 @@ void Scheduler::add_delta(const Holdings& held, int index) {
 bool Scheduler::take_pages(Holdings& held, int32_t num_tokens) {
     const int wanted = pages_for(held.scheduled + num_tokens);
     while (held.pages.size() < wanted) {
-        if (!held.promise.firm() && pool_.num_available() <= ledger_.firm) return false;
-        held.promise.take();
-        held.pages.append(pool_.open(pool_.take()));
-        add_delta(held, held.pages.size() - 1);
+        const bool promised = held.promise.firm() && held.promise.num_left() > 0;
+        if (!promised && pool_.num_available() <= ledger_.firm) return false;
+        take_page(held);
     }
     return true;
+}
+
+void Scheduler::take_page(Holdings& held) {
+    held.promise.take();
+    held.pages.append(pool_.open(pool_.take()));
+    add_delta(held, held.pages.size() - 1);
+}
+
+// Takes pages for drafts behind what is scheduled; returns how many drafts find room. What is left
+// suffices for every promise and, while the drafts are in flight, for the others' next tokens.
+int32_t Scheduler::pages_for_draft(Holdings& held, int32_t num_draft) {
+    const int wanted = pages_for(held.scheduled + num_draft);
+    const int64_t others =
+        mutant(Mutant::kS1TakesPromised) ? 0 : ledger_.soft + ledger_.firm + std::ssize(running_);
+    if (mutant(Mutant::kS1DraftRetracts) && held.pages.size() < wanted &&
+        pool_.num_available() == 0 && !holdings(running_.back()->state)->slot.leased()) {
+        retract(*running_.back());
+    }
+    while (held.pages.size() < wanted &&
+           (held.promise.num_left() > 0 || pool_.num_available() > others)) {
+        take_page(held);
+    }
+    return std::min(num_draft, held.pages.size() * options_.page_size - held.scheduled);
+}
+
+// Takes back the pages that only rejected drafts of one request wanted; false if nobody has any.
+// Who has a firm promise keeps them: nobody else could have had them.
+bool Scheduler::reclaim_spare() {
+    for (auto it = running_.rbegin(); it != running_.rend(); ++it) {
+        Holdings& held = *holdings((*it)->state);
+        const bool idle = !held.slot.leased() || mutant(Mutant::kS1ReclaimsInFlight);
+        const int needed =
+            pages_for(mutant(Mutant::kS1ReclaimsInFlight) ? std::min(held.scheduled, (*it)->known())
+                                                          : held.scheduled);
+        if (!idle || held.promise.firm() || held.pages.size() <= needed) continue;
+        held.pages.drop_behind(needed);
+        ++room_version_;
+        return true;
+    }
+    return false;
 }
 
 void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
@@ -158,25 +225,29 @@ void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
     const bool sample = end >= request.known();
     const int32_t flags = (sample ? kRowSample : 0) | (prefill ? kRowPrefill : 0) |
                           (prefill && request.wants_prompt_logits() ? kRowPromptLogprobs : 0);
-    const auto offset = static_cast<int32_t>(sections_.tokens.size());
-    for (int32_t word : {held.slot.id(), flags, start, num_tokens, 0, offset, 0}) {
-        sections_.rows.push_back(word);
+    int32_t num_propose = 0;
+    if (sample) {
+        // More could never be verified: the row gives a token, and the next one samples one too.
+        const int32_t most = std::max(0, request.limit - request.known() - 2);
+        num_propose = std::min(std::exchange(request.num_propose, 0), most);
+        if (prefill) request.draft.clear();
     }
-    const auto tokens = request.tokens.begin();
-    if (end <= request.known()) {
-        sections_.tokens.insert(sections_.tokens.end(), tokens + start, tokens + end);
-    } else {
-        sections_.tokens.push_back(kTokenFromDevice);
-    }
-    step_.rows.push_back(
-        {&request, held.slot.id(), start, num_tokens, sample, slots_.lease(held.slot)});
+    step_.rows.push_back({&request,
+                          held.slot.id(),
+                          flags,
+                          start,
+                          num_tokens,
+                          num_propose,
+                          {},
+                          slots_.lease(held.slot)});
     held.scheduled = end;
+    held.alone = num_propose > 0;
     request.served = ++num_rows_;
     budget_ -= num_tokens;
     if (mutant(Mutant::kK2LeaseDropped)) step_.rows.back().lease.release();
     if (mutant(Mutant::kK5PublishAtPlan)) {
-        held.computed = end;
-        publish(request, held);
+        held.settled = end;
+        publish(request, held, Committed(end).settled(0));
     }
 }
 
@@ -194,16 +265,41 @@ void Scheduler::retract(Request& request) {
     TS_CHECK(moved);
     std::erase(running_, &request);
     waiting_.push(*request.user, request.arrival, &request, /*returns=*/true);
+    request.draft.clear();
+    request.num_propose = 0;
     ++request.retractions;
     ++counters_.num_preemptions;
     ++room_version_;
 }
 
+// The sections of rows and of tokens.
+void Scheduler::write_rows() {
+    int32_t offset = 0;
+    for (const Row& row : step_.rows) {
+        for (int32_t word : {row.slot, row.flags, row.start, row.num_tokens, row.num_draft(),
+                             offset, row.num_propose}) {
+            plan_.push_back(word);
+        }
+        offset += row.num_tokens;
+    }
+    for (const Row& row : step_.rows) {
+        const std::vector<int32_t>& tokens = row.request->tokens;
+        if (row.start < row.request->known()) {
+            const auto first = tokens.begin() + row.start;
+            plan_.insert(plan_.end(), first, first + (row.num_tokens - row.num_draft()));
+        } else {
+            plan_.push_back(kTokenFromDevice);
+        }
+        plan_.insert(plan_.end(), row.draft.begin(), row.draft.end());
+    }
+}
+
 std::span<const int32_t> Scheduler::emit() {
     const Sections& s = sections_;
     plan_.assign(kPlanHeaderWords, 0);
-    plan_.insert(plan_.end(), s.rows.begin(), s.rows.end());
-    plan_.insert(plan_.end(), s.tokens.begin(), s.tokens.end());
+    write_rows();
+    const auto num_row_words = std::ssize(step_.rows) * kRowWords;
+    const auto num_tokens = std::ssize(plan_) - kPlanHeaderWords - num_row_words;
     plan_.insert(plan_.end(), s.deltas.begin(), s.deltas.end());
     plan_.insert(plan_.end(), s.binds.begin(), s.binds.end());
     step_.number = next_step_++;
@@ -212,8 +308,8 @@ std::span<const int32_t> Scheduler::emit() {
     plan_[kPlanHeaderTotalWords] = static_cast<int32_t>(plan_.size());
     plan_[kPlanHeaderStepLow] = static_cast<int32_t>(step_.number);
     plan_[kPlanHeaderStepHigh] = static_cast<int32_t>(step_.number >> 32);
-    plan_[kPlanHeaderNumRows] = static_cast<int32_t>(s.rows.size()) / kRowWords;
-    plan_[kPlanHeaderNumTokens] = static_cast<int32_t>(s.tokens.size());
+    plan_[kPlanHeaderNumRows] = static_cast<int32_t>(step_.rows.size());
+    plan_[kPlanHeaderNumTokens] = static_cast<int32_t>(num_tokens);
     plan_[kPlanHeaderNumDeltas] = static_cast<int32_t>(s.deltas.size()) / kDeltaWords;
     plan_[kPlanHeaderNumBinds] = static_cast<int32_t>(s.binds.size()) / kBindWords;
     in_flight_.push_back(std::move(step_));

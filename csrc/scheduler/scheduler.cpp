@@ -104,13 +104,26 @@ bool Scheduler::abort(uint64_t request_id) {
     log_.abort(request_id);
     Holdings* held = holdings(found->second->state);
     if (mutant(Mutant::kK5PublishOnAbort) && held != nullptr) {
-        held->computed = held->scheduled;
-        publish(*found->second, *held);
+        held->settled = held->scheduled;
+        publish(*found->second, *held, Committed(held->settled).settled(0));
     }
     retain_pages(*found->second);
     const bool moved = apply(found->second->state, Abort{}) == Verdict::kMoved;
     TS_CHECK(moved);
     leave(*found->second);
+    return true;
+}
+
+bool Scheduler::speculate(uint64_t request_id, std::span<const int32_t> draft,
+                          int32_t num_propose) {
+    require(num_propose >= 0, "num_propose must not be negative");
+    require(std::ranges::all_of(draft, [](int32_t id) { return id >= 0; }),
+            "the draft holds a negative id");
+    const auto found = live_.find(request_id);
+    if (found == live_.end()) return false;
+    log_.speculate(request_id, draft, num_propose);
+    found->second->draft.assign(draft.begin(), draft.end());
+    found->second->num_propose = num_propose;
     return true;
 }
 
@@ -170,7 +183,7 @@ void Scheduler::check_result(std::span<const int32_t> result) const {
     const int64_t num_rows = result[kResultHeaderNumRows];
     const int64_t num_ids = result[kResultHeaderNumIds];
     require(num_rows == std::ssize(step.rows), "commit: wrong number of rows");
-    require(num_ids >= 0 && num_ids <= num_rows, "commit: wrong number of ids");
+    require(num_ids >= 0, "commit: wrong number of ids");
     const int64_t words = kResultHeaderWords + num_rows * kResultRowWords + num_ids;
     require(words == std::ssize(result) && words == result[kResultHeaderTotalWords],
             "commit: wrong length");
@@ -181,31 +194,50 @@ void Scheduler::check_result(std::span<const int32_t> result) const {
         const int32_t count = word[kResultRowNumAccepted];
         require(word[kResultRowSlot] == row.slot, "commit: rows are not in the plan's order");
         require(status == kRowOk || status == kRowFailed, "commit: unknown row status");
-        const bool fits = status == kRowOk ? count == row.sample : (count == 0 || count == 1);
-        require(fits && count <= result.end() - id, "commit: wrong number of ids in a row");
-        require(status != kRowOk || count == 0 || *id >= 0, "commit: a negative id");
+        require(count >= 0 && count <= result.end() - id, "commit: wrong number of ids in a row");
+        check_ids(row, status, {id, static_cast<size_t>(count)});
         id += count;
         word += kResultRowWords;
     }
     require(id == result.end(), "commit: ids left over");
 }
 
+// All but the last of a row's ids must be the drafts, or its pages do not hold what they should.
+void Scheduler::check_ids(const Row& row, int32_t status, std::span<const int32_t> ids) const {
+    const auto count = std::ssize(ids);
+    if (status == kRowFailed) return require(count <= 1, "commit: wrong number of ids in a row");
+    const bool fits = row.samples() ? count >= 1 && count <= 1 + row.num_draft() : count == 0;
+    require(fits, "commit: wrong number of ids in a row");
+    require(std::ranges::all_of(ids, [](int32_t id) { return id >= 0; }), "commit: a negative id");
+    const bool accepted = ids.empty() || std::equal(ids.begin(), ids.end() - 1, row.draft.begin());
+    require(accepted, "commit: an accepted id is not the draft's");
+}
+
 // Takes in one row. The step's lease on its slot is already back.
 void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
     Request& request = *row.request;
     Holdings& held = *holdings(request.state);
-    held.computed = row.start + row.num_tokens;
-    if (mutant(Mutant::kK3CountsPlanned)) held.computed = held.scheduled;
-    if (mutant(Mutant::kK3CountsSampled)) held.computed += row.sample;
+    const bool verified = row.samples() && status == kRowOk;
+    const int32_t num_rejected =
+        verified ? row.num_draft() + 1 - static_cast<int32_t>(ids.size()) : 0;
+    const Settled settled = Committed(row.end()).settled(
+        mutant(Mutant::kK3CountsRejected) ? std::max(0, num_rejected - 1) : num_rejected);
+    held.settled = settled.tokens();
+    if (!mutant(Mutant::kK3KeepsScheduled)) held.scheduled -= num_rejected;
+    if (row.speculates()) held.alone = false;
+    if (mutant(Mutant::kK3CountsPlanned)) held.settled = held.scheduled;
+    if (mutant(Mutant::kK3CountsSampled)) held.settled += row.samples();
     const bool over = std::holds_alternative<Draining>(request.state);
+    Finish finish = Finish::kNone;
     if (status == kRowFailed) {
         // What the failed row read or wrote may be what is wrong: nobody shall find it again.
         for (int i = 0; i < held.pages.num_sealed(); ++i) index_.forget(held.pages.sealed(i));
         request.tainted = !mutant(Mutant::kK5PublishAfterFailure);
         if (!over) return end_running(request, Finish::kError, {});
     } else {
-        if (row.sample && !over) request.tokens.push_back(ids[0]);
-        publish(request, held);
+        if (!over) finish = take_ids(request, ids);
+        publish(request, held,
+                mutant(Mutant::kK5PublishRejected) ? Committed(row.end()).settled(0) : settled);
     }
     if (over) {
         if (held.slot.leased()) return;
@@ -217,13 +249,29 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
         ++room_version_;
         return;
     }
-    if (!row.sample) return;
+    if (ids.empty()) return;
     waiting_.charge(*request.user, std::ssize(ids));
-    const bool stops = request.num_outputs() >= request.min_tokens &&
-                       std::ranges::binary_search(request.stop_ids, ids[0]);
-    if (stops) return end_running(request, Finish::kStop, ids);
-    if (request.known() >= request.limit) return end_running(request, Finish::kLength, ids);
+    if (finish != Finish::kNone) return end_running(request, finish, ids);
     report(request, Finish::kNone, ids);
+}
+
+// D2: the ids one by one, up to the one that ends the request; `ids` becomes those. A draft that
+// waits goes on from the last of them, or is dropped.
+Finish Scheduler::take_ids(Request& request, std::span<const int32_t>& ids) {
+    for (size_t i = 0; i < ids.size(); ++i) {
+        request.tokens.push_back(ids[i]);
+        const bool goes_on = !request.draft.empty() && request.draft.front() == ids[i];
+        request.draft.erase(request.draft.begin(),
+                            goes_on ? request.draft.begin() + 1 : request.draft.end());
+        const bool last = i + 1 == ids.size();
+        const bool stops = (last || !mutant(Mutant::kS2StopIgnored)) &&
+                           request.num_outputs() >= request.min_tokens &&
+                           std::ranges::binary_search(request.stop_ids, ids[i]);
+        if (!stops && request.known() < request.limit) continue;
+        ids = ids.first(i + 1);
+        return stops ? Finish::kStop : Finish::kLength;
+    }
+    return Finish::kNone;
 }
 
 void Scheduler::end_running(Request& request, Finish finish, std::span<const int32_t> ids) {
@@ -247,9 +295,9 @@ void Scheduler::report(Request& request, Finish finish, std::span<const int32_t>
 }
 
 // Seals the pages that committed steps filled, and makes them findable.
-void Scheduler::publish(Request& request, Holdings& held) {
+void Scheduler::publish(Request& request, Holdings& held, const Settled& settled) {
     const int first = held.pages.num_sealed();
-    const Committed proof(std::min(held.computed, request.known()));
+    const Settled proof = settled.at_most(request.known());
     if (proof.tokens() / options_.page_size == first) return;
     held.pages.seal_full(pool_, proof, options_.page_size);
     if (!options_.enable_prefix_caching || request.tainted) return;

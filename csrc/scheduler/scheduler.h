@@ -20,9 +20,19 @@
 //  num_micro_steps P, for the stages of a pipeline: up to P steps share the requests.
 //  M1  A request whose next token is being computed is in no other step. Chunks of one prompt
 //      may be, for they pass through the stages one behind the other; the last one samples.
+//      With overlap_depth 1 this holds for rows that speculate.
 //  M2  A step takes at most an equal share (1/P, rounded up) of the decoding requests and of the
 //      budget of tokens, so that there is as much left for the other stages. Who was served
 //      longest ago goes first.
+//
+// A decoding row may carry drafts, guesses at its next tokens, which the step verifies
+// (`speculate`):
+//  D1  They only use what is left: tokens of the budget when every decoding request has its one
+//      (half of it while prompts wait), and pages that nobody was promised, less one for each
+//      running request. Before anybody is retracted, pages that only rejected drafts wanted go
+//      back.
+//  D2  Who speculates ends with the same tokens as who does not: ids are taken one by one, up to a
+//      stop id or the limit, and nothing behind them counts.
 #pragma once
 
 #include <cstdint>
@@ -88,6 +98,8 @@ struct Request {
     bool tainted = false;  // a row failed: its pages are not published any more
     std::vector<int32_t> stop_ids;
     std::vector<int32_t> tokens;  // prompt, then committed output
+    std::vector<int32_t> draft;   // guesses at what follows `tokens`, for the next row that samples
+    int32_t num_propose = 0;      // ids that a drafter on the device proposes after that row
     Hash128 root;                 // of the salt
     std::vector<Hash128> chain;   // of tokens' full pages, as far as anybody asked
     int32_t retractions = 0;
@@ -106,6 +118,7 @@ struct Request {
     int32_t known() const { return static_cast<int32_t>(tokens.size()); }
     int32_t num_outputs() const { return known() - num_prompt; }
     bool wants_prompt_logits() const { return prompt_logprobs && num_outputs() == 0; }
+    bool speculates() const { return !draft.empty() || num_propose > 0; }
 };
 
 // What one commit produced; one entry per request that got tokens or ended. The receipts are of
@@ -136,6 +149,11 @@ class Scheduler {
     // Throws std::invalid_argument: empty, too long, duplicate id, can never fit. Nothing changed.
     void submit(const NewRequest& request);
     bool abort(uint64_t request_id);
+    // For the request's next row that samples: ids to verify, guesses at what follows its tokens as
+    // they are now, and how many further ids the device shall propose. A later call replaces it.
+    // The last row of a prompt verifies nothing. False: no such live request. Throws
+    // std::invalid_argument for negative ids or numbers; then nothing changed.
+    bool speculate(uint64_t request_id, std::span<const int32_t> draft, int32_t num_propose);
     // The next step's Plan, valid until the next call; empty when nothing can run now.
     std::span<const int32_t> next_plan();
     // Takes the StepResult of the oldest plan in flight. Throws std::invalid_argument if it is
@@ -171,9 +189,15 @@ class Scheduler {
     friend class Inspector;  // tests/cpp/explore_inspect.h reads everything, changes nothing
     struct Row {
         Request* request;
-        int32_t slot, start, num_tokens;
-        bool sample;
+        int32_t slot, flags, start, num_tokens;  // tokens: the draft's too
+        int32_t num_propose;
+        std::vector<int32_t> draft;
         Lease lease;
+
+        bool samples() const { return (flags & kRowSample) != 0; }
+        int32_t end() const { return start + num_tokens; }
+        int32_t num_draft() const { return static_cast<int32_t>(draft.size()); }
+        bool speculates() const { return !draft.empty() || num_propose > 0; }
     };
     struct Step {
         uint64_t number = 0;
@@ -181,14 +205,14 @@ class Scheduler {
     };
     // The sections of the plan being made, in the layout's units.
     struct Sections {
-        std::vector<int32_t> rows, tokens, deltas, binds;
-        void clear();
+        std::vector<int32_t> deltas, binds;
     };
 
     // planner.cpp
     Decoding* decodable(Request& request) const;
     int32_t take_turns();
     void plan_decodes();
+    void plan_drafts();
     void plan_prefills();
     int32_t share_budget();
 
@@ -206,16 +230,23 @@ class Scheduler {
 
     // planner.cpp
     void add_delta(const Holdings& held, int index);
+    void take_page(Holdings& held);
     bool take_pages(Holdings& held, int32_t num_tokens);
+    int32_t pages_for_draft(Holdings& held, int32_t num_draft);
+    bool reclaim_spare();
+    bool prompts_wait() const;
     void plan_row(Request& request, Holdings& held, int32_t num_tokens);
     Request* retractable() const;
     void retract(Request& request);
+    void write_rows();
     std::span<const int32_t> emit();
 
     // scheduler.cpp
     void check_result(std::span<const int32_t> result) const;
+    void check_ids(const Row& row, int32_t status, std::span<const int32_t> ids) const;
     void settle(Row& row, int32_t status, std::span<const int32_t> ids);
-    void publish(Request& request, Holdings& held);
+    Finish take_ids(Request& request, std::span<const int32_t>& ids);
+    void publish(Request& request, Holdings& held, const Settled& settled);
     void report(Request& request, Finish finish, std::span<const int32_t> ids);
     void end_running(Request& request, Finish finish, std::span<const int32_t> ids);
     void leave(Request& request);

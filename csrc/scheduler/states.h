@@ -28,20 +28,24 @@ enum class Finish : int32_t { kNone = 0, kStop = 1, kLength = 2, kError = 3 };
 
 // What a running request owns. The slot dies first and checks that no step still needs the rest.
 //
-//   0            computed            scheduled
+//   0            settled             scheduled
 //   |--committed--|--in flight---------|--not planned yet-->
+//
+// A row in flight that verifies drafts covers them too; when it commits, `scheduled` goes back to
+// what is settled. Pages that only its rejected drafts wanted stay until somebody needs them.
 struct Holdings {
     Holdings(Promise promise_in, PageList pages_in, Slot slot_in, int32_t resumed_at)
         : promise(std::move(promise_in)),
           pages(std::move(pages_in)),
           slot(std::move(slot_in)),
-          computed(resumed_at),
+          settled(resumed_at),
           scheduled(resumed_at) {}
     Promise promise;
     PageList pages;
     Slot slot;
-    int32_t computed;   // positions whose step committed
-    int32_t scheduled;  // positions that a plan covers
+    int32_t settled;     // positions written by a committed step, with tokens known for good
+    int32_t scheduled;   // positions that a plan covers
+    bool alone = false;  // its last row in flight speculates: none may follow before it commits
 };
 
 struct MoveOnly {
@@ -183,7 +187,10 @@ template <class S>
 concept CanFinish = Moves<S, End>;
 template <class P>
 concept CanBeSealed =
-    requires(PagePool pool, P page, Committed proof) { pool.seal(std::move(page), proof); };
+    requires(PagePool pool, P page, Settled proof) { pool.seal(std::move(page), proof); };
+template <class Proof>
+concept CanSeal =
+    requires(PagePool pool, WritablePage page, Proof proof) { pool.seal(std::move(page), proof); };
 template <class P>
 concept CanBeShared = requires(const P page) { page.share(); };
 template <class P>
@@ -197,5 +204,8 @@ static_assert(!std::copy_constructible<FreePage> && !std::copy_constructible<Wri
               !std::copy_constructible<SealedPage> && !std::copy_constructible<Lease> &&
               !std::copy_constructible<Slot> && !std::copy_constructible<State>);
 static_assert(!std::constructible_from<Committed, int32_t>, "only a committed step proves a write");
+static_assert(CanSeal<Settled> && !CanSeal<Committed> && !CanSeal<int32_t> &&
+                  !std::constructible_from<Settled, int32_t>,
+              "a computed position may hold a rejected draft");
 
 }  // namespace tokenspeed

@@ -73,9 +73,11 @@ class Inspector {
             for (const auto& row : step.rows) {
                 const auto who = std::ranges::find(all, row.request) - all.begin();
                 for (uint64_t word : {uint64_t(who), slots.of(row.slot), uint64_t(row.start),
-                                      uint64_t(row.num_tokens), uint64_t(row.sample)}) {
+                                      uint64_t(row.num_tokens), uint64_t(row.samples()),
+                                      uint64_t(row.num_propose), uint64_t(row.num_draft())}) {
                     digest.add(word);
                 }
+                for (int32_t id : row.draft) digest.add(static_cast<uint64_t>(id));
             }
         }
         return digest.value();
@@ -96,10 +98,12 @@ class Inspector {
             digest.add(word);
         }
         for (int32_t token : request.tokens) digest.add(static_cast<uint64_t>(token));
+        digest.add(uint64_t(request.num_propose) << 32 | request.draft.size());
+        for (int32_t id : request.draft) digest.add(static_cast<uint64_t>(id));
         const Holdings* held = holdings(request.state);
         if (held == nullptr) return;
         for (uint64_t word :
-             {slots.of(held->slot.id()), uint64_t(held->computed), uint64_t(held->scheduled),
+             {slots.of(held->slot.id()), uint64_t(held->settled), uint64_t(held->scheduled),
               uint64_t(held->promise.firm()), uint64_t(held->promise.num_left()),
               uint64_t(held->pages.num_sealed()), uint64_t(held->pages.size())}) {
             digest.add(word);

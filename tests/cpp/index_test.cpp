@@ -12,7 +12,7 @@ namespace tokenspeed {
 
 class PageTestAccess {
   public:
-    static Committed committed(int32_t tokens) { return Committed(tokens); }
+    static Settled settled(int32_t tokens) { return Committed(tokens).settled(0); }
 };
 
 namespace {
@@ -27,7 +27,7 @@ struct Fixture {
                 std::make_unique<RetainingLru>(num_pages, num_pages / 2)) {}
 
     SealedPage fresh() {
-        return pool.seal(pool.open(pool.take()), PageTestAccess::committed(kPageSize));
+        return pool.seal(pool.open(pool.take()), PageTestAccess::settled(kPageSize));
     }
     Hash128 hash(const Tokens& tokens) const {
         Hash128 hash = index.root({});

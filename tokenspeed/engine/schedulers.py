@@ -83,6 +83,14 @@ class Schedulers:
         self.started(request_id)
         self._open[self._places.pop(request_id).index] -= 1
 
+    def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int = 0) -> bool:
+        """What the request's next step verifies and proposes; False if it is over. `ValueError` for
+        a negative id or number."""
+        place = self._places.get(request_id)
+        return place is not None and self._all[place.index].speculate(
+            request_id, draft, num_propose
+        )
+
     def next_plans(self) -> list[Words | None] | None:
         """A plan for each index that can run; None if none can."""
         plans = [scheduler.next_plan() for scheduler in self._all]

@@ -5,8 +5,8 @@
 
 namespace tokenspeed {
 #ifdef MUST_FAIL
-int32_t written() { return Committed(4).tokens(); }
+int32_t written() { return Committed(4).computed(); }
 #else
-int32_t written(const Committed& proof) { return proof.tokens(); }
+int32_t written(const Committed& proof) { return proof.computed(); }
 #endif
 }  // namespace tokenspeed

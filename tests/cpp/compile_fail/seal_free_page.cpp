@@ -5,11 +5,11 @@
 
 namespace tokenspeed {
 #ifdef MUST_FAIL
-SealedPage seal(PagePool& pool, FreePage page, const Committed& proof) {
+SealedPage seal(PagePool& pool, FreePage page, const Settled& proof) {
     return pool.seal(std::move(page), proof);
 }
 #else
-SealedPage seal(PagePool& pool, WritablePage page, const Committed& proof) {
+SealedPage seal(PagePool& pool, WritablePage page, const Settled& proof) {
     return pool.seal(std::move(page), proof);
 }
 #endif
