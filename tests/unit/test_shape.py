@@ -15,7 +15,13 @@ ORDER = (
     "errors config kernels spmd layers models planner execution engine text llm gateway cli".split()
 )
 # Used from these folders upwards.
-COMPILED = {"_scheduler": "execution", "_policy": "engine", "_cpu": "kernels", "_shm": "spmd", "_drafts": "execution"}
+COMPILED = {
+    "_scheduler": "execution",
+    "_policy": "engine",
+    "_cpu": "kernels",
+    "_shm": "spmd",
+    "_drafts": "execution",
+}
 MAX_FILE, MAX_KERNEL_FILE, MAX_FUNCTION = 400, 600, 60
 
 

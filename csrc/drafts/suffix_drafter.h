@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT
+// Proposes the most frequent continuation of the longest suffix of a request that was seen before:
+// in its own session's history, or in recent outputs of its salt where that matches more. Knows
+// no steps and no acceptance. Not thread-safe.
+//
+// Histories of ended requests are kept, the most recently used first, up to `max_kept_tokens`
+// tokens; the next request of the same salt that begins alike takes one over (history.h).
+#pragma once
+
+#include <list>
+#include <span>
+#include <string>
+#include <unordered_map>
+
+#include "drafts/draft.h"
+#include "drafts/history.h"
+#include "drafts/shared_store.h"
+
+namespace tokenspeed::drafts {
+
+struct SuffixOptions {
+    int32_t min_match = 2;
+    size_t shared_store_tokens = 0;
+    size_t max_kept_tokens = 0;
+    uint64_t seed = 0;  // secret; see place_of
+};
+
+class SuffixDrafter {
+  public:
+    explicit SuffixDrafter(const SuffixOptions& options)
+        : options_(options), stores_(options.shared_store_tokens, options.seed) {}
+
+    bool has(uint64_t id) const { return requests_.contains(id); }
+    // REQUIRES: !has(id); no token is negative.
+    void add(uint64_t id, std::span<const Token> prompt, const std::string& salt);
+    // REQUIRES (and for what follows): has(id).
+    void extend(uint64_t id, std::span<const Token> tokens);
+    Draft propose(uint64_t id, size_t max_tokens);
+    void remove(uint64_t id);
+
+    // Of live requests, histories kept and stores; separators count.
+    size_t num_tokens() const;
+    size_t num_bytes() const;
+    size_t num_kept_tokens() const { return num_kept_tokens_; }
+    size_t num_stored_tokens() const { return stores_.num_tokens(); }
+
+  private:
+    struct Request {
+        History history;
+        std::string salt;
+        StoreView view;
+    };
+
+    History take_kept(std::span<const Token> prompt, const std::string& salt);
+    Found find_own(const History& history) const;
+
+    SuffixOptions options_;
+    SharedStores stores_;
+    std::unordered_map<uint64_t, Request> requests_;
+    std::list<Request> kept_;  // the most recently used first
+    size_t num_kept_tokens_ = 0;
+};
+
+}  // namespace tokenspeed::drafts
