@@ -37,9 +37,9 @@ class StepTimeModel:
     @property
     def coefficients(self) -> NDArray[np.float64]: ...  # [7] seconds for one of each
     @property
-    def relative_error(self) -> float: ...  # moving mean of |error| / predicted time
+    def relative_error(self) -> float: ...  # median of |error| / predicted time, of the last 32
     @property
-    def median_relative_error(self) -> float: ...  # of the last 256 steps; 1 before the first
+    def median_relative_error(self) -> float: ...  # ... 256; 1 before the first
     @property
     def num_observed(self) -> int: ...
 
@@ -53,8 +53,7 @@ class Acceptance:
         prior: float = 0.5,
         request_memory: float = 16.0,  # drafts, of a place, that a request's rates remember
         shared_memory: float = 1024.0,  # ... that the drafter's do
-        request_shrinkage: float = 4.0,  # drafts that the drafter's rate counts for in a request's
-        shared_shrinkage: float = 4.0,  # ... and the place before it in the drafter's
+        shared_shrinkage: float = 4.0,  # drafts that a place's predecessor counts for
     ) -> None: ...
     def observe(
         self,

@@ -87,15 +87,13 @@ std::pair<double, double> predict(const StepTimeModel& self, const Vector<double
 // ---- Acceptance --------------------------------------------------------------------------------
 
 void make_acceptance(Acceptance* self, int num_drafters, double prior, double request_memory,
-                     double shared_memory, double request_shrinkage, double shared_shrinkage) {
+                     double shared_memory, double shared_shrinkage) {
     expect(num_drafters >= 1 && num_drafters <= 64, "num_drafters: must be in [1, 64]");
     expect(prior > 0 && prior < 1, "prior: must be in (0, 1)");
     expect(request_memory >= 1, "request_memory: must be at least 1");
     expect(shared_memory >= 1, "shared_memory: must be at least 1");
-    expect(request_shrinkage > 0, "request_shrinkage: must be > 0");
     expect(shared_shrinkage > 0, "shared_shrinkage: must be > 0");
-    new (self) Acceptance(
-        {num_drafters, prior, request_memory, shared_memory, request_shrinkage, shared_shrinkage});
+    new (self) Acceptance({num_drafters, prior, request_memory, shared_memory, shared_shrinkage});
 }
 
 void check_drafters(const Acceptance& self, std::span<const int32_t> drafters) {
@@ -201,8 +199,10 @@ NB_MODULE(_policy, m) {
              "prior_weight"_a = StepTimeOptions{}.prior_weight)
         .def("observe", observe_time, "features"_a.noconvert(), "seconds"_a)
         .def("predict", predict, "features"_a.noconvert())
-        .def_prop_ro("coefficients",
-                     [](const StepTimeModel& self) { return owned<double>(self.coefficients()); })
+        .def_prop_ro(
+            "coefficients",
+            [](const StepTimeModel& self) { return owned<double>(self.coefficients()); },
+            nb::rv_policy::move)
         .def_prop_ro("relative_error", &StepTimeModel::relative_error)
         .def_prop_ro("median_relative_error", &StepTimeModel::median_relative_error)
         .def_prop_ro("num_observed", &StepTimeModel::num_observed);
@@ -212,7 +212,6 @@ NB_MODULE(_policy, m) {
         .def("__init__", make_acceptance, "num_drafters"_a, nb::kw_only(),
              "prior"_a = defaults.prior, "request_memory"_a = defaults.request_memory,
              "shared_memory"_a = defaults.shared_memory,
-             "request_shrinkage"_a = defaults.request_shrinkage,
              "shared_shrinkage"_a = defaults.shared_shrinkage)
         .def("observe", observe_drafts, "request_ids"_a.noconvert(), "drafters"_a.noconvert(),
              "match_lens"_a.noconvert(), "hits"_a.noconvert(), "missed"_a.noconvert())

@@ -3,12 +3,14 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <utility>
 
 namespace tokenspeed::policy {
 namespace {
 
 constexpr uint32_t kLongestInterval = 512;
+constexpr double kLossMemory = 256;  // first drafts
 // A draft accepted although it was expected so rarely: the text has changed, or the rate was wrong.
 constexpr float kSurprise = 0.3F;
 
@@ -16,6 +18,10 @@ double odds(double rate) { return rate / (1 - rate); }
 
 // A rate that none is beyond: odds stay finite.
 double bounded(double rate) { return std::clamp(rate, 1e-4, 1 - 1e-4); }
+
+double leant(double hits, double drafts, double rate, double weight) {
+    return bounded((hits + weight * rate) / (drafts + weight));
+}
 
 void settle(Tries* tries, int hits, bool missed) {
     const int place = std::exchange(tries->place, -1);
@@ -49,6 +55,7 @@ void Acceptance::observe(uint64_t request_id, int drafter, int match_len, int hi
     const auto found = requests_.find(request_id);
     if (found == requests_.end()) return;
     Cell& own = cell(&found->second, which);
+    if (num_seen > 0) compare(&shared, own.counts, hits > 0);
     for (int i = 0; i < num_seen; ++i) {
         own.counts.observe(std::min(i, kPlaces - 1), i < hits, keep_own_);
     }
@@ -99,15 +106,23 @@ void Acceptance::refresh(Shared* shared) const {
 
 // What the drafter's rate would be for a request that differs from the others as much here as at
 // the place before (as a ratio of odds), corrected by what was seen here.
-double Acceptance::own_rate(const Shared& shared, const Counts& own, int place,
-                            double before) const {
+double Acceptance::own_rate(const Shared& shared, const Counts& own, int place, double before) {
     double expected = shared.rates[place];
     if (place > 0) {
         const double moved = odds(expected) * odds(before) / odds(shared.rates[place - 1]);
         expected = moved / (1 + moved);
     }
-    const double weight = options_.request_shrinkage;
-    return bounded((own.hits[place] + weight * expected) / (own.drafts[place] + weight));
+    return leant(own.hits[place], own.drafts[place], expected, kShrinkages[shared.best]);
+}
+
+// Which shrinkage foretells first drafts best.
+void Acceptance::compare(Shared* shared, const Counts& own, bool hit) {
+    for (size_t i = 0; i < kShrinkages.size(); ++i) {
+        const double rate = leant(own.hits[0], own.drafts[0], shared->rates[0], kShrinkages[i]);
+        const double loss = -std::log(hit ? rate : 1 - rate);
+        shared->losses[i] += (loss - shared->losses[i]) / kLossMemory;
+    }
+    shared->best = std::ranges::min_element(shared->losses) - shared->losses.begin();
 }
 
 Acceptance::Cell& Acceptance::cell(Cells* cells, int kind) {

@@ -3,7 +3,8 @@
 // costs.
 //
 // A place's rate is that of drafts all of whose predecessors were accepted, a moving mean. A
-// request's rates lean on those of all requests (beta prior); what its first places say of it
+// request's rates lean on those of all requests (beta prior), as much as would have foretold best:
+// little where requests differ or change, much where all are alike. What its first places say of it
 // carries over to places that it has not reached. Drafts of token drafters are kept apart by how
 // long a piece of text matched, in powers of two; 0 for drafters that match nothing.
 #pragma once
@@ -18,14 +19,15 @@ namespace tokenspeed::policy {
 
 constexpr int kPlaces = 16;  // the last stands for all behind it
 constexpr int kMatches = 7;  // match lengths 0, 1, 2-3, 4-7, 8-15, 16-31, 32-
+// Drafts that the drafter's rate may count for in a request's.
+constexpr std::array<double, 4> kShrinkages = {2, 8, 32, 128};
 
 struct AcceptanceOptions {
     int num_drafters = 1;
-    double prior = 0.5;            // a rate, before anything is known
-    double request_memory = 16;    // drafts, of a place, that a request's rates remember
-    double shared_memory = 1024;   // ... that the drafter's do
-    double request_shrinkage = 4;  // drafts that the drafter's rate counts for in a request's
-    double shared_shrinkage = 4;   // ... and the place before it in the drafter's
+    double prior = 0.5;           // a rate, before anything is known
+    double request_memory = 16;   // drafts, of a place, that a request's rates remember
+    double shared_memory = 1024;  // ... that the drafter's do
+    double shared_shrinkage = 4;  // drafts that a place's predecessor counts for
 };
 
 // When a drafter is tried on a request although it does not look worth it.
@@ -75,12 +77,15 @@ class Acceptance {
     struct Shared {
         Counts counts;
         std::array<double, kPlaces> rates;
+        std::array<double, kShrinkages.size()> losses{};  // moving means, in nats
+        size_t best = 1;                                  // of kShrinkages
     };
     using Cells = std::vector<Cell>;  // few: searched from the start
 
     int kind(int drafter, int match_len) const;
     void refresh(Shared* shared) const;
-    double own_rate(const Shared& shared, const Counts& own, int place, double before) const;
+    static void compare(Shared* shared, const Counts& own, bool hit);
+    static double own_rate(const Shared& shared, const Counts& own, int place, double before);
     static Cell& cell(Cells* cells, int kind);
 
     AcceptanceOptions options_;

@@ -85,10 +85,21 @@ DraftCosts::DraftCosts(const StepTimeModel& times, const Features& base, Experts
     base_seconds = std::max(times.seconds(decode), 1e-9);
 }
 
+Features DraftCosts::added(int num_verified, int num_proposed) const {
+    Features drafts{};
+    drafts[kVerifyTokens] = num_verified;
+    drafts[kProposeTokens] = num_proposed;
+    drafts[kExperts] = experts.touched(num_tokens + num_verified) - experts.touched(num_tokens);
+    return drafts;
+}
+
 double DraftCosts::seconds(int num_verified, int num_proposed) const {
-    const double touched = experts.touched(num_tokens + num_verified) - experts.touched(num_tokens);
-    return base_seconds + coefficients[kVerifyTokens] * num_verified +
-           coefficients[kProposeTokens] * num_proposed + coefficients[kExperts] * touched;
+    double sum = base_seconds;
+    const Features drafts = added(num_verified, num_proposed);
+    for (const Feature i : {kVerifyTokens, kProposeTokens, kExperts}) {
+        sum += coefficients[i] * drafts[i];
+    }
+    return sum;
 }
 
 DepthChoice choose_depths(const DraftCosts& costs, std::span<const DraftRow> rows,

@@ -23,8 +23,10 @@ struct DepthChoice {
 // What a step without drafts gives and costs, and what drafts add.
 struct DraftCosts {
     DraftCosts(const StepTimeModel& times, const Features& base, Experts experts);
-    // REQUIRES: num_verified >= num_proposed >= 0, in number of drafts.
+    // Of the step with so many drafts. REQUIRES: num_verified >= num_proposed >= 0.
     double seconds(int num_verified, int num_proposed) const;
+    // What so many drafts add to the step.
+    Features added(int num_verified, int num_proposed) const;
 
     Features coefficients;
     Experts experts;

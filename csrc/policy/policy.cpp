@@ -8,9 +8,11 @@
 namespace tokenspeed::policy {
 namespace {
 
-constexpr int kStepsBetweenComparisons = 16;
-// What drafts cost is in doubt while its standard deviation is more than this of the step.
+constexpr double kFirstSaved = 4;
+constexpr int kStepsBetweenComparisons = 8;
+// A time is in doubt if its standard deviation is more than this of the step's.
 constexpr double kDoubt = 0.05;
+constexpr double kHope = 2;  // standard deviations
 
 }  // namespace
 
@@ -24,8 +26,13 @@ void DepthPolicy::choose(const Features& base, const Candidates& candidates, int
     costs.rows = std::max(costs.rows, 1.0);
     gather(costs, candidates);
     const DepthChoice choice = choose_depths(costs, rows_, max_drafts, depths);
+    if (saved_s_ < 0) saved_s_ = kFirstSaved * costs.base_seconds;
     saved_s_ = std::min(saved_s_ + kTryingShare * choice.seconds, kMostSaved * costs.base_seconds);
-    if (compare(costs, choice, depths)) return;
+    if (max_drafts < 1) return;
+    Option best = counted(costs, depths);
+    best.tokens = choice.tokens, best.seconds = choice.seconds;
+    if (compare(costs, best, candidates, max_drafts, depths)) return;
+    if (look(costs, best, candidates, depths)) return;
     try_deeper(costs, choice.tokens / choice.seconds, candidates, max_drafts, depths);
 }
 
@@ -52,26 +59,72 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
     }
 }
 
-// Whether this step goes without drafts, to tell what they cost: in steps of always the same
-// drafts, theirs cannot be told from the step's own.
-bool DepthPolicy::compare(const DraftCosts& costs, const DepthChoice& choice,
-                          std::span<int32_t> depths) {
-    Features drafts{};
+DepthPolicy::Option DepthPolicy::counted(const DraftCosts& costs,
+                                         std::span<const int32_t> depths) const {
+    Option option{0, 0, costs.rows, 0};
     for (size_t i = 0; i < depths.size(); ++i) {
-        drafts[kVerifyTokens] += depths[i];
-        if (rows_[i].proposes) drafts[kProposeTokens] += depths[i];
+        option.num_verified += depths[i];
+        if (rows_[i].proposes) option.num_proposed += depths[i];
     }
-    if (drafts[kVerifyTokens] == 0) {
-        steps_since_plain_ = 0;
-        return false;
+    option.seconds = costs.seconds(option.num_verified, option.num_proposed);
+    return option;
+}
+
+// Overwrites probabilities_.
+DepthPolicy::Option DepthPolicy::expected(const DraftCosts& costs, const Candidates& candidates,
+                                          std::span<const int32_t> depths) {
+    Option option = counted(costs, depths);
+    for (size_t i = 0; i < depths.size(); ++i) {
+        probabilities_.clear();
+        if (depths[i] > 0) expect(candidates, i, depths[i], 0);
+        for (const double probability : probabilities_) option.tokens += probability;
     }
-    if (++steps_since_plain_ < kStepsBetweenComparisons) return false;
-    const double doubt = times_->stddev_of_difference(drafts, choice.seconds);
-    if (doubt < kDoubt * choice.seconds) return false;
-    if (!afford(costs.base_seconds - costs.rows * choice.seconds / choice.tokens)) return false;
-    steps_since_plain_ = 0;
-    std::ranges::fill(depths, 0);
+    return option;
+}
+
+// Whether the other option's time is in doubt, and if it were as short as it well may be, would
+// give more tokens a second than the best.
+bool DepthPolicy::could_win(const DraftCosts& costs, const Option& other,
+                            const Option& best) const {
+    Features difference = costs.added(other.num_verified, other.num_proposed);
+    const Features own = costs.added(best.num_verified, best.num_proposed);
+    for (int i = 0; i < kNumFeatures; ++i) difference[i] -= own[i];
+    const double doubt = times_->stddev_of_difference(difference, best.seconds);
+    if (doubt < kDoubt * best.seconds) return false;
+    return other.tokens * best.seconds > best.tokens * (other.seconds - kHope * doubt);
+}
+
+// Whether all rows of this step go without drafts, or with all they may have, to see what that
+// costs: in steps of always the same drafts, their cost cannot be told from the step's own.
+bool DepthPolicy::compare(const DraftCosts& costs, const Option& best, const Candidates& candidates,
+                          int64_t max_drafts, std::span<int32_t> depths) {
+    if (++num_steps_ % kStepsBetweenComparisons != 0) return false;
+    const bool plain = num_steps_ / kStepsBetweenComparisons % 2 == 0;
+    other_.assign(depths.size(), 0);
+    for (size_t i = 0; !plain && i < depths.size(); ++i) {
+        other_[i] = static_cast<int32_t>(
+            std::min<int64_t>(std::min(candidates.max_depths[i], kMostDepth), max_drafts));
+        max_drafts -= other_[i];
+    }
+    const Option other = expected(costs, candidates, other_);
+    if (!could_win(costs, other, best)) return false;
+    if (!afford(other.seconds - other.tokens * best.seconds / best.tokens)) return false;
+    std::ranges::copy(other_, depths.begin());
     return true;
+}
+
+// One draft in every other step where there would be none although what it costs is in doubt: an
+// outlier among the first observations could otherwise never be seen to be one.
+bool DepthPolicy::look(const DraftCosts& costs, const Option& best, const Candidates& candidates,
+                       std::span<int32_t> depths) {
+    const auto able = std::ranges::find_if(candidates.max_depths, [](int d) { return d > 0; });
+    if (std::exchange(looked_, false) || best.num_verified > 0) return false;
+    if (able == candidates.max_depths.end()) return false;
+    other_.assign(depths.size(), 0);
+    other_[able - candidates.max_depths.begin()] = 1;
+    looked_ = could_win(costs, expected(costs, candidates, other_), best);
+    if (looked_) std::ranges::copy(other_, depths.begin());
+    return looked_;
 }
 
 void DepthPolicy::try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,

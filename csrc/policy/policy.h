@@ -47,8 +47,21 @@ class DepthPolicy {
                 std::span<int32_t> depths);
 
   private:
+    // Depths of a step, all told.
+    struct Option {
+        int num_verified = 0, num_proposed = 0;
+        double tokens, seconds;  // expected
+    };
+
     void gather(const DraftCosts& costs, const Candidates& candidates);
-    bool compare(const DraftCosts& costs, const DepthChoice& choice, std::span<int32_t> depths);
+    Option counted(const DraftCosts& costs, std::span<const int32_t> depths) const;
+    Option expected(const DraftCosts& costs, const Candidates& candidates,
+                    std::span<const int32_t> depths);
+    bool could_win(const DraftCosts& costs, const Option& other, const Option& best) const;
+    bool compare(const DraftCosts& costs, const Option& best, const Candidates& candidates,
+                 int64_t max_drafts, std::span<int32_t> depths);
+    bool look(const DraftCosts& costs, const Option& best, const Candidates& candidates,
+              std::span<int32_t> depths);
     void try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
                     int64_t max_drafts, std::span<int32_t> depths);
     bool afford(double loss_s);
@@ -58,13 +71,15 @@ class DepthPolicy {
     Acceptance* acceptance_;
     std::vector<bool> proposes_;
     Experts experts_;
-    double saved_s_ = 0;             // that may be lost by trying
-    int64_t steps_since_plain_ = 0;  // since a step had no drafts
+    double saved_s_ = -1;  // that may be lost by trying; -1: before the first step
+    int64_t num_steps_ = 0;
+    bool looked_ = false;  // the step before had one draft, to see what it costs
     // Scratch of one call.
     std::vector<double> probabilities_;
     std::vector<size_t> ends_;
     std::vector<DraftRow> rows_;
     std::vector<size_t> due_;
+    std::vector<int32_t> other_;
 };
 
 }  // namespace tokenspeed::policy

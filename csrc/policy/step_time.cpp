@@ -8,11 +8,9 @@ namespace tokenspeed::policy {
 namespace {
 
 constexpr double kLeastSeconds = 1e-9;
-constexpr double kErrorRate = 0.05;
-constexpr double kLeastError = 0.01;  // clocks and machines are never better
-constexpr double kMostRise = 4.0;     // an error counts as at most so many typical ones
-// Huber's 1.345 standard deviations, in mean absolute errors of a normal distribution (times 1.25).
-constexpr double kHuber = 1.345 * 1.25;
+constexpr double kLeastError = 0.01;   // clocks and machines are never better
+constexpr double kDeviation = 1.4826;  // standard deviation / median of |error|, if it is normal
+constexpr double kHuber = 1.345 * kDeviation;
 constexpr int kSweeps = 50;
 
 double dot(const Features& a, const Features& b) {
@@ -50,19 +48,20 @@ double StepTimeModel::seconds(const Features& features) const {
 Prediction StepTimeModel::predict(const Features& features) const {
     const double time = seconds(features);
     const double known = stddev_of_difference(features, time);
-    return {time, std::hypot(known, error_ * 1.25 * time)};
+    return {time, std::hypot(known, kDeviation * error_ * time)};
 }
 
 double StepTimeModel::stddev_of_difference(const Features& difference, double seconds) const {
     const double time = std::max(seconds, kLeastSeconds);
     const Features z = shares(difference, time);
-    return error_ * 1.25 * time * std::sqrt(std::max(dot(z, solved(z)), 0.0));
+    return kDeviation * error_ * time * std::sqrt(std::max(dot(z, solved(z)), 0.0));
 }
 
-double StepTimeModel::median_relative_error() const {
-    const auto size = std::min<uint64_t>(num_observed_, kWindow);
+double StepTimeModel::median_error(int window) const {
+    const int size = static_cast<int>(std::min<uint64_t>(num_observed_, window));
     if (size == 0) return 1;
-    auto sorted = errors_;
+    std::array<float, kWindow> sorted;
+    for (int i = 0; i < size; ++i) sorted[i] = errors_[(num_observed_ - 1 - i) % kWindow];
     const auto middle = sorted.begin() + size / 2;
     std::nth_element(sorted.begin(), middle, sorted.begin() + size);
     return *middle;
@@ -71,12 +70,15 @@ double StepTimeModel::median_relative_error() const {
 bool StepTimeModel::observe(const Features& features, double seconds) {
     const double expected = this->seconds(features);
     if (!usable(features, seconds) || !std::isfinite(expected)) return false;
-    const double unit = std::max(expected, kLeastSeconds);
+    // Relative to the prediction; where that is far too low, to what would be, so that one step
+    // cannot count as thousands.
+    const double unit = std::max({expected, seconds / 2, kLeastSeconds});
     const Features z = shares(features, unit);
     if (!(dot(z, z) > 0)) return false;
     const double error = std::abs(seconds - expected) / unit;
-    const double typical = note_error(error);
-    const double weight = std::min(1.0, kHuber * typical / std::max(error, kLeastError));
+    errors_[num_observed_++ % kWindow] = static_cast<float>(error);
+    error_ = std::max(median_error(kLately), kLeastError);
+    const double weight = std::min(1.0, kHuber * error_ / std::max(error, kLeastError));
     const double innovation = seconds / unit - dot(z, estimate_);
     inform(z, weight);
     const Features step = solved(z);
@@ -90,16 +92,6 @@ Features StepTimeModel::shares(const Features& features, double seconds) const {
     Features z;
     for (int i = 0; i < kNumFeatures; ++i) z[i] = features[i] * prior_[i] / seconds;
     return z;
-}
-
-// Returns the typical error, this one included: bounded, but many in a row make it rise.
-double StepTimeModel::note_error(double relative) {
-    errors_[num_observed_ % kWindow] = static_cast<float>(relative);
-    ++num_observed_;
-    const double rate = std::max(1.0 / static_cast<double>(num_observed_), kErrorRate);
-    error_ += rate * (std::min(relative, kMostRise * error_) - error_);
-    error_ = std::max(error_, kLeastError);
-    return error_;
 }
 
 // Forgets along z, and only there, then adds what z tells.

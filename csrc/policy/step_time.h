@@ -66,16 +66,16 @@ class StepTimeModel {
     double stddev_of_difference(const Features& difference, double seconds) const;
 
     const Features& coefficients() const { return coefficients_; }  // seconds for one of each
-    double relative_error() const { return error_; }                // moving mean of |error| / time
-    double median_relative_error() const;  // of the last 256 observations; 1 before the first
+    double relative_error() const { return error_; }                // median of the last 32
+    double median_relative_error() const { return median_error(kWindow); }  // ... 256; at first 1
     uint64_t num_observed() const { return num_observed_; }
 
   private:
     using Matrix = std::array<Features, kNumFeatures>;
-    static constexpr int kWindow = 256;
+    static constexpr int kWindow = 256, kLately = 32;
 
     Features shares(const Features& features, double seconds) const;
-    double note_error(double relative);
+    double median_error(int window) const;
     void inform(const Features& shares, double weight);
     void factorize();
     Features solved(Features right) const;
@@ -87,7 +87,7 @@ class StepTimeModel {
     Matrix information_{}, factor_{};
     Features estimate_;      // least squares, may be negative
     Features coefficients_;  // the nearest that is not, in seconds
-    double error_ = 1;
+    double error_ = 1;       // median of |error| / predicted time, lately
     uint64_t num_observed_ = 0;
     std::array<float, kWindow> errors_{};
 };
