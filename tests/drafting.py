@@ -8,7 +8,6 @@ are accepted as the engine accepts them. What nobody wrote is NaN, in the drafte
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from tests.paged_run import PagedRun
 from tokenspeed.execution.speculation.drafter import DraftWork
+from tokenspeed.execution.speculation.model_drafter import ChainDrafter, Room
 from tokenspeed.execution.step_tensors import StepBatch
 from tokenspeed.kernels.sample import sample
 from tokenspeed.models.causal_lm import CausalLM
@@ -29,14 +29,20 @@ class Drafting:
     """
 
     def __init__(
-        self, target: CausalLM, drafter: Any, temperatures: Mapping[int, float] | None = None
+        self,
+        target: CausalLM,
+        drafter: ChainDrafter,
+        temperatures: Mapping[int, float] | None = None,
     ) -> None:
         self.run, self.drafter = PagedRun(target), drafter
         self.temperatures = temperatures or {}
-        drafter.caches = [
-            tuple(torch.full((64, 16, *s), torch.nan, dtype=spec.dtype) for s in spec.shapes)
+        room = Room(max_num_seqs=5, max_model_len=192, page_size=16)
+        num_pages = 64 + drafter.num_own_pages(room)
+        caches = [
+            tuple(torch.full((num_pages, 16, *s), torch.nan, dtype=spec.dtype) for s in spec.shapes)
             for spec in drafter.cache_specs
         ]
+        drafter.attach(caches, room, 64)
         self.ids: dict[int, list[int]] = {}  # by slot: the prompt, what came after it
         self.drafts: dict[int, list[int]] = {}
         self.proposed = self.accepted = 0

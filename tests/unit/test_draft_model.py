@@ -8,7 +8,7 @@ import torch
 
 from tests.checkpoints import make_checkpoint
 from tests.drafting import Drafting
-from tokenspeed.execution.speculation.draft_model import DraftModelDrafter
+from tokenspeed.execution.speculation.draft_model import draft_model_drafter
 from tokenspeed.models.build import load_model
 from tokenspeed.models.draft_model import load_draft_model
 
@@ -27,8 +27,7 @@ def drafting(folder: Path, temperatures: dict[int, float], *, max_depth: int = 8
     """The target drafts for itself."""
     target = load_model(folder, torch.float32, CPU, 192)
     model = load_draft_model(folder, target, folder)
-    drafter = DraftModelDrafter(model, max_depth=max_depth, max_num_seqs=5, max_model_len=192)
-    return Drafting(target, drafter, temperatures)
+    return Drafting(target, draft_model_drafter(model, max_depth), temperatures)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

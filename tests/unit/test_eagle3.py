@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,8 +14,10 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint, make_eagle3, reference_model
+from tests.drafting import Drafting
 from tests.paged_run import PagedRun
 from tokenspeed.errors import ModelLoadError
+from tokenspeed.execution.speculation.eagle3 import eagle3_drafter
 from tokenspeed.models.build import Ranks, load_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.models.eagle3 import Eagle3
@@ -27,7 +30,7 @@ from tokenspeed.spmd.simulate import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
-EPS = 1e-5
+EPS, ALL = 1e-5, 10_000
 close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)  # rope tables are float32
 PROMPT = [(11 * i + i * i // 5) % 500 for i in range(70)]
 
@@ -105,6 +108,7 @@ class HeadRun:
         batch = self.run.batch({3: ids})
         target.forward(batch, self.run.caches)
         fused = self.head.fuse(target.aux_hidden)
+        self.head.spmd.begin_step([len(ids)])
         out, hidden = self.head(torch.tensor(following), fused, batch, self.cache)
         return self.head.logits(out), hidden
 
@@ -277,3 +281,64 @@ def test_stages_and_groups_are_refused(target: Path, tmp_path: Path) -> None:
             load_eagle3(make_eagle3(tmp_path), model, Ranks(mesh))
     with pytest.raises(ValueError, match="divided over all 4 of them, not over 2"):
         load_eagle3(make_eagle3(tmp_path), model, Ranks(Mesh(tp=2, ep=4)))
+
+
+def plain_drafts(
+    plain: PlainHead, reference: Any, run: Drafting, slot: int, count: int, ids: list[int]
+) -> list[int]:
+    """The chain over whole sequences: what the head gives is beside its draft in the next round."""
+    hidden = plain.fuse(streams(reference, ids[:-1], (1, 2, 3)))
+    fed = ids[1:]
+    for _ in range(count):
+        logits, states = plain(fed, hidden)
+        spread = torch.full((1, VOCAB_SIZE), -torch.inf).index_copy_(
+            1, torch.arange(256) * 2 + 1, logits[-1:].float()
+        )
+        place = torch.tensor([len(fed) + 1])
+        fed = [*fed, int(run.sample(spread, np.array([slot], np.int32), place))]
+        hidden = torch.cat([hidden, states[-1:]])
+    return fed[len(ids) - 1 :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_are_those_of_plain_torch(target: Path, tmp_path: Path, temperature: float) -> None:
+    """Chunks, mixed rows, drafts of others that are right in part, a prefix hit, a retraction."""
+    folder, reference = make_eagle3(tmp_path), reference_model(target)
+    plain, model = PlainHead(folder, reference), load_model(target, torch.float64, CPU, 192)
+    drafter = eagle3_drafter(load_eagle3(folder, model), None, max_depth=4)
+    warm = dict.fromkeys(range(5), temperature)
+    oracle = Drafting(model, drafter, warm)
+    prompts = {0: PROMPT[:50], 2: PROMPT[5:42]}
+    for slot, prompt in prompts.items():
+        oracle.begin(slot, prompt)
+    for _ in range(20):
+        oracle.step({0: ALL, 2: ALL})
+    run = Drafting(model, drafter, warm)
+
+    def check(depths: dict[int, int], chunks: dict[int, int] | None = None) -> None:
+        before = {slot: len(run.ids[slot]) for slot in depths}
+        run.step({slot: (chunks or {}).get(slot, ALL) for slot in depths}, depths)
+        for slot, depth in depths.items():
+            ids = run.ids[slot]
+            count = min(depth, 4) if len(ids) > before[slot] else 0
+            want = plain_drafts(plain, reference, run, slot, count, ids)
+            assert run.drafts[slot] == want
+            if slot in prompts:  # what is verified next is right in part
+                true = oracle.ids[slot][len(ids) :][: len(ids) % 4]
+                run.drafts[slot] = [*true, 3] if len(ids) % 3 else true
+
+    for slot, prompt in prompts.items():
+        run.begin(slot, prompt)
+    check({0: 3}, {0: 17})
+    check({0: 3, 2: 3}, {0: 20})
+    check({0: 2, 2: 9})
+    check({0: 0, 2: 3})
+    run.begin(4, PROMPT[:36], hit=(0, 32))
+    check({2: 0, 0: 0, 4: 3})
+    check({0: 4, 4: 0, 2: 0})
+    run.begin(2, run.ids[2])  # it was retracted
+    check({2: 3, 4: 3})
+    check({0: 3, 2: 3, 4: 4})
+    assert run.accepted > 5
+    for slot in prompts:
+        assert run.ids[slot] == oracle.ids[slot][: len(run.ids[slot])]

@@ -100,8 +100,10 @@ class Eagle3(Layer):
     def forward(
         self, ids: Tensor, hidden: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor]:
-        """Each token with the hidden state of the position before it: see `Eagle3Body`."""
-        self.spmd.begin_step([len(ids)])
+        """Each token with the hidden state of the position before it: see `Eagle3Body`.
+
+        Before it, `spmd.begin_step` says how many tokens there are.
+        """
         found: tuple[Tensor, Tensor] = self.body(ids, hidden, batch, cache)
         return found
 
