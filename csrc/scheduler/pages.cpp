@@ -68,11 +68,9 @@ void PageList::seal_full(PagePool& pool, const Settled& proof, int page_size) {
     open_.erase(open_.begin(), open_.begin() + count);
 }
 
-int PageList::drop_behind(int count) {
+void PageList::drop_behind(int count) {
     TS_CHECK(count >= num_sealed());
-    int dropped = 0;
-    for (; size() > count; ++dropped) open_.pop_back();
-    return dropped;
+    while (size() > count) open_.pop_back();
 }
 
 SlotPool::SlotPool(int num_slots) : leases_(num_slots, 0) {

@@ -200,8 +200,8 @@ class PageList {
     }
     // Seals the pages that `proof` says are full.
     void seal_full(PagePool& pool, const Settled& proof, int page_size);
-    // Gives back what is being written behind the first `count` pages; returns how many.
-    int drop_behind(int count);
+    // Gives back the pages behind the first `count`. REQUIRES: none of them is sealed.
+    void drop_behind(int count);
 
   private:
     std::vector<SealedPage> sealed_;

@@ -200,16 +200,17 @@ int32_t Scheduler::pages_for_draft(Holdings& held, int32_t num_draft) {
     return std::min(num_draft, held.pages.size() * options_.page_size - held.scheduled);
 }
 
-// Takes back the pages that only rejected drafts of one request wanted; false if nobody has any.
-// Who has a firm promise keeps them: nobody else could have had them.
+// Takes back the pages that only rejected drafts of one request wanted; false if nobody has any. No
+// step in flight reads them: they lie behind all that is scheduled. Who has a firm promise keeps
+// them, for nobody else could have had them.
 bool Scheduler::reclaim_spare() {
     for (auto it = running_.rbegin(); it != running_.rend(); ++it) {
         Holdings& held = *holdings((*it)->state);
-        const bool idle = !held.slot.leased() || mutant(Mutant::kS1ReclaimsInFlight);
-        const int needed =
-            pages_for(mutant(Mutant::kS1ReclaimsInFlight) ? std::min(held.scheduled, (*it)->known())
-                                                          : held.scheduled);
-        if (!idle || held.promise.firm() || held.pages.size() <= needed) continue;
+        const int32_t used = mutant(Mutant::kS1ReclaimsInFlight)
+                                 ? std::min(held.scheduled, (*it)->known())
+                                 : held.scheduled;
+        const int needed = pages_for(used);
+        if (held.promise.firm() || held.pages.size() <= needed) continue;
         held.pages.drop_behind(needed);
         ++room_version_;
         return true;

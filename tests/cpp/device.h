@@ -75,6 +75,7 @@ class Device {
 
     struct Coverage {
         int64_t hit_tokens = 0, rows = 0, from_device = 0, failed = 0, chunks_in_flight = 0;
+        int64_t drafts = 0, accepted = 0, proposing = 0;
     };
 
     // Checks a plan when it is made and takes it in flight. `truths`: by request id; aborted
@@ -85,7 +86,7 @@ class Device {
     // The result of the oldest plan in flight; rows for which `fails(i)` is true fail.
     template <class F>
     Tokens result(F fails);
-    void committed() { in_flight_.pop_front(); }
+    void committed();
     int num_in_flight() const { return static_cast<int>(in_flight_.size()); }
     uint64_t row_request(int i) const { return in_flight_.front().owners[i]; }
     const Coverage& coverage() const { return coverage_; }
@@ -111,11 +112,12 @@ class Device {
         std::vector<Slot> slots;                 // [rows] as they were at launch
         std::set<int> pages;                     // read or written
         std::vector<std::pair<int, int>> fresh;  // row, index of pages first written here
-        Tokens sampled;                          // [rows], -1 where nothing is sampled
+        std::vector<Tokens> sampled;             // [rows] ids that the row accepts
     };
 
     void take_binds(const PlanView& plan, const std::map<uint64_t, Truth*>& truths);
     void take_row(Flight& flight, int i, std::set<int>& targets);
+    void check_draft(const int32_t* row);
     void check_disjoint(const Slot& slot, const int32_t* row);
     void check_hit(const Slot& slot, int start, uint64_t num_committed) const;
     void run_row(Flight& flight, int i);
@@ -172,7 +174,8 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
     Slot& slot = slots_[row[kRowSlot]];
     const int start = row[kRowStart], end = start + row[kRowNumTokens];
     ++coverage_.rows;
-    TS_CHECK(row[kRowNumTokens] > 0 && row[kRowNumDraft] == 0);
+    check_draft(row);
+    const int num_draft = row[kRowNumDraft];
     TS_CHECK(slot.next == -1 || slot.next == start);
     check_disjoint(slot, row);
     TS_CHECK(end < slot.truth.length || slot.truth.finish == 1);  // a stop is found out later
@@ -186,8 +189,8 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
     TS_CHECK(((row[kRowFlags] & kRowPromptLogprobs) != 0) == logits);
     TS_CHECK(!logits || slot.next != -1 || start == 0);
     const bool samples = (row[kRowFlags] & kRowSample) != 0;
-    TS_CHECK(samples == (end >= slot.truth.known));
-    for (int at = 0; at < row[kRowNumTokens]; ++at) {
+    TS_CHECK(samples == (end - num_draft >= slot.truth.known));
+    for (int at = 0; at < row[kRowNumTokens] - num_draft; ++at) {
         const int token = flight.plan.token(row[kRowTokenOffset] + at);
         coverage_.from_device += token == kTokenFromDevice;
         TS_CHECK(token == slot.truth.sequence[start + at] ||
@@ -207,18 +210,36 @@ inline void Device::take_row(Flight& flight, int i, std::set<int>& targets) {
     slot.next = end;
     flight.owners.push_back(slot.request);
     flight.slots.push_back(slot);
-    flight.sampled.push_back(-1);
+    flight.sampled.emplace_back();
 }
 
-// M1: without overlap steps in flight share no request, but for the chunks of a prompt.
+// Who verifies drafts goes on from one token that is known; prompts verify nothing.
+inline void Device::check_draft(const int32_t* row) {
+    const int num_draft = row[kRowNumDraft];
+    TS_CHECK(row[kRowNumTokens] > 0 && num_draft >= 0 && row[kRowNumPropose] >= 0);
+    const bool samples = (row[kRowFlags] & kRowSample) != 0;
+    const bool prefill = (row[kRowFlags] & kRowPrefill) != 0;
+    TS_CHECK(num_draft == 0 || (samples && !prefill && row[kRowNumTokens] == 1 + num_draft));
+    TS_CHECK(row[kRowNumPropose] == 0 || samples);
+    coverage_.drafts += num_draft;
+    coverage_.proposing += row[kRowNumPropose] > 0;
+}
+
+// M1: steps in flight share no request, but for the chunks of a prompt and, with overlap, rows that
+// do not speculate.
 inline void Device::check_disjoint(const Slot& slot, const int32_t* row) {
-    if (overlaps_) return;
+    const auto speculates = [](const int32_t* r) {
+        return r[kRowNumDraft] > 0 || r[kRowNumPropose] > 0;
+    };
     for (const Flight& other : in_flight_) {
         const auto own = std::ranges::find(other.owners, slot.request);
         if (own == other.owners.end()) continue;
         const int32_t* earlier = other.plan.row(static_cast<int>(own - other.owners.begin()));
-        TS_CHECK((earlier[kRowFlags] & kRowSample) == 0 && (row[kRowFlags] & kRowPrefill) != 0);
-        ++coverage_.chunks_in_flight;
+        const bool plain = overlaps_ && !speculates(earlier) && !speculates(row);
+        const bool chunks =
+            (earlier[kRowFlags] & kRowSample) == 0 && (row[kRowFlags] & kRowPrefill) != 0;
+        TS_CHECK(plain || chunks);
+        coverage_.chunks_in_flight += !overlaps_;
     }
 }
 
@@ -256,6 +277,7 @@ inline void Device::run_row(Flight& flight, int i) {
     const int32_t* row = flight.plan.row(i);
     const Slot& slot = flight.slots[i];
     const int start = row[kRowStart], end = start + row[kRowNumTokens];
+    const int firm_end = end - row[kRowNumDraft];
     for (int position = start; position < end; ++position) {
         int32_t token = flight.plan.token(row[kRowTokenOffset] + position - start);
         if (token == kTokenFromDevice) token = last_sampled_.at(row[kRowSlot]);
@@ -263,14 +285,35 @@ inline void Device::run_row(Flight& flight, int i) {
         cell = Cell{token, position, slot.truth.salt, flight.step};
     }
     Tokens seen;
-    for (int position = 0; position < end; ++position) {
+    for (int position = 0; position < firm_end; ++position) {
         const Cell& cell = pages_.at(slot.table.at(position / page_size_))[position % page_size_];
         check_cell(cell, slot, position);
         seen.push_back(cell.token);
     }
     if ((row[kRowFlags] & kRowSample) == 0) return;
-    flight.sampled[i] = next_token(seen, seen.size());
-    last_sampled_[row[kRowSlot]] = flight.sampled[i];
+    Tokens& ids = flight.sampled[i];
+    for (int at = firm_end;; ++at) {
+        ids.push_back(next_token(seen, seen.size()));
+        seen.push_back(ids.back());
+        const int token = at < end ? flight.plan.token(row[kRowTokenOffset] + at - start) : -1;
+        if (token != ids.back()) break;
+    }
+    // A place behind the first one whose numbers are not finite: the row stops before it.
+    if (ids.size() > 1 && (flight.step + i) % 7 == 0) ids.pop_back();
+    coverage_.accepted += std::ssize(ids) - 1;
+    last_sampled_[row[kRowSlot]] = ids.back();
+}
+
+// The next row of who verified drafts begins behind those that it accepted.
+inline void Device::committed() {
+    const Flight& flight = in_flight_.front();
+    for (int i = 0; i < flight.plan.num_rows(); ++i) {
+        const int32_t* row = flight.plan.row(i);
+        Slot& slot = slots_.at(row[kRowSlot]);
+        if (row[kRowNumDraft] == 0 || slot.request != flight.owners[i]) continue;
+        slot.next = row[kRowStart] + static_cast<int>(flight.sampled[i].size());
+    }
+    in_flight_.pop_front();
 }
 
 // Nobody may hit what a failed row of the oldest step read or wrote.
@@ -290,12 +333,12 @@ Tokens Device::result(F fails) {
     Tokens rows, ids;
     for (int i = 0; i < flight.plan.num_rows(); ++i) {
         const bool failed = fails(i);
-        const bool sampled = flight.sampled[i] >= 0 && !failed;
+        const auto count = failed ? 0 : static_cast<int32_t>(flight.sampled[i].size());
         coverage_.failed += failed;
         if (failed) taint(i);
         rows.insert(rows.end(),
-                    {flight.plan.row(i)[kRowSlot], failed ? kRowFailed : kRowOk, sampled});
-        if (sampled) ids.push_back(flight.sampled[i]);
+                    {flight.plan.row(i)[kRowSlot], failed ? kRowFailed : kRowOk, count});
+        ids.insert(ids.end(), flight.sampled[i].begin(), flight.sampled[i].begin() + count);
     }
     const auto total = static_cast<int32_t>(kResultHeaderWords + rows.size() + ids.size());
     Tokens words = {kResultMagic,

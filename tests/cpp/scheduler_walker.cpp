@@ -141,6 +141,7 @@ void Walk::abort() {
 
 void Walk::plan() {
     if (device_.num_in_flight() >= scheduler_.max_in_flight()) return commit();
+    while (speculates_ && one_in(2)) speculate();
     const auto words = scheduler_.next_plan();
     if (words.empty()) {
         TS_CHECK(device_.num_in_flight() > 0 || truths_.empty());  // I9: never stuck
@@ -357,6 +358,9 @@ void Walk::run(int num_ops) {
     count_.preemptions += scheduler_.stats().num_preemptions;
     count_.hit_tokens += device_.coverage().hit_tokens;
     count_.from_device += device_.coverage().from_device;
+    count_.drafts += device_.coverage().drafts;
+    count_.accepted += device_.coverage().accepted;
+    count_.proposing += device_.coverage().proposing;
     count_.chunks_in_flight += device_.coverage().chunks_in_flight;
     ++count_.num_machines;
 }
