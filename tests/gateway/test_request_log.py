@@ -34,8 +34,15 @@ def test_the_whole_line():
     assert line(done()) == (
         "id=r1 tenant=web session=s1 client=codex route=chat/completions model=demo status=200"
         " finish=stop prompt=100 cached=64 cached_host=0 output=41 calls=0 receipt=diverged"
-        " queue_ms=200.0 prefill_ms=250.0 ttft_ms=500.0 accepted=1.95 tps=19.5 total_ms=2600.0"
+        " queue_ms=200.0 prefill_ms=250.0 ttft_ms=500.0 accepted_length=1.95 tps=19.5 total_ms=2600.0"
     )
+
+
+def test_drafts_are_counted():
+    record = done()
+    record.feed(0, TokenOutput(1, [5], "stop", num_draft_tokens=30, num_accepted_tokens=20))
+    record.feed(1, TokenOutput(2, [5], "stop", num_draft_tokens=4, num_accepted_tokens=1))
+    assert " accepted_length=1.78 drafts=34 accepted=21 " in line(record)
 
 
 def test_what_is_not_known_is_left_out():
@@ -104,7 +111,7 @@ async def test_every_dialect_is_logged(caplog, path, body, stream):
     (found,) = fields(caplog)
     wanted = {"id": "req-1", "session": "s", "client": "codex_cli_rs", "model": "null"}
     wanted |= {"route": path.removeprefix("/v1/"), "status": "200", "finish": "length"}
-    wanted |= {"output": "2", "cached": "0", "calls": "0", "accepted": "1.00"}
+    wanted |= {"output": "2", "cached": "0", "calls": "0", "accepted_length": "1.00"}
     assert wanted.items() <= found.items()
     times = float(found["ttft_ms"]), float(found["total_ms"])
     assert 0 < times[0] <= times[1]

@@ -126,7 +126,7 @@ def test_each_key_of_speculation_is_read(asked: dict[str, Any], name: str, value
 def test_speculation_is_on_by_itself_and_can_be_off() -> None:
     made = speculation()
     assert (made, made.is_auto, made.adaptive) == (Speculation(), True, True)
-    assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 8)
+    assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 16)
     assert speculation({"method": "auto"}) == made
     off = speculation({"method": "off"})
     assert (off.methods, off.model_method) == ((), None)
@@ -212,7 +212,8 @@ def test_model_drafters_refuse_some_meshes(method: str, name: str) -> None:
 
 def test_a_draft_must_fit_the_context() -> None:
     assert speculation({"num_speculative_tokens": 7}, max_model_len=8).depth == 7
-    assert speculation(max_model_len=4).depth == 8  # nobody asked for it: it is shortened
+    assert speculation({"adaptive": False}).depth == 4
+    assert speculation(max_model_len=4).depth == 16  # nobody asked for it: it is shortened
     with pytest.raises(ValueError, match="num_speculative_tokens 8 must be below max_model_len 8"):
         speculation({"num_speculative_tokens": 8}, max_model_len=8)
 

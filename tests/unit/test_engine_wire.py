@@ -38,6 +38,11 @@ UP: list[Any] = [
     ),
     m.Rejected(9, "no", "top_p", "invalid_value"),
     m.StatsMessage(m.EngineStats(1, 2, 0.5, 3, 4, 5, 1.5, 2.5, 6, 7)),
+    m.StatsMessage(
+        m.EngineStats(
+            speculation=m.SpeculationStats([m.DrafterStats("x", 1, 2, 1, [1, 0])], [3, 1])
+        )
+    ),
     m.PrefixPages(2**64 - 1, 3),
     m.Heartbeat(10, True),
     m.Fatal("gone"),

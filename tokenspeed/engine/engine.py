@@ -38,6 +38,7 @@ from tokenspeed.engine.messages import (
     gateway_of,
 )
 from tokenspeed.engine.schedulers import Schedulers, user_key
+from tokenspeed.engine.speculator import Speculator
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.grammars import VOCABULARY, News
@@ -99,6 +100,7 @@ class Engine:
         max_logprobs: int,
         depth: int,
         balance: Callable[[], BalanceStats] | None = None,
+        speculator: Speculator | None = None,
         seed: int = 0,
     ) -> None:
         self.ready = ready
@@ -106,7 +108,7 @@ class Engine:
         self._schedulers, self._runner = schedulers, runner
         self._limits = Limits(ready.max_model_len, ready.vocab_size, max_logprobs)
         self._depth = depth  # steps that may be in flight beside the one just launched
-        self._balance = balance
+        self._balance, self._speculator = balance, speculator
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._live: dict[int, _Live] = {}
@@ -142,6 +144,8 @@ class Engine:
         sequence = Sequence(prompt, params, stop_ids, seed)
         self._live[request.request_id] = _Live(sequence)
         self._runner.add(request.request_id, sequence)
+        if self._speculator is not None:
+            self._speculator.add(request.request_id, prompt, request.salt)
 
     def add_grammar(self, key: str, data: bytes) -> None:
         """Requests may name this grammar until it is dropped. What is wrong with it shows there."""
@@ -171,7 +175,7 @@ class Engine:
         """Ends a request in any state; no output follows. Unknown ids are ignored."""
         if self._live.pop(request_id, None) is not None:
             self._schedulers.abort(request_id)
-            self._runner.remove(request_id)
+            self._forget(request_id)
 
     def abort_of(self, gateway: int) -> int:
         """Ends all requests of a gateway that is gone; returns how many."""
@@ -195,8 +199,13 @@ class Engine:
 
     def _step(self) -> list[TokenOutput]:
         self._schedulers.advance(time.monotonic())
+        speculator = self._speculator
+        if speculator is not None:
+            speculator.prepare(self._schedulers)
         plans = self._schedulers.next_plans()
         if plans is not None:
+            if speculator is not None:
+                speculator.launched(plans, time.monotonic())
             self._in_flight.append(self._runner.launch(plans))
         outputs: list[TokenOutput] = []
         while len(self._in_flight) > (self._depth if plans is not None else 0):
@@ -204,6 +213,8 @@ class Engine:
             for index, step in enumerate(self._in_flight.popleft().result()):
                 if step is not None:
                     outputs += self._commit(index, step)
+            if speculator is not None:
+                speculator.committed(time.monotonic())
             if plans is None:
                 break  # pages came back: there may be a plan now
         return outputs
@@ -214,7 +225,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The scheduler's counts, as the gateway's metrics show them."""
-        stats = EngineStats(**self._schedulers.stats())
+        drafts = None if self._speculator is None else self._speculator.stats()
+        stats = EngineStats(**self._schedulers.stats(), speculation=drafts)
         if self._balance is None:
             return stats
         balance = self._balance()
@@ -269,6 +281,8 @@ class Engine:
         ):
             ids, at = all_ids[at : at + num_ids], at + num_ids
             live = self._live[request_id]
+            if self._speculator is not None:
+                self._speculator.extend(request_id, ids, step.drafts.get(request_id, ()))
             logprobs = step.logprobs.get(request_id) if ids else None
             outputs.append(
                 TokenOutput(
@@ -302,8 +316,17 @@ class Engine:
         if over:
             del self._live[request_id]
             self._schedulers.forget(request_id)
-            self._runner.remove(request_id)
+            if self._speculator is not None:
+                drafted = self._speculator.drafted(request_id)
+                extra["num_draft_tokens"], extra["num_accepted_tokens"] = drafted
+            self._forget(request_id)
             started = sequence.started_s or sequence.arrived_s
             extra["queue_s"] = started - sequence.arrived_s
             extra["prefill_s"] = (live.first_token_s or started) - started
         return extra
+
+    def _forget(self, request_id: int) -> None:
+        """Of a request that the scheduler does not know any more."""
+        self._runner.remove(request_id)
+        if self._speculator is not None:
+            self._speculator.remove(request_id)

@@ -70,6 +70,31 @@ class TokenOutput:
     queue_s: float = 0.0  # with the last output: seconds from arrival to the first step
     prefill_s: float = 0.0  # seconds from the first step to the first token
     receipt: CacheReceipt | None = None  # with the first output
+    num_draft_tokens: int = 0  # with the last output: tokens that were drafted for it
+    num_accepted_tokens: int = 0  # of these, what came
+
+
+@dataclass(frozen=True)
+class DrafterStats:
+    """What came of one drafter's drafts, since the start."""
+
+    name: str
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
+    accepted_per_pos: list[int] = field(default_factory=list)  # drafts whose token there was kept
+
+
+@dataclass(frozen=True)
+class SpeculationStats:
+    """How speculative decoding goes, since the start."""
+
+    drafters: list[DrafterStats]
+    depths: list[int]  # [depth] decoding rows that were given a draft of so many tokens
+    num_steps: int = 0  # whose time was foretold
+    predicted_s: float = 0.0  # of these steps together
+    measured_s: float = 0.0
+    step_time_error: float = 0.0  # median relative error of the latest of these
 
 
 @dataclass(frozen=True)
@@ -88,6 +113,7 @@ class EngineStats:
     expert_load_slots_moved: int = 0
     num_retained_pages: int = 0  # under retention, in use or not
     num_pinned_pages: int = 0
+    speculation: SpeculationStats | None = None
 
 
 @dataclass(frozen=True)

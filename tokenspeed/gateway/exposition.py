@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from tokenspeed.gateway.draft_metrics import draft_metrics
 from tokenspeed.gateway.metrics import EngineMetrics, Histogram, Metrics
 
 _LABELS = ["model_name", "engine"]
@@ -85,6 +86,8 @@ class _Families(Collector):
         yield from self._gauges()
         yield from self._counters()
         yield from self._words()
+        drafts = ((labels, engine.stats.speculation) for labels, engine in self._engines)
+        yield from draft_metrics(_LABELS, drafts)
         for name, attribute in _HISTOGRAMS.items():
             yield self._histogram(f"vllm:{name}", attribute)
 

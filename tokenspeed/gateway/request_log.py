@@ -48,6 +48,8 @@ class RequestRecord:
     num_host: int = 0  # of those cached, in host memory
     num_output: int = 0
     num_steps: int = 0  # outputs that brought tokens
+    num_drafted: int = 0  # tokens of drafts that were verified
+    num_accepted: int = 0  # of these
     num_calls: int = 0
     finish: str = ""  # the choices' finish reasons
     reason: str = ""  # why the cache had no more
@@ -75,6 +77,8 @@ class RequestRecord:
                 self.output_ids += output.token_ids
         if output.prefill_s:
             self.queue_s, self.prefill_s = output.queue_s, output.prefill_s
+        self.num_drafted += output.num_draft_tokens
+        self.num_accepted += output.num_accepted_tokens
 
     def call_seen(self) -> None:
         """The answer has a tool call in it."""
@@ -163,7 +167,9 @@ def line(record: RequestRecord) -> str:
         pairs |= {"queue_ms": _ms(r.queue_s), "prefill_ms": _ms(r.prefill_s)}
     if r.first:
         pairs["ttft_ms"] = _ms(r.first - r.arrived)
-        pairs["accepted"] = f"{r.num_output / r.num_steps:.2f}"
+        pairs["accepted_length"] = f"{r.num_output / r.num_steps:.2f}"
+    if r.num_drafted:
+        pairs |= {"drafts": r.num_drafted, "accepted": r.num_accepted}
     if r.tps:
         pairs["tps"] = f"{r.tps:.1f}"
     pairs["total_ms"] = _ms(r.finished - r.arrived)

@@ -16,7 +16,8 @@ MODEL_METHODS: Final = ("mtp", "eagle3", "draft_model")
 METHODS: Final = ("auto", "off", *TOKEN_METHODS, *MODEL_METHODS)
 ALIASES: Final = {"deepseek_mtp": "mtp"}
 _NGRAM_MODELS: Final = ("ngram", "[ngram]")  # how the method was named before there were methods
-DEFAULT_DEPTH: Final = 8
+LEARNT_DEPTH: Final = 16  # most tokens of a draft, if nobody says
+FIXED_DEPTH: Final = 4
 
 _ALL = frozenset(METHODS) - {"off"}
 _KEYS: Final[dict[str, tuple[type, frozenset[str]]]] = {  # type, and the methods that have a use
@@ -56,7 +57,7 @@ class Speculation:
     @property
     def depth(self) -> int:
         """Most tokens of a draft."""
-        return DEFAULT_DEPTH if self.num_tokens is None else self.num_tokens
+        return self.num_tokens or (LEARNT_DEPTH if self.adaptive else FIXED_DEPTH)
 
     @property
     def token_methods(self) -> tuple[str, ...]:

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: MIT
+"""`Speculator` over drafters that are told what to say, and plans made by hand."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tokenspeed.engine.depths import Depths, Experts, Offers
+from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
+from tokenspeed.engine.messages import DrafterStats
+from tokenspeed.engine.speculator import Speculator, Weighted
+from tokenspeed.execution.plan_view import (
+    HEADER_WORDS,
+    LAYOUT_VERSION,
+    PLAN_MAGIC,
+    ROW_PREFILL,
+    ROW_SAMPLE,
+    Words,
+)
+from tokenspeed.execution.speculation.drafter import Proposal
+
+PROMPT = np.arange(5, dtype=np.int32)
+Row = tuple[int, int, int, int]  # slot, flags, num_draft, num_propose
+
+
+class Oracle:
+    """Proposes what it was told to, and remembers what it was asked."""
+
+    def __init__(self, name: str = "oracle", match_len: int = 4) -> None:
+        self.name, self.match_len = name, match_len
+        self.next: dict[int, list[int]] = {}
+        self.seen: dict[int, list[int]] = {}
+        self.salts: dict[int, bytes] = {}
+        self.num_asked = 0
+
+    def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
+        self.seen[request_id], self.salts[request_id] = prompt_ids.tolist(), salt
+
+    def extend(self, request_id: int, ids: Sequence[int]) -> None:
+        self.seen[request_id] += ids
+
+    def propose(self, request_id: int, max_tokens: int) -> Proposal:
+        self.num_asked += 1
+        return Proposal(self.next.get(request_id, [])[:max_tokens], self.match_len)
+
+    def remove(self, request_id: int) -> None:
+        del self.seen[request_id]
+
+
+class Told:
+    """What the scheduler was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, list[int], int]] = []
+
+    def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int) -> bool:
+        assert draft.dtype == np.int32
+        self.calls.append((request_id, draft.tolist(), num_propose))
+        return True
+
+    def take(self) -> list[tuple[int, list[int], int]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def plan(rows: Sequence[Row], binds: dict[int, int] | None = None) -> Words:
+    """The words of a plan of decoding rows; `binds` are request ids by slot."""
+    table, tokens = [], 0
+    for slot, flags, num_draft, num_propose in rows:
+        table.append([slot, flags, 5, 1 + num_draft, num_draft, tokens, num_propose])
+        tokens += 1 + num_draft
+    bound = [[slot, request_id, 0, 5] for slot, request_id in (binds or {}).items()]
+    size = HEADER_WORDS + 7 * len(rows) + tokens + 4 * len(bound)
+    counts = [len(rows), tokens, 0, 0, len(bound)]
+    head = [PLAN_MAGIC, LAYOUT_VERSION, size, 0, 0, *counts, *[0] * 6]
+    return np.array(
+        [*head, *sum(table, []), *[1] * tokens, *sum(bound, [])],  # noqa: RUF017
+        np.int32,
+    )
+
+
+class Harness:
+    """A speculator, and the steps around it: request i has slot i."""
+
+    def __init__(self, *drafters: Oracle, depth: int = 4, **options: Any) -> None:
+        self.it = Speculator(drafters, depth=depth, **options)
+        self.told = Told()
+        self.now = 100.0
+        self.bound: set[int] = set()
+
+    def prepared(self) -> list[tuple[int, list[int], int]]:
+        self.it.prepare(self.told)
+        return self.told.take()
+
+    def launch(self, **rows: tuple[int, int]) -> None:
+        """`r3=(num_draft, num_propose)`."""
+        numbers = {int(name[1:]): row for name, row in rows.items()}
+        new = {i: i for i in numbers if i not in self.bound}
+        self.bound.update(new)
+        words = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
+        self.it.launched([words], self.now)
+
+    def land(self, seconds: float, **ids: list[int]) -> None:
+        for name, given in ids.items():
+            self.it.extend(int(name[1:]), given)
+        self.now += seconds
+        self.it.committed(self.now)
+
+    def start(self, *request_ids: int) -> None:
+        """These have their first id, 10, and nothing was drafted."""
+        for request_id in request_ids:
+            self.it.add(request_id, PROMPT, b"")
+        self.it.prepare(self.told)
+        self.launch(**{f"r{i}": (0, 0) for i in request_ids})
+        self.land(0.01, **{f"r{i}": [10] for i in request_ids})
+        self.told.take()
+
+
+def test_a_draft_is_verified_counted_and_told_to_the_drafters() -> None:
+    first, second = Oracle("first"), Oracle("second")
+    h = Harness(first, second)
+    h.start(1, 2)
+    first.next[1], second.next[1], second.next[2] = [11, 12, 13, 14, 15], [99], [21]
+    assert h.prepared() == [(1, [11, 12, 13, 14], 0), (2, [21], 0)]
+    h.launch(r1=(3, 0), r2=(1, 0))  # the planner shortened one
+    h.land(0.01, r1=[11, 12, 7], r2=[5])
+    assert first.seen == second.seen == {1: [*range(5), 10, 11, 12, 7], 2: [*range(5), 10, 5]}
+    assert (h.it.drafted(1), h.it.drafted(2)) == ((3, 2), (1, 0))
+    assert h.it.stats().drafters == [
+        DrafterStats("first", 1, 3, 2, [1, 1, 0]),
+        DrafterStats("second", 1, 1, 0, [0]),
+    ]
+    assert h.it.stats().depths == [0, 1, 0, 0, 1]
+
+
+def test_nothing_found_is_nothing_told() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1)
+    assert h.prepared() == []
+    h.launch(r1=(0, 0))
+    assert h.prepared() == []
+    h.land(0.01, r1=[3])
+    assert drafter.num_asked == 1  # only when there are new ids
+    assert h.prepared() == []
+    assert h.it.stats().depths == [2, 0, 0, 0, 0]
+
+
+def test_a_request_that_ended_is_forgotten() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1, 2)
+    drafter.next = {1: [11], 2: [11]}
+    h.it.remove(1)
+    assert h.prepared() == [(2, [11], 0)]
+    assert set(drafter.seen) == {2}
+    h.it.remove(2)
+    assert not h.it._live
+    assert (h.it._num_rows, h.it._num_context) == (0, 0)
+
+
+def test_salts_reach_the_drafters() -> None:
+    drafter = Oracle()
+    Harness(drafter).it.add(1, PROMPT, b"tenant")
+    assert drafter.salts == {1: b"tenant"}
+
+
+def test_a_stop_id_amid_a_draft_counts_what_came() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1)
+    drafter.next[1] = [11, 12, 13]
+    h.prepared()
+    h.launch(r1=(3, 0))
+    h.it.extend(1, [11, 12])  # 12 is the end: what was accepted behind it was dropped
+    assert h.it.drafted(1) == (3, 2)
+
+
+def test_weights_propose_for_the_step_after() -> None:
+    h = Harness(weighted=Weighted("mtp", 2))
+    h.it.add(1, PROMPT, b"")
+    assert h.prepared() == [(1, [], 2)]  # with the last piece of the prompt
+    h.launch(r1=(0, 2))
+    assert h.prepared() == []
+    h.it.extend(1, [10], [11, 12])
+    h.it.committed(0.0)
+    assert h.prepared() == [(1, [11, 12], 2)]
+    h.launch(r1=(2, 2))
+    h.it.extend(1, [11, 3], [4])
+    h.it.committed(0.0)
+    assert h.prepared() == [(1, [4], 2)]
+    assert h.it.stats().drafters == [DrafterStats("mtp", 1, 2, 1, [1, 0])]
+
+
+def test_weights_rest_while_tokens_are_enough() -> None:
+    drafter = Oracle()
+    h = Harness(drafter, weighted=Weighted("mtp", 8))
+    h.start(1)
+    assert h.prepared() == [(1, [], 4)]
+    h.launch(r1=(0, 4))
+    drafter.next[1] = [11, 12]
+    h.it.extend(1, [5], [6, 7])
+    h.it.committed(0.0)
+    assert h.prepared() == [(1, [11, 12], 0)]
+
+
+def test_ids_on_their_way_are_guessed_first() -> None:
+    drafter = Oracle()
+    h = Harness(drafter, ahead=True)
+    h.start(1)
+    h.launch(r1=(0, 0))  # its id has not come when the next step is planned
+    drafter.next[1] = [11, 12, 13, 14, 15, 16]
+    assert h.prepared() == [(1, [12, 13, 14, 15], 0)]
+    h.launch(r1=(4, 0))
+    h.land(0.01, r1=[11])
+    assert h.prepared() == []  # it is in no other step now
+    h.land(0.01, r1=[12, 13, 7])
+    assert h.it.drafted(1) == (4, 2)
+    drafter.next[1] = [8]
+    assert h.prepared() == [(1, [8], 0)]
+
+
+def test_a_draft_that_no_step_took_is_replaced() -> None:
+    drafter = Oracle()
+    h = Harness(drafter, ahead=True)
+    h.start(1)
+    h.launch(r1=(0, 0))
+    drafter.next[1] = [11, 12]
+    assert h.prepared() == [(1, [12], 0)]
+    h.launch()  # there was no room
+    h.land(0.01, r1=[5])
+    drafter.next[1] = []
+    assert h.prepared() == [(1, [], 0)]
+
+
+def test_a_slot_given_anew_is_not_the_old_request() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1, 2)
+    drafter.next = {1: [11], 2: [11]}
+    h.prepared()
+    h.it.launched([plan([(1, ROW_SAMPLE, 1, 0)])], 0.0)
+    h.it.committed(0.0)  # 1 was retracted: nothing of it came
+    h.it.launched([plan([(2, ROW_SAMPLE, 1, 0), (1, ROW_PREFILL, 0, 0)], {2: 1, 1: 2})], 0.0)
+    h.it.extend(1, [11, 5])
+    h.it.committed(0.0)
+    assert (h.it.drafted(1), h.it.drafted(2)) == ((1, 1), (0, 0))
+
+
+def adaptive(*drafters: Oracle, weighted: Weighted | None = None, depth: int = 8) -> Harness:
+    proposes = [False] * len(drafters) + [True] * (weighted is not None)
+    depths = Depths(proposes, 1000, Experts())
+    return Harness(*drafters, depth=depth, weighted=weighted, depths=depths)
+
+
+def run(h: Harness, drafter: Oracle, steps: int, *, right: bool, per_draft: float) -> list[int]:
+    """Steps of 10 ms, and some for each draft token; the depths that were chosen."""
+    depths, token = [], 100
+    for _ in range(steps):
+        drafter.next[1] = list(range(token, token + 8)) if right else [7] * 8
+        told = h.prepared()
+        depth = len(told[0][1]) if told else 0
+        depths.append(depth)
+        h.launch(r1=(depth, 0))
+        given = list(range(token, token + 1 + (depth if right else 0)))
+        h.land(0.01 + per_draft * depth, r1=given)
+        token += len(given)
+    return depths
+
+
+def test_depths_follow_what_is_accepted() -> None:
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    assert run(h, drafter, 60, right=True, per_draft=0.004)[-20:] == [8] * 20
+    poor = run(h, drafter, 60, right=False, per_draft=0.004)[-20:]
+    assert sum(depth > 0 for depth in poor) <= 2
+    stats = h.it.stats()
+    assert stats.num_steps == 121
+    assert stats.predicted_s == pytest.approx(stats.measured_s, rel=0.2)
+    assert stats.step_time_error < 0.1
+
+
+def test_what_no_step_carried_is_learnt_from() -> None:
+    """A draft that would have been right is deep at once, though none was verified for long."""
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 80, right=False, per_draft=0.004)
+    acceptance = h.it._depths._acceptance  # type: ignore[union-attr]
+    before = acceptance.rate(1, 0, 4, 0)
+    assert before < 0.2
+    for token in range(100, 140):
+        drafter.next[1] = [token] * 8
+        h.prepared()
+        h.launch(r1=(0, 0))
+        h.land(0.01, r1=[token])
+    assert acceptance.rate(1, 0, 4, 0) > 0.8
+
+
+def test_weights_that_are_right_are_preferred_to_tokens_that_are_not() -> None:
+    drafter = Oracle()
+    h = adaptive(drafter, weighted=Weighted("mtp", 3))
+    h.start(1)
+    proposed: list[int] = []
+    calls: list[tuple[int, list[int], int]] = []
+    for token in range(100, 500, 5):
+        drafter.next[1] = [7] * 8
+        calls += h.prepared()
+        _, draft, num_propose = calls[-1]
+        accepted = num_accepted(draft, proposed)
+        h.launch(r1=(len(draft), num_propose))
+        given = [*proposed[:accepted], token]
+        proposed = [token + 1, token + 2, token + 3][:num_propose]
+        h.it.extend(1, given, proposed)
+        h.now += 0.01 + 0.0001 * (len(draft) + num_propose)
+        h.it.committed(h.now)
+    assert [(len(draft), n) for _, draft, n in calls[-10:]] == [(3, 3)] * 10
+
+
+def test_features_are_what_the_plan_says() -> None:
+    depths = Depths([False], 100, Experts(8, 2))
+    h = Harness(Oracle(), depths=depths)
+    h.it.add(1, PROMPT, b"")
+    words = plan([(1, ROW_SAMPLE, 2, 3), (2, ROW_SAMPLE, 0, 0), (3, ROW_PREFILL, 0, 0)], {1: 1})
+    h.it._owners[0] |= {2: 1, 3: 1}
+    h.it.launched([words], 0.0)
+    found = h.it._flights[0].features
+    assert found is not None
+    touched = 8 * (1 - (1 - 2 / 8) ** 5)  # of five tokens
+    expected = [1, 2, 2, 1, (3 * 5 + 3 + 1 + 1) / 1000, touched, 3]
+    assert found.tolist() == pytest.approx(expected)
+
+
+def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
+    depths = Depths([False], 100, Experts())
+    h = Harness(Oracle(), depths=depths)
+    h.start(1)
+    for _ in range(255 + 80):
+        h.launch(r1=(0, 0))
+        h.land(0.01, r1=[3])
+    assert h.it.stats().num_steps == 256 + 10
+
+
+def test_a_step_has_only_so_many_drafts() -> None:
+    depths = Depths([False], 7, Experts())
+    offers = Offers()
+    for request_id in range(4):
+        offers.add(request_id, 0, 32, 8)
+    for _ in range(50):
+        for request_id in range(4):
+            depths.findings.add(request_id, 0, 32, 8)
+            depths.findings.missed.append(False)
+        depths.learn()
+    assert sum(depths.choose(offers, 4, 1, 100)) == 2
+
+
+@pytest.mark.parametrize(
+    ("draft", "ids", "count"),
+    [([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1, 2, 3], [1, 2], 2), ([], [5], 0)],
+)
+def test_accepted_are_the_leading_equal_ones(draft: list[int], ids: list[int], count: int) -> None:
+    assert num_accepted(draft, ids) == count
+
+
+def test_counts_by_place() -> None:
+    counts = DraftCounts("x")
+    for num_draft, accepted in ((3, 3), (3, 1), (1, 0), (2, 2)):
+        counts.record(num_draft, accepted)
+    assert counts.stats() == DrafterStats("x", 4, 9, 6, [3, 2, 1])
