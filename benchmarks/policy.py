@@ -147,7 +147,7 @@ class Run:
         known = np.minimum(hits, seen).astype(np.int32)
         self._acceptance.observe(self._ids, self._zeros, self._zeros, known, hits < seen)
         self._produced += accepted + 1
-        for row in np.flatnonzero(self._produced >= REQUEST_TOKENS):
+        for row in np.flatnonzero(self._produced >= REQUEST_TOKENS).tolist():
             self._acceptance.forget(int(self._ids[row]))
             self._ids[row] += np.uint64(self._setting.rows)
             self._produced[row] = 0

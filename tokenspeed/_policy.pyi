@@ -26,7 +26,7 @@ class StepTimeModel:
         self,
         prior: NDArray[np.float64] | None = None,  # [7] seconds for one of each; 0: free for ever
         *,
-        forgetting: float = 0.98,
+        forgetting: float = 0.96,
         prior_weight: float = 1e-4,  # steps that the prior counts for
     ) -> None: ...
     def observe(self, features: NDArray[np.float64], seconds: float) -> bool:

@@ -43,7 +43,7 @@ struct Experts {
 struct StepTimeOptions {
     // Seconds for one of each. 0: costs nothing for ever, whatever is observed.
     Features prior = {1e-3, 5e-5, 2e-5, 2e-5, 1e-5, 2e-5, 1e-4};
-    double forgetting = 0.98;    // of what a step tells about, this much of the old is kept
+    double forgetting = 0.96;    // of what a step tells about, this much of the old is kept
     double prior_weight = 1e-4;  // steps that the prior counts for
 };
 

@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: MIT
+"""The policy of speculation: step times, acceptance, depths. No model, no clock."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tokenspeed._policy import (
+    FEATURES,
+    Acceptance,
+    DepthPolicy,
+    StepTimeModel,
+    choose_depths,
+    experts_touched,
+)
+
+COSTS = np.array([2e-3, 1e-4, 5e-5, 3e-5, 2e-5, 4e-5, 2e-4])
+EXPERTS = (64, 4)
+
+
+def features(**amounts: float) -> NDArray[np.float64]:
+    return np.array([amounts.get(name, name == "step") for name in FEATURES], np.float64)
+
+
+def random_features(rng: np.random.Generator) -> NDArray[np.float64]:
+    return np.concatenate(([1.0], rng.integers(0, [64, 64, 512, 100, 60, 64]))).astype(np.float64)
+
+
+def known(costs: NDArray[np.float64]) -> StepTimeModel:
+    """A model that is sure of these."""
+    return StepTimeModel(costs, prior_weight=1e12)
+
+
+def i32(*values: int) -> NDArray[np.int32]:
+    return np.array(values, np.int32)
+
+
+def observe(acceptance: Acceptance, hits: int, missed: bool, request_id: int = 1, **which: int):
+    acceptance.observe(
+        np.array([request_id], np.uint64),
+        i32(which.get("drafter", 0)),
+        i32(which.get("match_len", 0)),
+        i32(hits),
+        np.array([missed]),
+    )
+
+
+# ---- Step times --------------------------------------------------------------------------------
+
+
+def test_coefficients_are_found() -> None:
+    rng, model = np.random.default_rng(0), StepTimeModel()
+    for _ in range(400):
+        x = random_features(rng)
+        assert model.observe(x, float(x @ COSTS))
+    np.testing.assert_allclose(model.coefficients, COSTS, rtol=0.01)
+    assert model.num_observed == 400
+    x = random_features(rng)
+    seconds, stddev = model.predict(x)
+    assert seconds == pytest.approx(float(x @ COSTS), rel=1e-3)
+    assert stddev < 0.05 * seconds
+    assert model.median_relative_error < 0.001
+
+
+def test_noise_and_outliers_do_not_spoil_predictions() -> None:
+    rng, model = np.random.default_rng(1), StepTimeModel()
+    for i in range(1500):
+        x = random_features(rng)
+        spike = (60.0, 1e5, 1e-9)[i // 20 % 3] if i % 20 == 0 else 0.0
+        model.observe(x, spike or float(x @ COSTS) * float(rng.lognormal(0, 0.1)))
+    for _ in range(20):
+        x = random_features(rng)
+        assert model.predict(x)[0] == pytest.approx(float(x @ COSTS), rel=0.1)
+    assert 0.04 < model.relative_error < 0.12
+    before = model.predict(x)[0]
+    model.observe(x, 3600.0)
+    assert model.predict(x)[0] == pytest.approx(before, rel=0.05)
+
+
+def test_a_first_step_of_a_minute_is_forgotten() -> None:
+    model, x = StepTimeModel(), features(decode_rows=1)
+    model.observe(x, 60.0)
+    for _ in range(10):
+        model.observe(x, 1e-3)
+    assert model.predict(x)[0] == pytest.approx(1e-3, rel=0.01)
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan, math.inf])
+def test_times_that_are_none_teach_nothing(seconds: float) -> None:
+    model = StepTimeModel()
+    assert not model.observe(features(decode_rows=1), seconds)
+    assert not model.observe(features(decode_rows=math.nan), 1e-3)
+    assert not model.observe(features(decode_rows=-1), 1e-3)
+    assert not model.observe(features(step=0), 1e-3)  # all zero
+    assert model.num_observed == 0
+    np.testing.assert_array_equal(model.coefficients, StepTimeModel().coefficients)
+
+
+def test_what_changes_is_learnt_anew() -> None:
+    rng, model = np.random.default_rng(2), StepTimeModel()
+    for costs in (COSTS, 3 * COSTS, COSTS / 2):
+        for _ in range(600):
+            x = random_features(rng)
+            model.observe(x, float(x @ costs) * float(rng.lognormal(0, 0.1)))
+        for _ in range(20):
+            x = random_features(rng)
+            assert model.predict(x)[0] == pytest.approx(float(x @ costs), rel=0.15)
+
+
+def test_what_does_not_occur_is_remembered() -> None:
+    """Drafts' cost through many steps without any, and without windup: the matrix stays sound."""
+    rng, model = np.random.default_rng(3), StepTimeModel()
+    for _ in range(300):
+        x = random_features(rng)
+        model.observe(x, float(x @ COSTS))
+    plain = features(decode_rows=4, context_thousands=10)
+    for _ in range(20_000):
+        model.observe(plain, float(plain @ COSTS) * float(rng.lognormal(0, 0.1)))
+    verify = FEATURES.index("verify_tokens")
+    assert model.coefficients[verify] == pytest.approx(COSTS[verify], rel=0.02)
+    seconds, stddev = model.predict(features(decode_rows=4, verify_tokens=100))
+    assert 0 < stddev < seconds
+
+
+def test_no_coefficient_is_negative() -> None:
+    """Steps that get shorter with more rows: the rows count as free, and nothing is below zero."""
+    model = StepTimeModel()
+    for i in range(500):
+        rows = i % 16
+        model.observe(features(decode_rows=rows), 2e-3 - 1e-4 * rows)
+    assert np.all(model.coefficients >= 0)
+    assert model.coefficients[FEATURES.index("decode_rows")] < 1e-6
+    times = [model.predict(features(decode_rows=n))[0] for n in range(100)]
+    assert times == sorted(times)
+    assert times[0] > 0
+
+
+def test_errors_are_counted() -> None:
+    model, x = known(COSTS), features(decode_rows=2)
+    assert model.median_relative_error == 1
+    exact = float(x @ COSTS)
+    for error in [0.1] * 150 + [0.3] * 106:
+        model.observe(x, exact * (1 + error))
+    assert model.median_relative_error == pytest.approx(0.1, rel=1e-3)
+    assert model.relative_error == pytest.approx(0.3, rel=1e-3)
+
+
+def test_a_prior_of_zero_is_for_ever() -> None:
+    model = StepTimeModel(np.array([1e-3, 0, 0, 0, 0, 0, 0]))
+    for rows in range(50):
+        model.observe(features(decode_rows=rows), 1e-3 + rows)
+    assert np.count_nonzero(model.coefficients) == 1
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match="features"):
+        StepTimeModel().observe(np.ones(3), 1.0)
+    with pytest.raises(ValueError, match="features"):
+        StepTimeModel().predict(features(decode_rows=math.nan))
+    with pytest.raises(ValueError, match="prior"):
+        StepTimeModel(np.zeros(7))
+    with pytest.raises(ValueError, match="forgetting"):
+        StepTimeModel(forgetting=0)
+    with pytest.raises(ValueError, match="num_drafters"):
+        Acceptance(0)
+    with pytest.raises(ValueError, match="drafters"):
+        observe(Acceptance(1), 1, True, drafter=1)
+    with pytest.raises(ValueError, match="hits"):
+        observe(Acceptance(1), -1, True)
+    with pytest.raises(ValueError, match="proposes"):
+        DepthPolicy(StepTimeModel(), Acceptance(2), [True])
+    with pytest.raises(ValueError, match="experts_per_token"):
+        experts_touched(3, 4, 5)
+
+
+# ---- Acceptance --------------------------------------------------------------------------------
+
+
+def policy_for(acceptance: Acceptance, costs: NDArray[np.float64] = COSTS) -> DepthPolicy:
+    return DepthPolicy(known(costs), acceptance, [False] * 2)
+
+
+def meet(policy: DepthPolicy, request_id: int, match_len: int = 0, drafter: int = 0) -> None:
+    """Makes the request known to the policy."""
+    ids = np.array([request_id], np.uint64)
+    policy.choose(features(decode_rows=1), ids, i32(drafter), i32(match_len), i32(1), 0)
+
+
+def test_rates_are_those_of_places() -> None:
+    """The first draft always right, the second never: a request that is not known has both."""
+    acceptance = Acceptance(1, shared_memory=1e9)
+    for place in range(40):
+        assert acceptance.rate(7, 0, 0, place) == 0.5
+    for _ in range(100):
+        observe(acceptance, 1, True)
+    first = (100 + 4 * 0.5) / 104
+    assert acceptance.rate(7, 0, 0, 0) == pytest.approx(first, rel=1e-5)
+    assert acceptance.rate(7, 0, 0, 1) == pytest.approx(4 * first / 104, rel=1e-5)
+    observe(acceptance, 0, False)  # nothing was seen
+    assert acceptance.rate(7, 0, 0, 0) == pytest.approx(first, rel=1e-5)
+
+
+def test_rates_converge_at_every_place() -> None:
+    rng, acceptance = np.random.default_rng(4), Acceptance(1)
+    policy = policy_for(Acceptance(2))
+    meet(policy, 1)
+    wanted = [0.9, 0.5, 0.8, 0.3]
+    for _ in range(4000):
+        hits = 0
+        while hits < 4 and rng.random() < wanted[hits]:
+            hits += 1
+        observe(acceptance, hits, hits < 4)
+    got = [acceptance.rate(1, 0, 0, place) for place in range(4)]
+    np.testing.assert_allclose(got, wanted, atol=0.06)
+
+
+def test_recent_text_matters() -> None:
+    acceptance = Acceptance(2)
+    policy = policy_for(acceptance)
+    for request_id in (1, 2):
+        meet(policy, request_id)
+        for _ in range(300):
+            observe(acceptance, request_id - 1, request_id == 1, request_id)
+    assert acceptance.rate(1, 0, 0, 0) < 0.1
+    assert acceptance.rate(2, 0, 0, 0) > 0.9
+    for _ in range(40):
+        observe(acceptance, 1, False, 1)
+    assert acceptance.rate(1, 0, 0, 0) > 0.8
+
+
+def test_an_unlucky_row_among_equals_is_believed_less_than_among_unequals() -> None:
+    rng = np.random.default_rng(5)
+    rates = {}
+    for name, chances in {"equals": (0.6, 0.6), "unequals": (0.2, 1.0)}.items():
+        acceptance = Acceptance(2)
+        policy = policy_for(acceptance)
+        for request_id in range(2, 40):
+            meet(policy, request_id)
+            for _ in range(40):
+                hit = rng.random() < chances[request_id % 2]
+                observe(acceptance, int(hit), not hit, request_id)
+        meet(policy, 1)
+        for _ in range(6):
+            observe(acceptance, 0, True, 1)
+        rates[name] = acceptance.rate(1, 0, 0, 0)
+    assert rates["equals"] > 0.4
+    assert rates["unequals"] < 0.3
+
+
+def test_places_not_reached_follow_those_that_were() -> None:
+    acceptance = Acceptance(2)
+    policy = policy_for(acceptance)
+    for request_id in range(2, 30):
+        meet(policy, request_id)
+        for _ in range(30):
+            observe(acceptance, 2 * (request_id % 2), request_id % 2 == 0, request_id)
+    meet(policy, 1)
+    for _ in range(30):
+        observe(acceptance, 1, False, 1)
+    assert acceptance.rate(1, 0, 0, 1) > 0.95
+
+
+def test_drafters_and_match_lengths_are_kept_apart_and_requests_forgotten() -> None:
+    acceptance = Acceptance(2)
+    policy = policy_for(acceptance)
+    meet(policy, 1, match_len=5)
+    for _ in range(50):
+        observe(acceptance, 3, False, 1, match_len=4)
+    assert acceptance.rate(1, 0, 7, 0) > 0.9  # 4 to 7 tokens are one kind
+    assert acceptance.rate(1, 0, 8, 0) == 0.5
+    assert acceptance.rate(1, 1, 4, 0) == 0.5
+    assert acceptance.num_requests == 1
+    acceptance.forget(1)
+    assert acceptance.num_requests == 0
+    observe(acceptance, 1, False, 1, match_len=4)  # late: the drafter learns, nobody is made
+    assert acceptance.num_requests == 0
+
+
+# ---- Depths ------------------------------------------------------------------------------------
+
+
+def step_s(depths: tuple[int, ...], proposes: NDArray[np.bool_], base: NDArray[np.float64]):
+    num_tokens = base[1] + base[3]
+    x = base.copy()
+    x[FEATURES.index("prefill_tokens")] = 0
+    x[2] += sum(depths)
+    x[5] += experts_touched(num_tokens + sum(depths), *EXPERTS)
+    x[5] -= experts_touched(num_tokens, *EXPERTS)
+    x[6] += sum(d for d, p in zip(depths, proposes, strict=True) if p)
+    return float(x @ COSTS)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_depths_are_those_of_brute_force(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    num_rows = int(rng.integers(1, 5))
+    limits = rng.integers(0, 5, num_rows).astype(np.int32)
+    rates = rng.random((num_rows, 4)) ** 0.5
+    proposes = rng.random(num_rows) < 0.5
+    most = int(rng.integers(0, 12))
+    base = features(
+        decode_rows=num_rows + int(rng.integers(0, 3)),
+        prefill_tokens=float(rng.integers(0, 2) * 300),
+        experts=20,
+        context_thousands=float(rng.integers(0, 60)),
+    )
+
+    def value(depths: tuple[int, ...]) -> float:
+        gains = (rates[i, :d].cumprod().sum() for i, d in enumerate(depths))
+        return (base[1] + sum(gains)) / step_s(depths, proposes, base)
+
+    options = itertools.product(*(range(limit + 1) for limit in limits))
+    best = max(value(depths) for depths in options if sum(depths) <= most)
+    got = choose_depths(
+        known(COSTS), base, rates, limits, proposes, most,
+        num_experts=EXPERTS[0], experts_per_token=EXPERTS[1],
+    )  # fmt: skip
+    assert np.all(got <= limits)
+    assert got.sum() <= most
+    assert value(tuple(got.tolist())) == pytest.approx(best, rel=1e-9)
+
+
+def test_depths_by_hand() -> None:
+    """A step of 10 ms that gives a token; drafts give 0.9, 0.81 and 0.729, and cost 3 ms each."""
+    costs = np.array([10e-3, 0, 3e-3, 0, 0, 0, 3e-3])
+    rates = np.full((1, 3), 0.9)
+    base, model = features(decode_rows=1), known(costs)
+
+    def depth(*, proposes: bool) -> int:
+        return int(choose_depths(model, base, rates, i32(3), np.array([proposes]), 9)[0])
+
+    assert depth(proposes=False) == 3  # tokens a second: 100, 146, 169, 181
+    assert depth(proposes=True) == 2  # 100, 118.8, 123.2, 122.8
+
+
+def test_a_long_prefill_does_not_make_drafts_cheap() -> None:
+    model, rates, off = known(COSTS * 10), np.full((1, 4), 0.02), np.array([False])
+    for prefill in (0, 8000):
+        base = features(decode_rows=1, prefill_tokens=prefill)
+        assert choose_depths(model, base, rates, i32(4), off, 9).tolist() == [0]
+
+
+# ---- The policy in time ------------------------------------------------------------------------
+
+
+class Row:
+    """One request whose drafts cost 0.4 of a step each, proposed by a model."""
+
+    def __init__(self, model: StepTimeModel) -> None:
+        self.model = model
+        self.acceptance = Acceptance(1)
+        self.policy = DepthPolicy(model, self.acceptance, [True])
+        self.rng = np.random.default_rng(6)
+        self.seconds: list[float] = []
+        self.tokens = 0
+
+    def step(self, chance: float, spike: float = 1.0) -> int:
+        ids = np.array([1], np.uint64)
+        depth = int(self.policy.choose(features(decode_rows=1), ids, i32(0), i32(0), i32(4), 4)[0])
+        x = features(decode_rows=1, verify_tokens=depth, propose_tokens=depth)
+        seconds = 1e-3 * (1 + 0.4 * depth)
+        self.model.observe(x, seconds * spike)
+        hits = 0
+        while hits < depth and self.rng.random() < chance:
+            hits += 1
+        observe(self.acceptance, hits, hits < depth)
+        self.seconds.append(seconds)
+        self.tokens += hits + 1
+        return depth
+
+
+def test_a_useless_drafter_is_tried_rarely_and_for_ever() -> None:
+    row = Row(StepTimeModel())
+    depths = [row.step(0.0) for _ in range(6000)]
+    lost = sum(row.seconds[200:]) / (1e-3 * len(row.seconds[200:])) - 1
+    assert 0 < lost < 0.01
+    assert any(depths[-1100:])
+
+
+def test_a_request_recovers_when_its_text_changes() -> None:
+    row = Row(StepTimeModel())
+    for _ in range(800):
+        row.step(0.0)
+    depths = [row.step(0.95) for _ in range(700)]
+    assert np.mean(depths[-50:]) > 2
+    worse = [row.step(0.0) for _ in range(60)]
+    assert np.mean(worse[-30:]) < 0.2
+
+
+def test_a_belief_from_an_outlier_does_not_stay() -> None:
+    """The first steps with drafts take fifty times as long as they should."""
+    row = Row(StepTimeModel())
+    spikes = 3
+    for _ in range(300):
+        drafted = row.step(0.95, 50.0 if spikes else 1.0) > 0
+        spikes -= drafted and spikes > 0
+    assert np.mean([row.step(0.95) for _ in range(50)]) > 2
+
+
+def test_the_same_calls_give_the_same_depths() -> None:
+    one, other = Row(StepTimeModel()), Row(StepTimeModel())
+    assert [one.step(0.6) for _ in range(300)] == [other.step(0.6) for _ in range(300)]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_depths_stay_within_limits(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    acceptance = Acceptance(3)
+    model = StepTimeModel()
+    policy = DepthPolicy(model, acceptance, [False, True, True], num_experts=8, experts_per_token=2)
+    for _ in range(100):
+        n = int(rng.integers(0, 20))
+        ids = rng.integers(0, 8, n).astype(np.uint64)
+        drafters, matches = (rng.integers(0, 3, n).astype(np.int32) for _ in range(2))
+        limits = rng.integers(0, 200, n).astype(np.int32)
+        most = int(rng.integers(-1, 60))
+        base = random_features(rng)
+        depths = policy.choose(base, ids, drafters, matches, limits, most)
+        assert depths.shape == (n,)
+        assert np.all((depths >= 0) & (depths <= limits))
+        assert depths.sum() <= max(most, 0)
+        hits = rng.integers(0, depths + 1).astype(np.int32)
+        acceptance.observe(ids, drafters, matches, hits, hits < depths)
+        model.observe(base, float(rng.random() * 10.0 ** rng.integers(-9, 6)))
+    assert acceptance.num_requests <= 8
+    assert np.all(np.isfinite(model.coefficients))
