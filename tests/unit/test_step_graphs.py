@@ -22,6 +22,7 @@ from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.recorders import CpuRecorder, Graph, NotCapturableError, Outputs
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.step_graphs import StepGraphs
+from tokenspeed.execution.step_tensors import StepBatch
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.models.build import load_model
 from tokenspeed.models.causal_lm import CausalLM
@@ -71,20 +72,32 @@ class Steps:
         return hidden, self.model.logits(hidden)
 
     @torch.inference_mode()
-    def run(self, rows: dict[int, tuple[int, list[int]]]) -> list[Tensor]:
-        """Rows by slot: where they start, and their ids."""
+    def run(self, rows: dict[int, tuple[int, list[int]]], *, verify: bool = False) -> list[Tensor]:
+        """Rows by slot: where they start, and their ids, of which all but the first may be
+        drafts."""
         words = plan(
-            [(slot, pv.ROW_SAMPLE, start, len(ids)) for slot, (start, ids) in rows.items()],
+            [
+                (slot, pv.ROW_SAMPLE, start, len(ids), (len(ids) - 1) * verify, 0)
+                for slot, (start, ids) in rows.items()
+            ],
             [token for _, ids in rows.values() for token in ids],
         )
         view = pv.PlanView(words)
-        if self.graphs is None or len(view.tokens) > len(rows):
+        num_tokens = len(view.tokens)
+        if self.graphs is None or len(view.sample_index) < num_tokens:
             outputs = self.compute(self.batcher.build(view).forward)
         else:
-            size = self.graphs.size_for(len(rows), len(rows))
+            size = self.graphs.size_for(len(rows), num_tokens)
             assert size is not None
-            outputs = self.graphs.run(self.batcher.build_decode(view, size).forward)
-        return [output[: len(view.tokens)].clone() for output in outputs]
+            build = self.batcher.build_verify if verify else self.decode
+            outputs = self.graphs.run(build(view).forward)
+        return [output[:num_tokens].clone() for output in outputs]
+
+    def decode(self, view: pv.PlanView) -> StepBatch:
+        assert self.graphs is not None
+        size = self.graphs.size_for(view.num_rows, view.num_rows)
+        assert size is not None
+        return self.batcher.build_decode(view, size)
 
 
 def steps_of_a_day() -> list[dict[int, tuple[int, list[int]]]]:
@@ -117,6 +130,35 @@ def test_replays_give_the_same_bits(tmp_path: Path, family: str, dtype: torch.dt
     for kept, other in zip(exact.tensors(), plain.tensors(), strict=True):
         assert torch.equal(kept.nan_to_num(7), other.nan_to_num(7))
     assert all(tensor[NUM_PAGES].isnan().all() for tensor in exact.tensors())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replays_of_steps_that_verify_give_the_same_bits(tmp_path: Path, family: str) -> None:
+    """Their rows share out the tokens in other ways at each replay, and go back behind drafts."""
+    make_checkpoint(tmp_path, family)
+    model = load_model(tmp_path, torch.float32, CPU, 64)
+    plain, exact = Steps(model, None), Steps(model, [])
+    ids = torch.randint(VOCAB_SIZE, (400,), generator=torch.Generator().manual_seed(6)).tolist()
+    starts = {1: 9, 3: 2, 0: 0}
+    prompts = {slot: (0, ids[:start]) for slot, start in starts.items() if start}
+    steps = [(prompts, False)]
+    for at, counts in enumerate([(1, 4, 2), (5, 1, 1), (1, 1, 5), (2, 3, 2), (1, 1, 1)] * 2):
+        begin = 17 * at
+        rows = {}
+        for slot, count in zip(starts, counts, strict=True):
+            rows[slot] = (starts[slot], ids[begin : begin + count])
+            starts[slot] += (count + 1) // 2  # some are kept
+            begin += count
+        steps.append((rows, True))
+    for rows, verify in steps:
+        want = plain.run(rows, verify=verify)
+        assert not any(output.isnan().any() for output in want)
+        for got, expected in zip(exact.run(rows, verify=verify), want, strict=True):
+            assert torch.equal(got, expected)
+    assert exact.graphs is not None
+    assert exact.graphs.num_replays == 8
+    for kept, other in zip(exact.tensors(), plain.tensors(), strict=True):
+        assert torch.equal(kept.nan_to_num(7), other.nan_to_num(7))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
