@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 # Exploration of every interleaving within a bound, and what must not compile.
-set(EXPLORE_SOURCES explore.cpp explore_plan.cpp explore_world.cpp)
+set(EXPLORE_SOURCES explore.cpp explore_check.cpp explore_draft.cpp explore_plan.cpp
+    explore_world.cpp)
 
 add_executable(explore_sanitized ${EXPLORE_SOURCES})
 target_link_libraries(explore_sanitized PRIVATE ts_scheduler_sanitized ts_warnings)

@@ -206,7 +206,15 @@ bool report(const Coverage& c) {
         {"answers of match_prefix", c.foretold},
         {"later arrivals of other users first", c.overtaken},
         {"pages under retention", c.retained},
-        {"evictions of such pages", c.marks_evicted}};
+        {"evictions of such pages", c.marks_evicted},
+        {"rows that verify drafts", c.drafts},
+        {"drafts cut short", c.cut},
+        {"drafts accepted", c.accepted},
+        {"drafts rejected", c.rejected},
+        {"ends inside of drafts", c.stop_inside},
+        {"rows that propose", c.proposing},
+        {"pages of rejected drafts that were needed", c.reclaimed},
+        {"drafts of requests that are over", c.late_drafts}};
     bool all = true;
     std::printf("edges with");
     for (const auto& [name, count] : counts) {

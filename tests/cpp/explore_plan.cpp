@@ -12,6 +12,12 @@ void World::plan() {
     const Stats before = scheduler_->stats();
     const int64_t num_marks = before.num_retained_pages + before.num_pinned_pages;
     num_decoding_ = num_decoding();
+    prompts_wait_ = std::ranges::any_of(clients_, [](const LifeOf& life) {
+        return life && life->live && (life->slot < 0 || !life->sampled);
+    });
+    num_victims_ = 0;
+    victim_grows_ = false;
+    fresh_.clear();
     const std::span<const int32_t> words = scheduler_->next_plan();
     unbind_retracted();
     coverage_.evictions += check_ && Inspector(*scheduler_).num_published() < num_published;
@@ -47,6 +53,7 @@ void World::plan() {
     if (check_) {
         for (const Row& row : flight.rows) check_writes(row, flight);
         check_budget(flight);
+        check_victims(flight);
         count(flight);
     }
     flights_.push_back(std::move(flight));
@@ -60,7 +67,11 @@ void World::unbind_retracted() {
         demand(request != nullptr, "I7: a live request is lost");
         if (request->retractions == life->retractions) continue;
         demand(!in_flight(*life), "I2: retracted while a step in flight uses its pages");
+        ++num_victims_;
+        victim_grows_ |= pages_for(life->next) < pages_for(life->next + 1);
         unbind(*life);
+        life->draft.clear();
+        life->num_propose = 0;
         coverage_.retractions += check_;
     }
 }
@@ -96,8 +107,14 @@ void World::take_deltas(std::span<const int32_t> words) {
         demand(owner_[slot] != nullptr, "K15: a page for a slot that is not bound");
         demand(page >= 0 && page < scenario_.options.num_pages, "a page that does not exist");
         std::vector<PageId>& table = tables_[slot];
-        demand(index == static_cast<int>(table.size()), "pages are not added in order");
+        // What only rejected drafts wanted may have gone back.
+        const int needed = std::max(0, pages_for(owner_[slot]->next));
+        demand(index >= needed && index <= static_cast<int>(table.size()),
+               "pages are not added in order");
+        coverage_.reclaimed += check_ && index < static_cast<int>(table.size());
+        table.resize(index);
         table.push_back(page);
+        fresh_.emplace(slot, index);
     }
 }
 
@@ -109,7 +126,7 @@ void World::take_row(std::span<const int32_t> words, std::span<const int32_t> to
             .num_tokens = words[kRowNumTokens],
             .sample = (words[kRowFlags] & kRowSample) != 0,
             .prefill = (words[kRowFlags] & kRowPrefill) != 0,
-            .pages = {}};
+            .num_propose = words[kRowNumPropose]};
     demand(row.slot >= 0 && row.slot < static_cast<int>(owner_.size()), "a row without a slot");
     row.life = owner_[row.slot];
     demand(row.life != nullptr, "K15: a row for a slot that is not bound");
@@ -119,15 +136,20 @@ void World::take_row(std::span<const int32_t> words, std::span<const int32_t> to
     demand(pages_for(row.end()) <= static_cast<int>(table.size()), "I13: a row without a page");
     row.pages.assign(table.begin(), table.begin() + pages_for(row.end()));
     const int offset = words[kRowTokenOffset];
-    demand(words[kRowNumDraft] == 0 && offset >= 0 && row.num_tokens > 0 &&
+    const int num_draft = words[kRowNumDraft];
+    demand(num_draft >= 0 && offset >= 0 && row.num_tokens > num_draft &&
                offset + row.num_tokens <= std::ssize(tokens),
            "a row's tokens are out of range");
+    const auto own = tokens.subspan(offset, row.num_tokens);
+    row.draft.assign(own.end() - num_draft, own.end());
     if (check_) {
         check_shape(row, words[kRowFlags]);
-        check_tokens(row, tokens.subspan(offset, row.num_tokens));
+        check_tokens(row, own.first(own.size() - num_draft));
+        check_draft(row);
         check_reads(row);
         check_disjoint(row);
     }
+    forget_guess(row);
     life.next = row.end();
     life.sampled |= row.sample;
     flight.rows.push_back(std::move(row));
@@ -150,7 +172,7 @@ void World::check_shape(const Row& row, int32_t flags) const {
         demand(row.start == 0 || reads, "I10: the cache is read against the client's wish");
     }
     demand(row.end() < limit(life), "computes a token that nobody needs");
-    demand(row.sample == (row.end() >= known), "samples at the wrong row");
+    demand(row.sample == (row.firm_end() >= known), "samples at the wrong row");
     demand(((flags & kRowPrefill) != 0) == !life.sampled, "the prefill flag is wrong");
     const bool logprobs = !life.sampled && spec.prompt_logprobs && !has_output;
     demand(((flags & kRowPromptLogprobs) != 0) == logprobs, "prompt logprobs at the wrong row");
@@ -159,7 +181,7 @@ void World::check_shape(const Row& row, int32_t flags) const {
 void World::check_tokens(const Row& row, std::span<const int32_t> tokens) const {
     const Life& life = *row.life;
     const int known = static_cast<int>(life.tokens.size());
-    for (int i = 0; i < row.num_tokens; ++i) {
+    for (int i = 0; i < std::ssize(tokens); ++i) {
         const int position = row.start + i;
         if (position < known) {
             demand(tokens[i] == life.tokens[position], "a row computes a wrong token");
@@ -208,7 +230,12 @@ void World::check_writes(const Row& row, const Flight& flight) const {
         demand(std::ranges::count(row.pages, page) == 1, "I13: one page at two places");
         for (int slot = 0; slot < static_cast<int>(owner_.size()); ++slot) {
             if (slot == row.slot || owner_[slot] == nullptr) continue;
-            demand(std::ranges::count(tables_[slot], page) == 0, "I13: writes another's page");
+            const auto& table = tables_[slot];
+            const int next = owner_[slot]->next;  // behind it may stand what went back since
+            const auto end = next < 0
+                                 ? table.end()
+                                 : table.begin() + std::min<int>(table.size(), pages_for(next));
+            demand(std::count(table.begin(), end, page) == 0, "I13: writes another's page");
         }
         for (const Flight& earlier : flights_) {
             for (const Row& other : earlier.rows) {
@@ -220,13 +247,16 @@ void World::check_writes(const Row& row, const Flight& flight) const {
     demand(std::ranges::count(flight.rows, row.slot, &Row::slot) == 1, "I13: a slot has two rows");
 }
 
-// M1: without overlap, steps in flight share no request but for the chunks of one prompt.
+// M1: steps in flight share no request but for the chunks of one prompt and, with overlap, rows
+// that do not speculate.
 void World::check_disjoint(const Row& row) const {
-    if (scenario_.options.overlap_depth > 0) return;
     for (const Flight& flight : flights_) {
         for (const Row& other : flight.rows) {
             const bool chunks = !other.sample && row.prefill;
-            demand(other.life != row.life || chunks, "M1: one request in two steps at once");
+            const bool plain =
+                scenario_.options.overlap_depth > 0 && !row.speculates() && !other.speculates();
+            demand(other.life != row.life || chunks || plain,
+                   "M1: one request in two steps at once");
         }
     }
 }
@@ -234,11 +264,15 @@ void World::check_disjoint(const Row& row) const {
 // M2: a step takes its share of the decoding requests and of the token budget.
 void World::check_budget(const Flight& flight) const {
     const int steps = scenario_.options.num_micro_steps;
-    int num_tokens = 0, num_decodes = 0;
+    int num_tokens = 0, num_decodes = 0, num_draft = 0;
     for (const Row& row : flight.rows) {
         num_tokens += row.num_tokens;
         num_decodes += !row.prefill;
+        num_draft += static_cast<int>(row.draft.size());
     }
+    const int budget = (scenario_.options.max_num_batched_tokens + steps - 1) / steps;
+    demand(!prompts_wait_ || 2 * num_draft <= budget - num_decodes,
+           "D1: drafts use up what prompts wait for");
     demand(!flight.rows.empty(), "a plan without rows");
     demand((num_tokens - 1) * steps < scenario_.options.max_num_batched_tokens,
            "M2: over the token budget");
@@ -249,7 +283,7 @@ void World::check_budget(const Flight& flight) const {
 int World::num_decoding() const {
     return static_cast<int>(std::ranges::count_if(clients_, [&](const LifeOf& life) {
         return life && life->live && life->slot >= 0 && life->sampled &&
-               life->next + 1 < limit(*life);
+               std::min<int>(life->next, life->tokens.size()) + 1 < limit(*life);
     }));
 }
 
@@ -257,6 +291,8 @@ void World::count(const Flight& flight) {
     coverage_.micro_steps += scenario_.options.num_micro_steps > 1 && !flights_.empty();
     for (const Row& row : flight.rows) {
         const Life& life = *row.life;
+        coverage_.drafts += !row.draft.empty();
+        coverage_.proposing += row.num_propose > 0;
         coverage_.chunks_in_flight += row.prefill && in_flight(life);
         coverage_.chunks += row.end() < static_cast<int>(life.tokens.size());
         const bool first = row.start > 0 && life.resumed_at == row.start;
@@ -278,118 +314,6 @@ void World::count(const Flight& flight) {
                                    other->user != request->user && request->retractions == 0;
         }
     }
-}
-
-void World::check_state() const {
-    const std::string broken = scheduler_->broken_invariant();
-    if (!broken.empty()) throw Violation(broken);
-    const Inspector inspect(*scheduler_);
-    int num_live = 0;
-    for (int i = 0; i < static_cast<int>(clients_.size()); ++i) {
-        num_live += live(i);
-        demand((scheduler_->find(id_of(i)) != nullptr) == live(i), "I7: who is live is not agreed");
-    }
-    for (const Flight& flight : flights_) {
-        for (const Row& row : flight.rows) {
-            for (PageId page : row.pages) {
-                demand(!inspect.is_free_or_kept(page), "K2: a page in flight has no owner");
-            }
-        }
-    }
-    for (PageId page = 0; page < scenario_.options.num_pages; ++page) {
-        if (!inspect.is_published(page)) continue;
-        for (int offset = 0; offset < page_size_; ++offset) {
-            demand(cell(page, offset).prefix != kUnwritten, "I3: published before it was written");
-            demand(!cell(page, offset).poison, "K5: what a failed row wrote is published");
-        }
-        const Prefix prefix = cell(page, page_size_ - 1).prefix;
-        demand(trie_.length(prefix) % page_size_ == 0 &&
-                   trie_.key(prefix, inspect.index(), page_size_) == inspect.hash(page),
-               "I4: a published page holds other content than its key says");
-    }
-    const Stats stats = scheduler_->stats();
-    demand(stats.num_running + stats.num_waiting == num_live, "live requests are miscounted");
-    demand(scheduler_->num_in_flight() == num_in_flight(), "steps in flight are miscounted");
-    demand(scheduler_->has_work() || quiet(), "I8: work is forgotten");
-    if (!quiet()) return;
-    demand(!scheduler_->has_work(), "I8: idle, yet there is work");
-    demand(stats.num_free_pages + stats.num_cached_pages == stats.num_pages, "I8: a page is lost");
-}
-
-// I12: what is refused changes nothing.
-void World::check_rejections() const {
-    const uint64_t before = hash();
-    const auto throws = [](auto&& act) {
-        try {
-            act();
-        } catch (const std::invalid_argument&) {
-            return true;
-        }
-        return false;
-    };
-    for (int i = 0; i < static_cast<int>(clients_.size()); ++i) {
-        if (live(i)) {
-            demand(throws([&] { scheduler_->submit(request(i)); }), "I12: a taken id is accepted");
-        } else {
-            demand(!scheduler_->abort(id_of(i)), "I7: aborts a request that is not live");
-        }
-    }
-    NewRequest huge = request(0);
-    huge.id = 77;
-    huge.max_tokens = scenario_.options.max_model_len;
-    const std::vector<int32_t> prompt(scenario_.options.max_model_len - 1, 1);
-    huge.prompt = prompt;
-    const int needed = pages_for(scenario_.options.max_model_len - 1);
-    if (needed > scenario_.options.num_pages) {
-        demand(throws([&] { scheduler_->submit(huge); }), "what can never fit is accepted");
-    }
-    check_match();
-    if (num_in_flight() == scheduler_->max_in_flight()) {
-        demand(throws([&] { scheduler_->next_plan(); }), "I12: plans beyond the depth");
-    }
-    if (flights_.empty()) {
-        const Flight none{.header = {static_cast<int32_t>(next_step_) - 1, 0}, .rows = {}};
-        refuses(result(none, 0), "I7: a duplicate completion is accepted");
-    } else {
-        const std::vector<int32_t> good = result(flights_.front(), 0);
-        for (size_t i = 0; i < good.size(); ++i) {
-            if (i == kResultHeaderWords - 1) continue;  // a spare word
-            std::vector<int32_t> bad = good;
-            bad[i] = -7;
-            refuses(bad, "I12: a damaged result is accepted");
-        }
-        refuses({good.begin(), good.end() - 1}, "I12: a short result is accepted");
-        if (num_in_flight() > 1) refuses(result(flights_[1], 0), "I12: a later step is accepted");
-    }
-    demand(hash() == before, "I12: a refusal changed the state");
-}
-
-// `match_prefix` finds the longest run of published pages, and never the last token.
-void World::check_match() const {
-    const Inspector inspect(*scheduler_);
-    for (int i = 0; i < static_cast<int>(clients_.size()); ++i) {
-        const Spec& spec = scenario_.specs[i];
-        int expected = 0;
-        Prefix prefix = trie_.root(spec.salt);
-        for (int at = 0; at + 1 < std::ssize(spec.prompt); ++at) {
-            prefix = trie_.child(prefix, spec.prompt[at]);
-            if ((at + 1) % page_size_ != 0) continue;
-            if (!inspect.finds(trie_.key(prefix, inspect.index(), page_size_))) break;
-            expected = at + 1;
-        }
-        const int32_t found = scheduler_->match_prefix(spec.prompt, spec.salt);
-        demand(found == expected, "match_prefix tells a wrong length");
-        coverage_.foretold += found > 0;
-    }
-}
-
-void World::refuses(const std::vector<int32_t>& result, const char* what) const {
-    try {
-        scheduler_->commit(result);
-    } catch (const std::invalid_argument&) {
-        return;
-    }
-    throw Violation(what);
 }
 
 }  // namespace tokenspeed

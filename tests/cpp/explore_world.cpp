@@ -9,15 +9,9 @@ namespace tokenspeed {
 namespace {
 constexpr HashKey kKey{0x0706050403020100, 0x0f0e0d0c0b0a0908};
 constexpr int32_t kGarbage = 8;  // what a failed row samples
-constexpr int32_t kFirstOutput = 10;
 
 Move::Outcome outcome_of(uint32_t outcomes, size_t row) {
-    return static_cast<Move::Outcome>((outcomes >> (2 * row)) & 3);
-}
-
-int32_t sampled_id(int position, Move::Outcome outcome) {
-    if (outcome == Move::kStop) return kStopId;
-    return outcome == Move::kFail ? kGarbage : kFirstOutput + position;
+    return static_cast<Move::Outcome>((outcomes >> (4 * row)) & 15);
 }
 }  // namespace
 
@@ -42,16 +36,18 @@ std::vector<Move> World::moves() const {
         all.push_back({Move::kFlush, 0});
     if (scenario_.time && scheduler_->stats().num_retained_pages > 0)
         all.push_back({Move::kTime, 0});
+    for (uint32_t i = 0; i < clients_.size() * scenario_.guesses.size(); ++i) {
+        const uint32_t client = i % clients_.size(), guess = i / clients_.size();
+        if (live(client)) all.push_back({Move::kSpeculate, guess << 8 | client});
+    }
     if (num_in_flight() < scheduler_->max_in_flight()) all.push_back({Move::kPlan, 0});
     if (flights_.empty()) return all;
     std::vector<uint32_t> outcomes = {0};
     const std::vector<Row>& rows = flights_.front().rows;
     for (size_t row = 0; row < rows.size(); ++row) {
-        const bool live = rows[row].life->live;
         const size_t count = outcomes.size();
-        for (uint32_t more : {Move::kStop, Move::kFail}) {
-            if (more == Move::kStop && !(live && rows[row].sample)) continue;
-            for (size_t i = 0; i < count; ++i) outcomes.push_back(outcomes[i] | more << (2 * row));
+        for (uint32_t more : outcomes_of(rows[row])) {
+            for (size_t i = 0; i < count; ++i) outcomes.push_back(outcomes[i] | more << (4 * row));
         }
     }
     for (uint32_t detail : outcomes) all.push_back({Move::kCommit, detail});
@@ -73,6 +69,9 @@ void World::apply(Move move, bool check) {
             return demand(scheduler_->flush_cache() > 0, "nothing was flushed");
         case Move::kTime:
             return scheduler_->advance(++now_);
+        case Move::kSpeculate:
+            return speculate(static_cast<int>(move.detail & 255),
+                             scenario_.guesses[move.detail >> 8]);
     }
 }
 
@@ -123,11 +122,14 @@ void World::commit(uint32_t outcomes) {
     for (size_t i = 0; i < flight.rows.size(); ++i) {
         const Row& row = flight.rows[i];
         const Move::Outcome outcome = outcome_of(outcomes, i);
-        const int32_t id = sampled_id(row.end(), outcome);
+        const std::vector<int32_t> ids = sampled(row, outcome);
         coverage_.late_rows += check_ && !row.life->live;
         coverage_.failed_rows += check_ && outcome == Move::kFail;
-        run(row, outcome, id);
-        settle(row, outcome, id, expected);
+        coverage_.late_drafts += check_ && !row.life->live && !row.draft.empty();
+        coverage_.accepted += check_ && ids.size() > 1;
+        coverage_.rejected += check_ && outcome != Move::kFail && ids.size() <= row.draft.size();
+        run(row, outcome, ids);
+        settle(row, outcome, ids, expected);
     }
     const Updates& updates = scheduler_->commit(words);
     demand(updates.request_ids == expected.request_ids, "updates name the wrong requests");
@@ -140,12 +142,13 @@ void World::commit(uint32_t outcomes) {
 }
 
 // Writes what the row computes into its pages.
-void World::run(const Row& row, Move::Outcome outcome, int32_t id) {
+void World::run(const Row& row, Move::Outcome outcome, const std::vector<int32_t>& ids) {
     Life& life = *row.life;
     life.poisoned |= outcome == Move::kFail;
     Prefix prefix = root_of(life);
     for (int position = 0; position < row.end(); ++position) {
-        prefix = trie_.child(prefix, life.device_tokens[position]);
+        const int behind = position - row.firm_end();
+        prefix = trie_.child(prefix, behind < 0 ? life.device_tokens[position] : row.draft[behind]);
         const PageId page = row.pages[position / page_size_];
         Cell& at = cells_[page * page_size_ + position % page_size_];
         if (position >= row.start) {
@@ -154,32 +157,28 @@ void World::run(const Row& row, Move::Outcome outcome, int32_t id) {
             demand(at.prefix == prefix, "K2: what a step reads was overwritten before it ran");
         }
     }
-    if (row.sample) life.device_tokens.push_back(id);
+    life.device_tokens.insert(life.device_tokens.end(), ids.begin(), ids.end());
+    if (row.sample && ids.empty()) life.device_tokens.push_back(kGarbage);
+    if (!row.draft.empty()) life.next = row.start + static_cast<int>(ids.size());
 }
 
 // What the client must be told of its row.
-void World::settle(const Row& row, Move::Outcome outcome, int32_t id, Updates& expected) {
+void World::settle(const Row& row, Move::Outcome outcome, std::vector<int32_t> ids,
+                   Updates& expected) {
     Life& life = *row.life;
     if (!life.live) return;
     const bool failed = outcome == Move::kFail;
     if (!failed && !row.sample) return;
     const Spec& spec = spec_of(life);
-    if (!failed) life.tokens.push_back(id);
-    const int outputs = static_cast<int>(life.tokens.size() - spec.prompt.size());
-    Finish finish = Finish::kNone;
-    if (failed) {
-        finish = Finish::kError;
-    } else if (id == kStopId && outputs >= spec.min_tokens) {
-        finish = Finish::kStop;
-    } else if (static_cast<int>(life.tokens.size()) >= limit(life)) {
-        finish = Finish::kLength;
-    }
+    const size_t given = ids.size();
+    const Finish finish = failed ? Finish::kError : take(life, ids);
+    coverage_.stop_inside += check_ && ids.size() < given;
     if (finish != Finish::kNone) life.live = false;
     expected.request_ids.push_back(id_of(life.client));
     expected.finish.push_back(static_cast<int32_t>(finish));
-    expected.num_ids.push_back(failed ? 0 : 1);
+    expected.num_ids.push_back(static_cast<int32_t>(ids.size()));
     expected.num_cached.push_back(std::min(life.resumed_at, static_cast<int>(spec.prompt.size())));
-    if (!failed) expected.ids.push_back(id);
+    expected.ids.insert(expected.ids.end(), ids.begin(), ids.end());
     if (std::exchange(life.heard, true)) return;
     const SchedulerOptions& options = scenario_.options;
     const int budget = options.num_pages * options.retention_permille / 1000;
@@ -195,11 +194,12 @@ std::vector<int32_t> World::result(const Flight& flight, uint32_t outcomes) cons
         const Row& row = flight.rows[i];
         const Move::Outcome outcome = outcome_of(outcomes, i);
         const bool failed = outcome == Move::kFail;
-        const bool gives = row.sample && !failed;
-        for (int32_t word : {row.slot, int32_t{failed ? kRowFailed : kRowOk}, int32_t{gives}}) {
+        const std::vector<int32_t> gives = sampled(row, outcome);
+        for (int32_t word : {row.slot, int32_t{failed ? kRowFailed : kRowOk},
+                             static_cast<int32_t>(gives.size())}) {
             words.push_back(word);
         }
-        if (gives) ids.push_back(sampled_id(row.end(), outcome));
+        ids.insert(ids.end(), gives.begin(), gives.end());
     }
     words.insert(words.end(), ids.begin(), ids.end());
     words[kResultHeaderMagic] = kResultMagic;
@@ -246,14 +246,21 @@ uint64_t World::hash() const {
 }
 
 std::string World::describe(Move move) const {
-    static constexpr const char* kKinds[] = {"submit ", "abort ", "plan",
-                                             "commit",  "flush",  "time"};
+    static constexpr const char* kKinds[] = {"submit ", "abort ", "plan",      "commit",
+                                             "flush",   "time",   "draft for "};
     std::string text = kKinds[move.kind];
     if (move.kind == Move::kSubmit || move.kind == Move::kAbort) {
         text += static_cast<char>('A' + move.detail);
     }
+    if (move.kind == Move::kSpeculate) {
+        const Guess& guess = scenario_.guesses[move.detail >> 8];
+        text += static_cast<char>('A' + (move.detail & 255));
+        text += " of " + std::to_string(guess.num_draft) + (guess.stops ? " with a stop" : "") +
+                ", proposes " + std::to_string(guess.num_propose);
+    }
     if (move.kind != Move::kCommit) return text;
-    static constexpr const char* kOutcomes[] = {"ok", "stop", "FAILED"};
+    static constexpr const char* kOutcomes[] = {"ok",   "FAILED",  "short",
+                                                "stop", "stop +1", "stop +2"};
     for (size_t i = 0; i < flights_.front().rows.size(); ++i) {
         const Row& row = flights_.front().rows[i];
         text += std::string(" ") + static_cast<char>('A' + row.life->client) + "[" +

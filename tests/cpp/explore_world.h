@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,15 +39,24 @@ struct Spec {
     uint64_t user = 0;
 };
 
+inline constexpr int32_t kStopId = 9;
+inline constexpr int32_t kFirstOutput = 10;  // a row that is ok samples this + its position
+
+// What a request is told to verify next: a stop id or not, then what rows that are ok sample.
+struct Guess {
+    bool stops = false;
+    int32_t num_draft = 0;  // the stop id counted
+    int32_t num_propose = 0;
+};
+
 struct Scenario {
     std::string name;
     SchedulerOptions options;
     std::vector<Spec> specs;
     bool again = true;  // clients submit again when they are over, and the cache is flushed
     bool time = false;  // it passes while anything is retained
+    std::vector<Guess> guesses = {};  // that clients' requests may verify
 };
-
-inline constexpr int32_t kStopId = 9;
 
 // How often the rarer things happened. An exploration that never sees one of them proves nothing of
 // it, so the explorer demands them all.
@@ -67,12 +77,22 @@ struct Coverage {
     size_t overtaken = 0;         // admissions of a later arrival of another user
     size_t retained = 0;          // plans made while pages are marked, by time or pinned
     size_t marks_evicted = 0;     // pages that were taken although they were marked
+    size_t drafts = 0;            // rows that verify drafts
+    size_t cut = 0;               // ... fewer than they were told to
+    size_t accepted = 0;          // ... and accept some
+    size_t rejected = 0;          // ... and reject some
+    size_t stop_inside = 0;       // ends before the last id that a row gave
+    size_t proposing = 0;         // rows after which the device proposes
+    size_t reclaimed = 0;         // pages of rejected drafts that were needed elsewhere
+    size_t late_drafts = 0;       // rows with drafts of requests that are over
 };
 
-// What may happen next. A commit's `detail` has two bits for each row of the step: its outcome.
+// What may happen next. A commit's `detail` has four bits for each row of the step: its outcome.
+// kStop + i: the stop id is sampled at the row's place i. kShort: only the first place is finite.
+// A kSpeculate's has the client, and above it the index of the guess.
 struct Move {
-    enum Kind : uint8_t { kSubmit, kAbort, kPlan, kCommit, kFlush, kTime };
-    enum Outcome : uint32_t { kToken = 0, kStop = 1, kFail = 2 };
+    enum Kind : uint8_t { kSubmit, kAbort, kPlan, kCommit, kFlush, kTime, kSpeculate };
+    enum Outcome : int32_t { kToken = 0, kFail = 1, kShort = 2, kStop = 3 };
     Kind kind;
     uint32_t detail;
 };
@@ -107,14 +127,20 @@ class World {
         bool sampled = false;                // since it was bound
         bool poisoned = false;               // a row failed
         bool heard = false;                  // something was reported
+        std::vector<int32_t> draft = {};     // told, for the next row that samples
+        int num_propose = 0;
     };
     using LifeOf = std::shared_ptr<Life>;
     struct Row {
         LifeOf life;
-        int slot, start, num_tokens;
+        int slot, start, num_tokens;  // tokens: the draft's too
         bool sample, prefill;
-        std::vector<PageId> pages;  // of positions [0, start + num_tokens)
+        std::vector<int32_t> draft = {};
+        int num_propose = 0;
+        std::vector<PageId> pages = {};  // of positions [0, start + num_tokens)
         int end() const { return start + num_tokens; }
+        int firm_end() const { return end() - static_cast<int>(draft.size()); }
+        bool speculates() const { return !draft.empty() || num_propose > 0; }
     };
     struct Flight {
         std::vector<int32_t> header;  // step number, low and high
@@ -130,6 +156,7 @@ class World {
     void abort(int client);
     void plan();
     void commit(uint32_t outcomes);
+    void speculate(int client, const Guess& guess);
 
     void unbind_retracted();
     void unbind(Life& life);
@@ -139,14 +166,20 @@ class World {
     void take_row(std::span<const int32_t> row, std::span<const int32_t> tokens, Flight& flight);
     void check_shape(const Row& row, int32_t flags) const;
     void check_tokens(const Row& row, std::span<const int32_t> tokens) const;
+    void check_draft(const Row& row) const;
+    void check_victims(const Flight& flight) const;
+    void forget_guess(const Row& row);
     void check_reads(const Row& row) const;
     void check_writes(const Row& row, const Flight& flight) const;
     void check_disjoint(const Row& row) const;
     void check_budget(const Flight& flight) const;
     int num_decoding() const;
     void count(const Flight& flight);
-    void run(const Row& row, Move::Outcome outcome, int32_t id);
-    void settle(const Row& row, Move::Outcome outcome, int32_t id, Updates& expected);
+    void run(const Row& row, Move::Outcome outcome, const std::vector<int32_t>& ids);
+    void settle(const Row& row, Move::Outcome outcome, std::vector<int32_t> ids, Updates& expected);
+    Finish take(Life& life, std::vector<int32_t>& ids) const;
+    std::vector<int32_t> sampled(const Row& row, Move::Outcome outcome) const;
+    std::vector<Move::Outcome> outcomes_of(const Row& row) const;
     std::vector<int32_t> result(const Flight& flight, uint32_t outcomes) const;
     void refuses(const std::vector<int32_t>& result, const char* what) const;
 
@@ -176,7 +209,12 @@ class World {
     uint64_t next_step_ = 0;
     TimeUs now_ = 0;
     bool planned_ = false;
-    int num_decoding_ = 0;  // before the plan that is being checked
+    // Of the plan that is being checked, before and while it was made.
+    int num_decoding_ = 0;
+    bool prompts_wait_ = false;
+    int num_victims_ = 0;
+    bool victim_grows_ = false;            // one of them needed a page for its next token
+    std::set<std::pair<int, int>> fresh_;  // slot, index of pages
     bool check_ = true;
 };
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 # One explorer for each defect that csrc/scheduler/mutant.h names; the exploration must find it.
-file(STRINGS "${PROJECT_SOURCE_DIR}/csrc/scheduler/mutant.h" mutants REGEX "^ +k[KIMR][0-9]+[A-Za-z]+,")
+file(STRINGS "${PROJECT_SOURCE_DIR}/csrc/scheduler/mutant.h" mutants REGEX "^ +k[KIMRS][0-9]+[A-Za-z]+,")
 set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS
     "${PROJECT_SOURCE_DIR}/csrc/scheduler/mutant.h")
 foreach(line ${mutants})
-    string(REGEX MATCH "k[KIMR][0-9]+[A-Za-z]+" name "${line}")
+    string(REGEX MATCH "k[KIMRS][0-9]+[A-Za-z]+" name "${line}")
     ts_explorer(mutant_${name} TS_MUTANT=${name})
     target_compile_options(mutant_${name} PRIVATE -O1)
     add_test(NAME mutant_${name}
