@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Python's door to the token drafters: ids checked, the interpreter's lock given away for prompts.
+// Python's door to the token drafters: ids checked, the interpreter's lock given away for prompts
+// and for outputs that go into a store.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -68,6 +69,7 @@ nb::tuple propose(Drafter& self, uint64_t id, int64_t max_tokens) {
 template <class Drafter>
 void remove(Drafter& self, uint64_t id) {
     check_live(self, id);
+    nb::gil_scoped_release released;
     self.remove(id);
 }
 

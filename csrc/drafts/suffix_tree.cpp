@@ -65,7 +65,8 @@ void SuffixTree::push(Token token) {
     ++active_.len;
 }
 
-// A node `len` tokens down the edge; the child hangs below it. Has one child for now.
+// A node `len` tokens down the edge; the child hangs below it. Has one child until the leaf comes
+// for which it is made; that also makes it its parent's top, if the child was.
 int32_t SuffixTree::split(const ChildTable::Edge* edge, int32_t len) {
     const auto [parent, child] = *edge;
     const auto node = static_cast<int32_t>(nodes_.size());
@@ -77,7 +78,6 @@ int32_t SuffixTree::split(const ChildTable::Edge* edge, int32_t len) {
                       .latest = start(child),
                       .top = kNone});
     edges_.replace(edge, node);
-    if (nodes_[parent].top == child) nodes_[parent].top = node;
     if (!is_leaf(child)) nodes_[child].parent = node;
     const Token below = first(node, child);
     if (below >= 0) nodes_[node].top = child;
