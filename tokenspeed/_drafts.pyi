@@ -3,7 +3,8 @@
 
 `ValueError`: a negative id or count, a request that is there already, bounds that exclude each
 other. `KeyError`: no such request. Token ids are in [0, 2**31). `add` and
-`remove` give the interpreter's lock away. `propose` answers at most `max_tokens` ids and the length of the match.
+`remove` give the interpreter's lock away. `propose` answers at most `max_tokens` ids and the length
+of the match.
 """
 
 from collections.abc import Sequence
