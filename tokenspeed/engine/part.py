@@ -11,16 +11,20 @@ from pathlib import Path
 import torch
 
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine.model_drafters import make_model_drafter, wanted_mtp
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.expert_balancer import ExpertBalancer, make_balancer
 from tokenspeed.execution.kv_cache import KVCache, choose_num_pages, fit_max_model_len
 from tokenspeed.execution.recorders import CpuRecorder, CudaRecorder, Outputs
 from tokenspeed.execution.sampler import Sampler
+from tokenspeed.execution.speculation.model_drafter import ChainDrafter, Room
+from tokenspeed.execution.speculation.options import speculation_of
 from tokenspeed.execution.step_graphs import StepGraphs
 from tokenspeed.execution.step_runner import StepRunner
 from tokenspeed.kernels.quant import Quantization
 from tokenspeed.kernels.registry import force_backends, forced_by
 from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.models.build import Ranks, load_model, plan_model
 from tokenspeed.models.causal_lm import CausalLM
 from tokenspeed.spmd.group import Communicator
@@ -45,7 +49,7 @@ Agree = Callable[[Agreement], Agreement]
 
 @dataclass(frozen=True)
 class Part:
-    """`samples`: this rank gives the tokens of its dp index."""
+    """`samples`: this rank gives the tokens of its dp index. `drafter`: one with weights."""
 
     model: CausalLM
     runner: StepRunner
@@ -54,6 +58,7 @@ class Part:
     samples: bool
     num_pages: int
     max_model_len: int
+    drafter: ChainDrafter | None = None
 
 
 def mesh_of(config: EngineConfig) -> Mesh:
@@ -101,9 +106,9 @@ def build_part(
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
     quantization = quantization_of(config)
-    device = device_of(config)
+    device, mtp = device_of(config), wanted_mtp(speculation_of(config))
     with force_backends(forced_by(config.model.kernel_backend)):
-        model = load_model(folder, dtype, device, limit, progress, ranks, quantization)
+        model = load_model(folder, dtype, device, limit, progress, ranks, quantization, mtp=mtp)
         return assemble_part(config, model, rank, agree, num_sharers)
 
 
@@ -125,7 +130,7 @@ def make_graphs(
 
     def compute(batch: ForwardBatch) -> Outputs:
         hidden = model.forward(batch, cache.layers)
-        return hidden, model.logits(hidden)
+        return hidden, model.logits(hidden), *model.aux_hidden
 
     recorder = CudaRecorder() if model.target.device.type == "cuda" else CpuRecorder()
     return StepGraphs(compute, recorder, max_rows=config.scheduler.max_num_seqs, sizes=sizes)
@@ -160,12 +165,14 @@ def assemble_part(
     """The part around a loaded share. `ValueError` if the cache cannot hold one request."""
     mesh = mesh_of(config)
     seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
-    device = model.target.device
-    specs = model.cache_specs(CACHE_DTYPES[config.cache.kv_cache_dtype])
+    device, kv_dtype = model.target.device, CACHE_DTYPES[config.cache.kv_cache_dtype]
+    specs = model.cache_specs(kv_dtype)
+    drafter = make_model_drafter(speculation_of(config), model, kv_dtype)
+    draft_specs = [] if drafter is None else drafter.cache_specs
     longest = config.model.max_model_len or model.max_position
     fits = choose_num_pages(
         config.cache,
-        specs,
+        [*specs, *draft_specs],
         max_model_len=longest,
         max_num_seqs=seats,
         num_sharers=num_sharers,
@@ -178,7 +185,8 @@ def assemble_part(
     balancer = make_balancer(model, config.experts)
     sizes = graph_sizes(config, device)
     pages = num_pages + bool(sizes)  # the last one is for rows that only fill a step up
-    cache = KVCache(specs, num_pages=pages, page_size=page_size, device=device)
+    room = Room(seats, max_model_len, page_size)
+    cache = _make_cache(config, model, specs, drafter, room, pages)
     runner = StepRunner(
         model,
         cache,
@@ -198,8 +206,35 @@ def assemble_part(
         peers=spmd.peers,
         balancer=balancer,
         graphs=make_graphs(config, model, cache, sizes),
+        drafter=drafter,
     )
     if sizes:
         runner.capture(sizes)
     dp = mesh.index("dp", rank)
-    return Part(model, runner, balancer, dp, samples, num_pages, max_model_len)
+    return Part(model, runner, balancer, dp, samples, num_pages, max_model_len, drafter)
+
+
+def _make_cache(
+    config: EngineConfig,
+    model: CausalLM,
+    specs: list[CacheSpec],
+    drafter: ChainDrafter | None,
+    room: Room,
+    num_pages: int,
+) -> KVCache:
+    """The model's pages and the drafter's, which from now on has them."""
+    device = model.target.device
+    cache = KVCache(
+        specs,
+        num_pages=num_pages,
+        page_size=room.page_size,
+        device=device,
+        draft_specs=[] if drafter is None else drafter.cache_specs,
+        num_draft_pages=0 if drafter is None else drafter.num_own_pages(room),
+    )
+    if drafter is None:
+        return cache
+    captures = device.type == "cpu" and not config.scheduler.enforce_eager
+    recorder = CpuRecorder() if captures and mesh_of(config).num_ranks == 1 else None
+    drafter.attach(cache.draft_layers, room, num_pages, recorder)
+    return cache

@@ -2,7 +2,7 @@
 """The paged KV cache: how many pages there are, and their tensors. Knows shapes, no owners."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -11,6 +11,7 @@ from tokenspeed.config import CacheOptions
 from tokenspeed.layers.cache_spec import CacheSpec
 
 CPU = torch.device("cpu")
+Make = Callable[..., torch.Tensor]
 # Of what the device can still give, when no option says how much. A CPU has other things to do.
 FREE_MEMORY_SHARE = {"cpu": 0.3, "cuda": 0.85}
 
@@ -20,6 +21,9 @@ class KVCache:
 
     On a CPU the rows of a head lie one after the other in a page: a core reads a few long stretches
     of memory faster than many short ones.
+
+    `draft_layers` are those of a drafter, in the same pages and `num_draft_pages` behind them; they
+    are zero at first, as a drafter may skip tokens.
     """
 
     def __init__(
@@ -29,28 +33,39 @@ class KVCache:
         num_pages: int,
         page_size: int,
         device: torch.device,
+        draft_specs: Sequence[CacheSpec] = (),
+        num_draft_pages: int = 0,
     ) -> None:
         self.num_pages, self.page_size = num_pages, page_size
-        self.layers = [
-            tuple(self._pages(shape, spec.dtype, device) for shape in spec.shapes) for spec in specs
-        ]
+        self.layers = [self._tensors(spec, num_pages, torch.empty, device) for spec in specs]
+        count = num_pages + num_draft_pages
+        self.draft_layers = [self._tensors(s, count, torch.zeros, device) for s in draft_specs]
 
-    def _pages(
-        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        if device.type != "cpu":
-            size = (self.num_pages, self.page_size, *shape)
-            return torch.empty(size, dtype=dtype, device=device)
-        *heads, features = shape
-        pages = torch.empty((self.num_pages, *heads, self.page_size, features), dtype=dtype)
-        _cpu.prefer_huge_pages(pages)
-        return pages.transpose(1, 2) if heads else pages
+    def _tensors(
+        self, spec: CacheSpec, num_pages: int, make: Make, device: torch.device
+    ) -> tuple[torch.Tensor, ...]:
+        return tuple(
+            _pages((num_pages, self.page_size, *shape), spec.dtype, make, device)
+            for shape in spec.shapes
+        )
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages of every layer; both [n] int64."""
-        for tensors in self.layers:
+        for tensors in (*self.layers, *self.draft_layers):
             for tensor in tensors:
                 tensor[targets] = tensor[sources]
+
+
+def _pages(
+    size: tuple[int, ...], dtype: torch.dtype, make: Make, device: torch.device
+) -> torch.Tensor:
+    """[num_pages, page_size, ...]"""
+    if device.type != "cpu":
+        return make(size, dtype=dtype, device=device)
+    num_pages, page_size, *heads, features = size
+    pages = make((num_pages, *heads, page_size, features), dtype=dtype)
+    _cpu.prefer_huge_pages(pages)
+    return pages.transpose(1, 2) if heads else pages
 
 
 def page_bytes(specs: Sequence[CacheSpec], page_size: int) -> int:

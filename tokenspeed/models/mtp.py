@@ -11,16 +11,18 @@ no slots, and not who drafts or why.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from tokenspeed.layers.batch import ForwardBatch
+from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.embedding import Embedding
 from tokenspeed.layers.layer import Layer, Source, Target
 from tokenspeed.layers.norm import ResidualNorm, RMSNorm
 from tokenspeed.models.decoder_config import DecoderConfig
-from tokenspeed.models.decoder_layer import DecoderLayer
+from tokenspeed.models.decoder_layer import Attention, DecoderLayer
 from tokenspeed.spmd.placement import REPLICATED, ModuleSpec
 
 # What each module's checkpoint repeats of the model's own.
@@ -98,6 +100,10 @@ class MtpModule(Layer):
         self.norm = ResidualNorm(target, "shared_head.norm", size, eps)
         joint = ("eh_proj", "block", "norm")
         self.flows = (("embed_tokens", "enorm", *joint), ("hnorm", *joint))
+
+    def cache_spec(self, dtype: torch.dtype) -> CacheSpec:
+        """What its layer keeps per token of this rank."""
+        return cast(Attention, self.block.self_attn).cache_spec(dtype)
 
     def forward(self, hidden: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
         """hidden [T, D] beside `batch.token_ids`, each the token behind its hidden state: [T, D].
