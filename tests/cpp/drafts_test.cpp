@@ -206,6 +206,10 @@ void hostile() {
     check_equal(drafter.propose(1, 2), {.ids = {kLast, kLast}, .match_len = 100});
     expect_bytes(drafter, 60);
     drafter.remove(1);
+    drafter.add(1, Tokens(300'000, kLast), "");
+    drafter.extend(1, Tokens{5, kLast, kLast});  // without kMaxWalk some 10^11 steps
+    check_equal(drafter.propose(1, 2), {.ids = {kLast, kLast}, .match_len = 2});
+    drafter.remove(1);
 
     Tokens word{1}, next{1, 0};
     while (next.size() < 20'000) {
