@@ -80,7 +80,7 @@ class Check:
         detokenizer = Detokenizer(self.tokenizer, shown=shown)
         inputs = Inputs("content", tools, shown & set(self.tokenizer.added_tokens.values()))
         parser = FORMATS[NAME].make(inputs)
-        events = [event for token in ids for event in parser.push(detokenizer.pieces([token]))]
+        events = [event for token in ids for event in parser.push(detokenizer.pieces(token))]
         return "allowed" if read(events + parser.finish()) == list(calls) else "read otherwise"
 
 

@@ -44,7 +44,8 @@ def token_steps(tokenizer: Tokenizer, text: str, sizes: list[int]) -> list[list[
     ids, at, steps = tokenizer.encode(text), 0, []
     while at < len(ids):
         size = sizes[len(steps) % len(sizes)]
-        steps.append(detokenizer.pieces(ids[at : at + size]))
+        new = ids[at : at + size]
+        steps.append([piece for token in new for piece in detokenizer.pieces(token)])
         at += size
     return [*steps, [Piece(detokenizer.finish())]]
 

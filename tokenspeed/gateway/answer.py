@@ -50,6 +50,7 @@ class Answer:
     ) -> None:
         self.blocks: list[Block] = []
         self.num_reasoning_tokens = 0
+        self.full = False  # no further call may follow
         self._parser, self._max_calls = parser, max_calls
         self._kind: Kind = starts_in
         self._events: list[Event] = []
@@ -57,8 +58,10 @@ class Answer:
 
     def push(self, pieces: Sequence[Piece]) -> None:
         """The text of one token."""
-        self._take(self._parser.push(pieces))
-        self.num_reasoning_tokens += self._kind == "reasoning"
+        if events := self._parser.push(pieces):
+            self._take(events)
+        if self._kind == "reasoning":
+            self.num_reasoning_tokens += 1
 
     def finish(self, pieces: Sequence[Piece]) -> None:
         """What text was left, and the end of the answer."""
@@ -69,11 +72,6 @@ class Answer:
         """The events since the last call. Every `CallStart` has its id."""
         events, self._events = self._events, []
         return events
-
-    @property
-    def full(self) -> bool:
-        """Whether no further call may follow."""
-        return self._num_calls == self._max_calls and self.blocks[-1].complete
 
     @property
     def has_calls(self) -> bool:
@@ -92,26 +90,33 @@ class Answer:
 
     def _take(self, events: list[Event]) -> None:
         for event in events:
-            if self._num_calls and self.full:
+            if self.full:
                 return
-            match event:
-                case Reasoning(text):
-                    self._add("reasoning", text)
+            match event:  # the most frequent first
                 case Content(text):
                     self._add("content", text)
-                case CallStart(name, call_id):
-                    self._num_calls += 1
-                    self._kind = "call"
-                    event = CallStart(name, call_id or f"call_{secrets.token_hex(12)}")
-                    self.blocks.append(Block("call", name, event.id or ""))
+                case Reasoning(text):
+                    self._add("reasoning", text)
                 case CallArguments(text):
                     self.blocks[-1].add(text)
+                case CallStart(name, call_id):
+                    self._num_calls += 1
+                    event = CallStart(name, call_id or f"call_{secrets.token_hex(12)}")
+                    self._open(Block("call", name, event.id or ""))
                 case CallEnd(complete):
                     self.blocks[-1].complete = complete
+                    self._look_if_full()
             self._events.append(event)
 
     def _add(self, kind: Kind, text: str) -> None:
-        self._kind = kind
-        if not self.blocks or self.blocks[-1].kind != kind:
-            self.blocks.append(Block(kind))
+        if self._kind != kind or not self.blocks:
+            self._open(Block(kind))
         self.blocks[-1].add(text)
+
+    def _open(self, block: Block) -> None:
+        self._kind = block.kind
+        self.blocks.append(block)
+        self._look_if_full()
+
+    def _look_if_full(self) -> None:
+        self.full = self._num_calls == self._max_calls and self.blocks[-1].complete

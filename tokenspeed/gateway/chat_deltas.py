@@ -37,11 +37,13 @@ class Deltas:
         return self._made
 
     def _text(self, key: str, text: str) -> None:
-        if not (self._made and key in self._made[-1]):
-            self._made.append({key: ""})
-        self._made[-1][key] += text
+        if self._made and key in self._made[-1]:
+            text = self._made[-1][key] + text
+        else:
+            self._made.append({})
+        self._made[-1][key] = text
         if key == "reasoning":
-            self._made[-1]["reasoning_content"] = self._made[-1][key]
+            self._made[-1]["reasoning_content"] = text
 
     def _start(self, name: str, call_id: str | None) -> None:
         self._index += 1

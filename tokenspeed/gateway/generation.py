@@ -124,10 +124,9 @@ class Choice:
 
     def _parse(self, answer: Answer, detokenizer: Detokenizer, output: TokenOutput) -> None:
         """Id by id: how many came at once never shows."""
-        last = len(output.token_ids) - 1
+        last = len(output.token_ids) - 1 if output.stop_token_id is not None else -1
         for i, token in enumerate(output.token_ids):
-            ended = i == last and output.stop_token_id is not None
-            answer.push(detokenizer.pieces([token], ended_by_token=ended))
+            answer.push(detokenizer.pieces(token, ended_by_token=i == last))
             if detokenizer.stopped is not None or answer.full:
                 break
         if answer.full:
@@ -232,15 +231,20 @@ class Generation(AbstractContextManager["Generation"]):
 
         Raises `RequestError`, `ApiError` or `EngineDeadError` if the request cannot go on.
         """
+        return self._feed(await self.mailbox.take())
+
+    def _feed(self, items: list[tuple[int, TokenOutput]]) -> list[Choice]:
+        """Gives outputs to their choices; returns those that changed."""
         changed: list[Choice] = []
-        for index, output in await self.mailbox.take():
+        record = self._record
+        for index, output in items:
             choice = self.choices[index]
             if choice.finish_reason is not None:
                 continue
-            self._record.feed(index, output)
+            record.feed(index, output)
             finished = choice.feed(output)
-            if choice.answer is not None and choice.answer.has_calls:
-                self._record.call_seen()
+            if not record.first_call and choice.answer is not None and choice.answer.has_calls:
+                record.call_seen()
             if choice not in changed:
                 changed.append(choice)
             if finished:
@@ -261,13 +265,14 @@ class Generation(AbstractContextManager["Generation"]):
         """Server-sent events until every choice is finished. A late error is an event, too."""
         try:
             while self.num_running:
-                changed = await self.next()
-                parts = [dialect.chunk(choice) for choice in changed]
+                changed = self._feed(await self.mailbox.take())
+                parts = [] if changed else [dialect.keep_alive()]
                 for choice in changed:
+                    parts.append(dialect.chunk(choice))
                     choice.clear()
                 if not self.num_running:
                     parts.append(dialect.closing())
-                await self._write(call, b"".join(parts) if changed else dialect.keep_alive())
+                await self._write(call, b"".join(parts))
         except Exception as error:
             if not call.started:
                 raise

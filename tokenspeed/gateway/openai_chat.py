@@ -101,10 +101,10 @@ class _Chat(OpenAIStream):
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)
-        # A chunk that is nothing but text is these two around the text and the choice's number.
+        # A chunk that is nothing but a delta is these two around it and the choice's number.
         self._front = b"data: " + encode_json(self._head)[:-1] + b',"choices":[{"index":'
         usage = b',"usage":null' if self._usage_at_end else b""
-        self._back = b'},"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
+        self._back = b',"logprobs":null,"finish_reason":null}]' + usage + b"}\n\n"
         self._plain = not (self._usage_always or request.return_token_ids or request.logprobs)
         self._deltas = [Deltas(self._conversation) for _ in turn.answers]
 
@@ -115,9 +115,9 @@ class _Chat(OpenAIStream):
         if choice.finish_reason is not None or not self._plain:
             last = deltas.pop() if deltas else {}
         for delta in deltas:
-            if "content" in delta:
-                text = b',"delta":{"content":' + encode_json(delta["content"])
-                parts.append(b"%b%d%b%b" % (self._front, choice.index, text, self._back))
+            if self._plain:
+                data = encode_json(delta)
+                parts.append(b'%b%d,"delta":%b%b' % (self._front, choice.index, data, self._back))
             else:
                 parts.append(self._event([self._bare(choice, delta)]))
         if last is not None:

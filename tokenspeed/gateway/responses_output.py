@@ -51,6 +51,7 @@ class Output:
         self._parts: list[str] = []  # its text
         self._input: InputText | None = None  # of a custom tool's call
         self._own: ClientTool | None = None  # whose call is an item of its own type
+        self._around = b"", b"", b""  # the text of a delta of the item in work, and its number
         self._made: list[bytes] = []
         self._next = 0
 
@@ -161,6 +162,7 @@ class Output:
         self.items.append(item)
         self._open, self._parts = item, []
         self._event("response.output_item.added", output_index=self._index, item=item)
+        self._around = _around_delta(item, self._index)
 
     def _delta(self, text: str) -> None:
         if not text or self._open is None:
@@ -168,13 +170,9 @@ class Output:
         self._parts.append(text)
         if self._own is not None:
             return
-        kind = self._open["type"]
-        place: dict[str, Any] = {"item_id": self._open["id"], "output_index": self._index}
-        if kind in _CALL_EVENTS:
-            self._event(f"{_CALL_EVENTS[kind][0]}.delta", **place, delta=text)
-            return
-        place["content_index"] = 0
-        self._event(f"{_TEXT_EVENTS[kind]}.delta", **place, delta=text, **_extra(kind))
+        front, middle, end = self._around
+        self._made.append(b"%b%d%b%b%b" % (front, self._next, middle, encode_json(text), end))
+        self._next += 1
 
     def _close(self, status: str) -> None:
         """The item in work is done."""
@@ -230,6 +228,19 @@ class Output:
 
 def _new(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(24)}"
+
+
+def _around_delta(item: Item, index: int) -> tuple[bytes, bytes, bytes]:
+    """The parts of an item's deltas that stay: up to the number, up to the text, after it."""
+    kind = item["type"]
+    event = _CALL_EVENTS[kind][0] if kind in _CALL_EVENTS else _TEXT_EVENTS.get(kind, kind)
+    front = f'event: {event}.delta\ndata: {{"type":"{event}.delta","sequence_number":'
+    place: dict[str, Any] = {"item_id": item["id"], "output_index": index}
+    if kind in _TEXT_EVENTS:
+        place["content_index"] = 0
+    extra = encode_json(_extra(kind))[1:]  # with the brace that ends the event
+    middle = b"," + encode_json(place)[1:-1] + b',"delta":'
+    return front.encode(), middle, (b"," if extra != b"}" else b"") + extra + b"\n\n"
 
 
 def _extra(kind: str) -> dict[str, list[Any]]:

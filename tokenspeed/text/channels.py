@@ -52,6 +52,7 @@ class CallEnd(NamedTuple):
 
 
 Event = Reasoning | Content | CallStart | CallArguments | CallEnd
+_TEXTS = (Reasoning, Content, CallArguments)
 
 
 class ChannelParser(Protocol):
@@ -91,10 +92,10 @@ def joined(events: Sequence[Event]) -> list[Event]:
     """The same events with neighbouring texts of a kind made one, for comparison."""
     made: list[Event] = []
     for event in events:
-        last = made[-1] if made else None
-        if isinstance(event, Reasoning | Content | CallArguments):
+        if isinstance(event, _TEXTS):
             if not event.text:
                 continue
+            last = made[-1] if made else None
             if type(last) is type(event):
                 made[-1] = type(event)(last.text + event.text)
                 continue

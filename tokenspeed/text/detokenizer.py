@@ -73,14 +73,19 @@ class _ByteDecoder:
     """Byte-level vocabularies: a token is bytes, so an incremental UTF-8 decoder is exact."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._bytes = tokenizer.token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._bytes, self._texts = tokenizer.token_bytes, tokenizer.whole_texts
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._within = False  # a character whose last bytes are still to come
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._bytes(token_id))
+        if not self._within and (text := self._texts[token_id]) is not None:
+            return text
+        text = self._decoder.decode(self._bytes(token_id))
+        self._within = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class _WindowDecoder:
@@ -145,28 +150,32 @@ class Detokenizer:
     def push(self, ids: Sequence[int], *, ended_by_token: bool = False) -> str:
         """Text that became certain. With `ended_by_token` the last id is a stop token: it counts,
         but its text is shown only if stop strings are to be included."""
-        return "".join([piece.text for piece in self.pieces(ids, ended_by_token=ended_by_token)])
-
-    def pieces(self, ids: Sequence[int], *, ended_by_token: bool = False) -> list[Piece]:
-        """The same text, added tokens apart, but for one that may begin a stop string."""
-        pieces: list[Piece] = []
+        if len(ids) == 1:
+            return self._text(ids[0], ended_by_token)
         last = len(ids) - 1
-        for i, token_id in enumerate(ids):
-            if self.stopped is not None:
-                break
-            self.num_tokens += 1
-            hidden = ended_by_token and i == last and not self._include_stop
-            if hidden or token_id in self._skip:
-                continue
-            added = self._added.get(token_id)
-            text = self._decoder.push(token_id)
-            if text and self._stops and self.num_tokens > self._min_tokens:
-                text = self._match(text)
-            if added and text.endswith(added):
-                pieces += (Piece(text[: -len(added)]), Piece(added, token=True))
-            else:
-                pieces.append(Piece(text))
-        return pieces
+        return "".join([self._text(t, ended_by_token and i == last) for i, t in enumerate(ids)])
+
+    def pieces(self, token_id: int, *, ended_by_token: bool = False) -> tuple[Piece, ...]:
+        """The same text of one id, an added token apart, but for one that may begin a stop
+        string."""
+        text = self._text(token_id, ended_by_token)
+        if token_id in self._added and text:
+            added = self._added[token_id]
+            if text.endswith(added):
+                return Piece(text[: -len(added)]), Piece(added, token=True)
+        return (Piece(text),)
+
+    def _text(self, token_id: int, ended: bool) -> str:
+        """What becomes certain with an id, which is a stop token if it `ended` the output."""
+        if self.stopped is not None:
+            return ""
+        self.num_tokens += 1
+        if token_id in self._skip or (ended and not self._include_stop):
+            return ""
+        text = self._decoder.push(token_id)
+        if text and self._stops and self.num_tokens > self._min_tokens:
+            text = self._match(text)
+        return text
 
     def finish(self) -> str:
         """The rest: unfinished bytes as U+FFFD, then what was held back. Call once, at the end."""

@@ -6,7 +6,9 @@ names of special tokens, and `generation_config.json` for the ids that end a tur
 from the folder. Spaces are never "cleaned up" after decoding: a token's text is what it is.
 """
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ class Tokenizer:
         self.added_tokens = {i: token.content for i, token in added.items()}
         self.is_byte_level = isinstance(inner.decoder, decoders.ByteLevel)
         self._bytes: dict[int, bytes] = {}
+        self.whole_texts = _WholeTexts(self.token_bytes)
         self._bos: list[int] = []
         bos = inner.token_to_id(self.special_tokens.get("bos_token", "")) if add_bos else None
         if bos is not None and inner.encode("").ids[:1] != [bos]:
@@ -110,6 +113,20 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token's text alone, for logprobs; bytes that form no character become U+FFFD."""
         return self.token_bytes(token_id).decode(errors="replace")
+
+
+class _WholeTexts(dict[int, str | None]):
+    """Text of each token whose bytes are whole characters; None of any other."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        made: str | None = None
+        with contextlib.suppress(UnicodeDecodeError):
+            made = self._token_bytes(token_id).decode()
+        self[token_id] = made
+        return made
 
 
 def read_json(path: Path) -> dict[str, Any]:

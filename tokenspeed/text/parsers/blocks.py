@@ -39,14 +39,15 @@ class Blocks:
         """Adds to the channel. There must be no call open."""
         body = text.rstrip(_SPACE)
         if body:
-            before = "".join(self._space)
+            space = text[len(body) :]
+            if self._space:
+                body = "".join(self._space) + body
+                self._space = []
             if self.blank:
-                whole = before + body
-                body = whole if self._first else whole.lstrip(_BREAKS)
-                before, self.blank = "", False
-            self._write(before + body)
-            self._space = []
-            text = text[len(text.rstrip(_SPACE)) :]
+                self.blank = False
+                body = body if self._first else body.lstrip(_BREAKS)
+            self._write(body)
+            text = space
         if text:
             self._space.append(text)
 

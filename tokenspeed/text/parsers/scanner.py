@@ -8,6 +8,7 @@ the borders of pieces. Time is linear in the text if the scanner is read dry aft
 """
 
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 
 from tokenspeed.text.channels import Piece
@@ -21,7 +22,8 @@ class _Wanted:
     def __init__(self, markers: tuple[str, ...], tokens: frozenset[str]) -> None:
         self.tokens = tokens.intersection(markers)
         texts = sorted(set(markers) - tokens, key=len, reverse=True)
-        self.pattern = re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
+        self.pattern = _any_of(texts)
+        self.starts = _any_of(sorted({text[0] for text in texts})).search
         self.prefixes = frozenset(text[:n] for text in texts for n in range(1, len(text)))
         self.reach = max(map(len, texts), default=1) - 1
 
@@ -32,6 +34,10 @@ class _Wanted:
             if text[at:] in prefixes:
                 return at
         return end
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, texts)) if texts else r"(?!)")
 
 
 _wanted = lru_cache(maxsize=1024)(_Wanted)
@@ -72,17 +78,20 @@ class Scanner:
         Without a marker in the buffer: the text that can be no part of one, and None.
         """
         wanted = _wanted(markers, self._tokens)
+        text, start = self._text, self._at
+        if not self._marks and wanted.starts(text, start) is None:  # as it is with most tokens
+            self._at = len(text)
+            return text[start:], None
         limit, token = self._token(wanted)
         more = token is None and not self.closed
-        hold = wanted.hold(self._text, self._at) if more else limit
-        start = self._at
-        found = wanted.pattern.search(self._text, start, limit)
+        hold = wanted.hold(text, start) if more else limit
+        found = wanted.pattern.search(text, start, limit)
         if found and (found.start() < hold or not more):
             hold, token = found.start(), found.group()
         elif more:
             token = None
         self._at = hold if keep or token is None else hold + len(token)
-        return self._text[start:hold], token
+        return text[start:hold], token
 
     def expect(self, *markers: str) -> str | None:
         """Reads the marker that stands next. "" if none does, None if that is not yet known."""

@@ -49,7 +49,8 @@ class ThinkParser:
     def push(self, pieces: Sequence[Piece]) -> list[Event]:
         for piece in pieces:
             self.scan.add(piece)
-            self._run()
+            while self.state():
+                pass
         return self.out.take()
 
     def finish(self) -> list[Event]:
