@@ -15,7 +15,7 @@
 //    path without the first token, once append() is through.
 // 4. count(v) is the number of leaves below v, latest(v) their last and top(v) the child with
 //    most leaves, the later one of equals (-1: all begin with separators), as long as no path has
-//    more than kMaxWalk nodes: append() tells no more of a leaf's ancestors, as a text of one token
+//    more than kMaxWalk nodes: append() tells no more of a leaf's ancestors, as runs of one token
 //    would make it quadratic.
 //
 // Memory: 4 bytes a token, 24 an internal node, 8 / load an edge; there are less than n of the

@@ -206,9 +206,14 @@ void hostile() {
     check_equal(drafter.propose(1, 2), {.ids = {kLast, kLast}, .match_len = 100});
     expect_bytes(drafter, 60);
     drafter.remove(1);
-    drafter.add(1, Tokens(300'000, kLast), "");
-    drafter.extend(1, Tokens{5, kLast, kLast});  // without kMaxWalk some 10^11 steps
+    // The second break gives leaves to paths of as many nodes: without kMaxWalk some 10^10 steps.
+    Tokens runs(200'000, kLast);
+    runs.push_back(5);
+    runs.insert(runs.end(), 200'000, kLast);
+    runs.insert(runs.end(), {6, kLast, kLast});
+    drafter.add(1, runs, "");
     check_equal(drafter.propose(1, 2), {.ids = {kLast, kLast}, .match_len = 2});
+    expect_bytes(drafter, 60);
     drafter.remove(1);
 
     Tokens word{1}, next{1, 0};
