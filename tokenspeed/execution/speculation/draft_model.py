@@ -45,5 +45,5 @@ class DraftModelNet:
 
 def draft_model_drafter(model: CausalLM, max_depth: int) -> ChainDrafter:
     """Its keys and values are of its own dtype, whatever the target's are."""
-    specs = model.cache_specs()
-    return ChainDrafter("draft_model", DraftModelNet(model), specs, shift=0, max_depth=max_depth)
+    net, specs = DraftModelNet(model), model.cache_specs()
+    return ChainDrafter("draft_model", net, specs, shift=0, max_depth=max_depth, complete=True)
