@@ -2,8 +2,9 @@
 """What reading answers costs: microseconds a token, and whether time is linear in the text.
 
 For each format an answer of reasoning, content and calls is read in pieces of four characters, at
-lengths from 8 KiB to 128 KiB: `t(2n)/t(n)` is the worst ratio of neighbours, each the best of
-several runs, in CPU time. `--bfcl` (a folder with BFCL's data, which the `bfcl-eval` wheel carries)
+lengths from 8 KiB to 128 KiB. `t(2n)/t(n)`, in CPU time: a text of n is read before and after one
+of 2n, so that both have the same minute of the machine; the median of such triples, and of all
+lengths the worst. `--bfcl` (a folder with BFCL's data, which the `bfcl-eval` wheel carries)
 writes the calls that answer its questions in every format and reads them back.
 
     python benchmarks/parsers.py --json benchmarks/results/parsers.json
@@ -17,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,37 +68,45 @@ def calls_in(name: str) -> bool:
     return WRITERS[name].fits(Said("", (Call(EDIT.name, {}),), (EDIT,)))
 
 
-def seconds(format_: Format, text: str, piece: int, rounds: int) -> float:
-    """The best CPU time of reading `text` in pieces of so many characters, one a step."""
-    steps = [[Piece(text[i : i + piece])] for i in range(0, len(text), piece)]
+def seconds(format_: Format, steps: Sequence[Sequence[Piece]]) -> float:
+    """The CPU time of reading these steps."""
+    parser = format_.make(Inputs(WRITERS[format_.name].starts_in, (EDIT,), frozenset()))
+    start = time.thread_time()
+    for step in steps:
+        parser.push(step)
+    parser.finish()
+    return time.thread_time() - start
+
+
+def growth(format_: Format, texts: Sequence[str], piece: int, rounds: int) -> tuple[float, float]:
+    """The best time of a step, and the worst ratio of a text's time to that of the
+    one before, which is half as long. In pieces of so many characters, one a step."""
+    made = [[[Piece(t[i : i + piece])] for i in range(0, len(t), piece)] for t in texts]
     gc.collect()
     gc.freeze()  # the steps are no work of the parser's
-    rounds *= min(8, SIZES[-1] // len(text) + 1)
-    best = float("inf")
-    for _ in range(rounds):
-        parser = format_.make(Inputs(WRITERS[format_.name].starts_in, (EDIT,), frozenset()))
-        start = time.thread_time()
-        for step in steps:
-            parser.push(step)
-        parser.finish()
-        best = min(best, time.thread_time() - start)
+    best, worst = float("inf"), 0.0
+    for half, whole in pairwise(made):
+        ratios = []
+        for _ in range(rounds * min(8, len(made[-1]) // len(whole))):
+            before, long, after = (seconds(format_, steps) for steps in (half, whole, half))
+            ratios.append(2 * long / (before + after) * 2 * len(half) / len(whole))
+            best = min(best, long / len(whole))
+        worst = max(worst, median(ratios))
     gc.unfreeze()
-    return best
+    return best, worst
 
 
 def measure(format_: Format, kind: str, sizes: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Microseconds a piece at the longest, and the worst growth from one length to twice it."""
-    times = [seconds(format_, answer(format_, kind, size), PIECE, rounds) for size in sizes]
-    alone = [seconds(format_, answer(format_, kind, size), 1, rounds) for size in sizes]
+    """Microseconds a piece, and the worst growth from one length to twice it."""
+    texts = [answer(format_, kind, size) for size in sizes]
+    best, worst = growth(format_, texts, PIECE, rounds)
+    alone, worst_alone = growth(format_, texts, 1, rounds)
     return {
         "format": format_.name,
         "kind": kind,
-        "us_per_piece": round(times[-1] * 1e6 * PIECE / sizes[-1], 3),
-        "us_per_character_alone": round(alone[-1] * 1e6 / sizes[-1], 3),
-        "worst_ratio": round(
-            max(b / a for series in (times, alone) for a, b in pairwise(series)),
-            3,
-        ),
+        "us_per_piece": round(best * 1e6, 3),
+        "us_per_character_alone": round(alone * 1e6, 3),
+        "worst_ratio": round(max(worst, worst_alone), 3),
     }
 
 

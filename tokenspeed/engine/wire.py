@@ -37,22 +37,11 @@ _TYPES: tuple[type, ...] = (
 )
 _PREFIX = {kind: bytes((VERSION, tag)) for tag, kind in enumerate(_TYPES)}
 _ENCODER = msgspec.msgpack.Encoder()
-_NOTHING_MORE = tuple(vars(m.TokenOutput(0, [])).values())[2:]  # after the number and the ids
 
 
 def encode(message: m.Down | m.Up) -> bytes:
     """The message's bytes. `KeyError` if its type has no tag."""
-    body: Any = message
-    if isinstance(message, m.Outputs):
-        body = {"outputs": [_lean(output) for output in message.outputs]}
-    return _PREFIX[type(message)] + _ENCODER.encode(body)
-
-
-def _lean(output: m.TokenOutput) -> Any:
-    """Most outputs are nothing but ids: the other fields are at their defaults, and left out."""
-    if tuple(vars(output).values())[2:] != _NOTHING_MORE:
-        return output
-    return {"request_id": output.request_id, "token_ids": output.token_ids}
+    return _PREFIX[type(message)] + _ENCODER.encode(message)
 
 
 class Decoder:
