@@ -416,6 +416,17 @@ def test_a_belief_from_outliers_does_not_stay(num_outliers: int, seconds: float)
     assert np.mean([row.step(0.95) for _ in range(10)]) > 2
 
 
+def test_what_drafts_cost_is_told_from_what_steps_cost() -> None:
+    """All steps had the same drafts; the prior said that these are nearly free."""
+    model = StepTimeModel()
+    for _ in range(200):
+        model.observe(features(decode_rows=1, verify_tokens=4, propose_tokens=4), 2.6e-3)
+    row = Row(model)
+    for _ in range(400):
+        row.step(0.4)
+    assert np.mean([row.step(0.4) for _ in range(100)]) < 0.5
+
+
 def test_the_same_calls_give_the_same_depths() -> None:
     one, other = Row(StepTimeModel()), Row(StepTimeModel())
     assert [one.step(0.6) for _ in range(300)] == [other.step(0.6) for _ in range(300)]
