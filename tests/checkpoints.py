@@ -143,7 +143,7 @@ def make_checkpoint(
 ) -> Path:
     """Writes a random fp32 checkpoint of `family` into `folder`; `changes` are config values.
 
-    DeepSeek V3 gets the tensors of one fake MTP layer unless `mtp` is off. `tokenizer` adds one
+    DeepSeek V3 gets one MTP layer unless `mtp` is off. `tokenizer` adds one
     whose ids 0 to 255 are bytes, with a chat template.
     """
     config = FAMILIES[family](**changes)
@@ -202,17 +202,24 @@ def _byte_vocabulary() -> dict[str, int]:
 
 
 def _add_mtp(folder: Path, config: Any) -> None:
-    """Adds tensors of the layer behind the last one, in a shard of their own or the one file."""
-    at = f"model.layers.{config.num_hidden_layers}"
+    """Adds a random layer behind the last one, in a shard of its own or the one file.
+
+    Its block has the shapes of the last layer.
+    """
+    last, size = f"model.layers.{config.num_hidden_layers - 1}.", config.hidden_size
+    index, one = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    files = [one] if one.exists() else sorted(folder.glob("model-*.safetensors"))
+    held = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    shapes = {name[len(last) :]: t.shape for name, t in held.items() if name.startswith(last)}
+    shapes |= dict.fromkeys(("enorm.weight", "hnorm.weight", "shared_head.norm.weight"), (size,))
+    shapes |= {"eh_proj.weight": (size, 2 * size), "embed_tokens.weight": (config.vocab_size, size)}
+    at = f"model.layers.{config.num_hidden_layers}."
     extra = {
-        f"{at}.eh_proj.weight": torch.randn(config.hidden_size, 2 * config.hidden_size),
-        f"{at}.enorm.weight": torch.ones(config.hidden_size),
-        f"{at}.embed_tokens.weight": torch.randn(config.vocab_size, config.hidden_size),
+        at + name: torch.rand(shape) + 0.5 if "norm" in name else torch.randn(shape) * 0.1
+        for name, shape in shapes.items()
     }
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        path = folder / "model.safetensors"
-        save_file(load_file(path) | extra, path, metadata={"format": "pt"})
+    if one.exists():
+        save_file(held | extra, one, metadata={"format": "pt"})
         return
     save_file(extra, folder / "mtp.safetensors", metadata={"format": "pt"})
     content = json.loads(index.read_text())

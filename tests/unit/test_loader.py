@@ -96,10 +96,10 @@ def test_sharded_loads_like_single(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_mtp_is_set_aside(checkpoint: Path, folder: Path) -> None:
     report = load_with_report(checkpoint, None, CPU)[1]
-    assert len(report.set_aside) == 3
+    assert len(report.set_aside) == 67  # a layer of experts, and how it is fed
     assert all(name.startswith("model.layers.3.") for name in report.set_aside)
     edit_config(folder, num_nextn_predict_layers=0)
-    with pytest.raises(ModelLoadError, match=r"no place for 3 tensor.*model\.layers\.3\.e"):
+    with pytest.raises(ModelLoadError, match=r"no place for 67 tensor.*model\.layers\.3\.e"):
         load(folder)
 
 
