@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.paged_run import PagedRun
+from tokenspeed.execution.recorders import Recorder
 from tokenspeed.execution.speculation.drafter import DraftWork
 from tokenspeed.execution.speculation.model_drafter import ChainDrafter, Room
 from tokenspeed.execution.step_tensors import StepBatch
@@ -33,6 +34,7 @@ class Drafting:
         target: CausalLM,
         drafter: ChainDrafter,
         temperatures: Mapping[int, float] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.run, self.drafter = PagedRun(target), drafter
         self.temperatures = temperatures or {}
@@ -42,7 +44,8 @@ class Drafting:
             tuple(torch.full((num_pages, 16, *s), torch.nan, dtype=spec.dtype) for s in spec.shapes)
             for spec in drafter.cache_specs
         ]
-        drafter.attach(caches, room, 64)
+        self.caches = caches
+        drafter.attach(caches, room, 64, recorder)
         self.ids: dict[int, list[int]] = {}  # by slot: the prompt, what came after it
         self.drafts: dict[int, list[int]] = {}
         self.proposed = self.accepted = 0

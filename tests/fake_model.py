@@ -22,7 +22,6 @@ class FakeModel:
 
     target = Target(torch.device("cpu"), torch.float32)
     spmd = SimpleNamespace(samples=True, peers=None)  # one rank
-    mtp = None
     modules = staticmethod(tuple)
 
     def __init__(self, vocab_size: int = 101, max_position: int = 4096) -> None:

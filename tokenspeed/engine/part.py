@@ -106,10 +106,12 @@ def build_part(
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
     quantization = quantization_of(config)
-    device, mtp = device_of(config), wanted_mtp(speculation_of(config))
+    device, speculation = device_of(config), speculation_of(config)
+    mtp, kv_dtype = wanted_mtp(speculation), CACHE_DTYPES[config.cache.kv_cache_dtype]
     with force_backends(forced_by(config.model.kernel_backend)):
         model = load_model(folder, dtype, device, limit, progress, ranks, quantization, mtp=mtp)
-        return assemble_part(config, model, rank, agree, num_sharers)
+        drafter = make_model_drafter(speculation, model, folder, ranks, kv_dtype)
+        return assemble_part(config, model, rank, agree, num_sharers, drafter)
 
 
 def graph_sizes(config: EngineConfig, device: torch.device) -> list[int]:
@@ -161,13 +163,13 @@ def assemble_part(
     rank: int = 0,
     agree: Agree = lambda mine: mine,
     num_sharers: int = 1,
+    drafter: ChainDrafter | None = None,
 ) -> Part:
     """The part around a loaded share. `ValueError` if the cache cannot hold one request."""
     mesh = mesh_of(config)
     seats, page_size = config.scheduler.max_num_seqs, config.cache.page_size
-    device, kv_dtype = model.target.device, CACHE_DTYPES[config.cache.kv_cache_dtype]
-    specs = model.cache_specs(kv_dtype)
-    drafter = make_model_drafter(speculation_of(config), model, kv_dtype)
+    device = model.target.device
+    specs = model.cache_specs(CACHE_DTYPES[config.cache.kv_cache_dtype])
     draft_specs = [] if drafter is None else drafter.cache_specs
     longest = config.model.max_model_len or model.max_position
     fits = choose_num_pages(
