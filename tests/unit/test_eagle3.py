@@ -109,8 +109,8 @@ class HeadRun:
         target.forward(batch, self.run.caches)
         fused = self.head.fuse(target.aux_hidden)
         self.head.spmd.begin_step([len(ids)])
-        out, hidden = self.head(torch.tensor(following), fused, batch, self.cache)
-        return self.head.logits(out), hidden
+        hidden = self.head(torch.tensor(following), fused, batch, self.cache)
+        return self.head.logits(hidden), hidden
 
 
 @pytest.fixture(scope="module")

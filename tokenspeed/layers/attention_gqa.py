@@ -11,7 +11,7 @@ from tokenspeed.kernels.kv_int8 import SCALE_BYTES
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.layer import Layer, Target
-from tokenspeed.layers.linear import Linear
+from tokenspeed.layers.linear import Linear, PairLinear
 from tokenspeed.layers.norm import RMSNorm
 from tokenspeed.layers.qk_norm import QkMeanSquare, QkNorm
 from tokenspeed.spmd.placement import Inline, ModuleSpec, Partial, Shard, tokens
@@ -29,12 +29,13 @@ class GqaShape:
     o_bias: bool = False
     qk_norm: Literal["head", "token"] | None = None  # before rope: of each head, or of all at once
     norm_eps: float = 1e-6
-    input_size: int | None = None  # of q, k and v; None: hidden_size
+    paired: bool = False  # q, k and v are made of two inputs side by side
 
 
 class GqaAttention(Layer):
-    """[T, input] -> [T, hidden]. Child names are the checkpoint's: q_proj, k_norm, o_proj...
+    """[T, hidden], where `paired` two of them -> [T, hidden].
 
+    Child names are the checkpoint's: q_proj, k_norm, o_proj...
     `cos_sin` [positions, head_dim] is shared by all layers (`layers/rope.py`).
     """
 
@@ -46,9 +47,9 @@ class GqaAttention(Layer):
         self.scale = shape.head_dim**-0.5
         q_size = shape.num_heads * shape.head_dim
         kv_size = shape.num_kv_heads * shape.head_dim
-        self.qkv_proj = Linear(
+        self.qkv_proj = (PairLinear if shape.paired else Linear)(
             target,
-            shape.input_size or shape.hidden_size,
+            shape.hidden_size * (2 if shape.paired else 1),
             {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size},
             bias=shape.qkv_bias,
             split="rows",
@@ -105,9 +106,11 @@ class GqaAttention(Layer):
         rows = (self.heads()[1], head)
         return CacheSpec((rows, rows), dtype)
 
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]) -> Tensor:
+    def forward(
+        self, x: Tensor | tuple[Tensor, Tensor], batch: ForwardBatch, cache: tuple[Tensor, ...]
+    ) -> Tensor:
         keys, values = cache
-        qkv = self.qkv_proj(x)
+        qkv = self.qkv_proj(*x) if isinstance(x, tuple) else self.qkv_proj(x)
         heads = qkv.view(len(qkv), sum(self.parts), self.shape.head_dim)
         q, k, v = torch.split_with_sizes(heads, self.parts, 1)
         if self.q_norm is not None and self.k_norm is not None:

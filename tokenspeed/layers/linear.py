@@ -105,3 +105,24 @@ class Linear(Layer):
             yield self.source(f"{name}.weight", "weight", rows)
             if "bias" in self.cuts:
                 yield self.source(f"{name}.bias", "bias", rows)
+
+
+class PairLinear(Linear):
+    """[left, right] @ weight.T + bias for two inputs as wide, which are never put in line."""
+
+    def choose_kernels(self) -> None:
+        outputs, inputs = self.weight.shape
+        sizes = {"num_inputs": inputs // 2, "num_outputs": outputs}
+        self.kernel = self.target.weight_kernel("linear", **sizes)
+        self.add = self.target.kernel("add")
+
+    def pack_weights(self) -> None:
+        halves = self.weight.chunk(2, dim=1)
+        self.packed = [self.target.pack(self.kernel, half.contiguous()) for half in halves]
+        self.give_up("weight")
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:  # type: ignore[override]
+        y: Tensor = self.add(
+            self.kernel(left, self.packed[0], self.bias), self.kernel(right, self.packed[1], None)
+        )
+        return y

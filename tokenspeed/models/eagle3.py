@@ -55,7 +55,7 @@ class Eagle3Body(Layer):
         self.embed_tokens = Embedding(target, decoder.vocab_size, size)
         self.input_layernorm = RMSNorm(target, "input_layernorm", size, eps)
         self.hidden_norm = RMSNorm(target, "hidden_norm", size, eps)
-        shape = GqaShape(size, *config.heads, qkv_bias=bias, o_bias=bias, input_size=2 * size)
+        shape = GqaShape(size, *config.heads, qkv_bias=bias, o_bias=bias, paired=True)
         cos_sin = rope_table(decoder.rope, decoder.max_position, target.device)
         self.self_attn = GqaAttention(target, shape, cos_sin)
         self.post_attention_layernorm = ResidualNorm(target, "post_attention_layernorm", size, eps)
@@ -64,14 +64,14 @@ class Eagle3Body(Layer):
 
     def forward(
         self, ids: Tensor, hidden: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """(normalised for the head, as the layer left them), both [T, hidden]."""
+    ) -> Tensor:
+        """[T, hidden], not normalised."""
         normed = self.hidden_norm(hidden)
         residual = normed if self.norm_before_residual else hidden
-        beside = torch.cat([self.input_layernorm(self.embed_tokens(ids)), normed], 1)
-        out = self.self_attn(beside, batch, cache)
+        embedded = self.input_layernorm(self.embed_tokens(ids))
+        out = self.self_attn((embedded, normed), batch, cache)
         out, residual = self.post_attention_layernorm.add(out, residual)
-        return self.norm.add(self.mlp(out), residual)
+        return self.norm.add(self.mlp(out), residual)[1]
 
 
 class Eagle3(Layer):
@@ -99,17 +99,20 @@ class Eagle3(Layer):
 
     def forward(
         self, ids: Tensor, hidden: Tensor, batch: ForwardBatch, cache: tuple[Tensor, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Each token with the hidden state of the position before it: see `Eagle3Body`.
+    ) -> Tensor:
+        """[T, hidden] of each token with the hidden state of the position before it.
 
         Before it, `spmd.begin_step` says how many tokens there are.
         """
-        found: tuple[Tensor, Tensor] = self.body(ids, hidden, batch, cache)
-        return found
+        left: Tensor = self.body(ids, hidden, batch, cache)
+        return left
 
-    def logits(self, normed: Tensor) -> Tensor:
-        """[L, hidden] -> float32 [L, vocab_size of the target], -inf where no draft can be."""
-        drafts: Tensor = self.lm_head(normed)
+    def logits(self, left: Tensor) -> Tensor:
+        """What `forward` left, [L, hidden] -> float32 [L, vocab_size of the target].
+
+        -inf where no draft can be.
+        """
+        drafts: Tensor = self.lm_head(self.body.norm(left))
         if self.draft_ids is None:
             return drafts
         logits = drafts.new_full((len(drafts), self.config.decoder.vocab_size), float("-inf"))

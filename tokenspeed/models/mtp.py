@@ -10,8 +10,8 @@ out is one such again, of i + 1: with a drafted token beside it the module goes 
 no slots, and not who drafts or why.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tokenspeed.layers.batch import ForwardBatch
 from tokenspeed.layers.cache_spec import CacheSpec
 from tokenspeed.layers.embedding import Embedding
-from tokenspeed.layers.layer import Layer, Source, Target
+from tokenspeed.layers.layer import Layer, Target
+from tokenspeed.layers.linear import PairLinear
 from tokenspeed.layers.norm import ResidualNorm, RMSNorm
 from tokenspeed.models.decoder_config import DecoderConfig
 from tokenspeed.models.decoder_layer import Attention, DecoderLayer
-from tokenspeed.spmd.placement import REPLICATED, ModuleSpec
 
 # What each module's checkpoint repeats of the model's own.
 SHARED = ("embed_tokens.weight", "shared_head.head.weight")
@@ -47,40 +47,6 @@ class SharedEmbedding(Layer):
         return y
 
 
-class PairLinear(Layer):
-    """[left, right] @ weight.T for left, right [T, size]: [T, size]. The pair is never put in line.
-
-    Over ranks the weight is whole: both halves' features would have to be divided.
-    """
-
-    spec = ModuleSpec("linear", weights={"weight": REPLICATED})
-    weight: nn.Parameter
-
-    def __init__(self, target: Target, name: str, size: int) -> None:
-        super().__init__(target)
-        self.name, self.size = name, size
-        self.own_parameter("weight", (size, 2 * size))
-
-    def choose_kernels(self) -> None:
-        sizes = {"num_inputs": self.size, "num_outputs": self.size}
-        self.kernel = self.target.weight_kernel("linear", **sizes)
-        self.add = self.target.kernel("add")
-
-    def pack_weights(self) -> None:
-        halves = [self.weight[:, : self.size], self.weight[:, self.size :]]
-        self.packed: list[Any] = [self.target.pack(self.kernel, h.contiguous()) for h in halves]
-        self.give_up("weight")
-
-    def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        y: Tensor = self.add(
-            self.kernel(left, self.packed[0], None), self.kernel(right, self.packed[1], None)
-        )
-        return y
-
-    def sources(self) -> Iterator[Source]:
-        yield self.source(f"{self.name}.weight", "weight")
-
-
 class MtpModule(Layer):
     """One module. Its pieces have the checkpoint's names once `checkpoint_name` took away `block`.
 
@@ -95,7 +61,7 @@ class MtpModule(Layer):
         self.embed_tokens = SharedEmbedding(target, embedding)
         self.enorm = RMSNorm(target, "enorm", size, eps)
         self.hnorm = RMSNorm(target, "hnorm", size, eps)
-        self.eh_proj = PairLinear(target, "eh_proj", size)
+        self.eh_proj = PairLinear(target, 2 * size, {"eh_proj": size})
         self.block = block
         self.norm = ResidualNorm(target, "shared_head.norm", size, eps)
         joint = ("eh_proj", "block", "norm")

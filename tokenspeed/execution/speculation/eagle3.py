@@ -30,12 +30,10 @@ class Eagle3Net:
         return self._head.fuse(work.aux_hidden)
 
     def forward(self, beside: Tensor, batch: ForwardBatch, caches: Caches) -> Tensor:
-        """[n, 2 W]: hidden states, and behind them the same normalised for the logits."""
-        normed, hidden = self._head(batch.token_ids, beside, batch, caches[0])
-        return torch.cat([hidden, normed], 1)
+        return self._head.forward(batch.token_ids, beside, batch, caches[0])
 
     def logits(self, left: Tensor) -> Tensor:
-        return self._head.logits(left[:, self.width :].contiguous())
+        return self._head.logits(left)
 
 
 def eagle3_drafter(head: Eagle3, dtype: torch.dtype | None, max_depth: int) -> ChainDrafter:
