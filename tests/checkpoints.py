@@ -263,6 +263,7 @@ def make_eagle3(
         "transformers_version": "4.51.0",
     } | changes
     d, inner, q, kv = hidden_size, 80, 4 * 16, 2 * 16
+    vocab_size = config["vocab_size"]
     shapes = {
         "fc": (d, num_heard * d),
         "norm": (d,),
@@ -279,7 +280,7 @@ def make_eagle3(
         "midlayer.mlp.down_proj": (d, inner),
     }
     if embedding:
-        shapes["embed_tokens"] = (VOCAB_SIZE, d)
+        shapes["embed_tokens"] = (vocab_size, d)
     generator = torch.Generator().manual_seed(seed)
     tensors = {
         f"{name}.weight": torch.rand(shape, generator=generator) + 0.5
@@ -287,10 +288,10 @@ def make_eagle3(
         else torch.randn(shape, generator=generator) * 0.1
         for name, shape in shapes.items()
     }
-    each = VOCAB_SIZE // draft_vocab_size
+    each = vocab_size // draft_vocab_size
     ids = torch.arange(draft_vocab_size) * each + each - 1
     tensors["d2t"] = ids - torch.arange(draft_vocab_size)
-    tensors["t2d"] = torch.zeros(VOCAB_SIZE, dtype=torch.bool).index_fill_(0, ids, True)
+    tensors["t2d"] = torch.zeros(vocab_size, dtype=torch.bool).index_fill_(0, ids, True)
     folder.mkdir(exist_ok=True)
     kept = {name: tensor for name, tensor in tensors.items() if name not in drop}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
