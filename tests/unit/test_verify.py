@@ -133,6 +133,7 @@ def test_what_is_always_wrong_costs_no_id(
         assert row.num_steps == -(-len(row.request.prompt_ids) // run.chunk) + len(ids) - 1
     if run.graphs is not None:
         assert run.graphs.num_replays > 3
+        assert run.graphs.size_for(1, 2) == 1  # none was found wrong
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -143,3 +144,4 @@ def test_mixtures_of_all_depths(
     drafts = Oracle(plain, range(9), wrong=0.25, seed=seed)
     check(run.run(drafts, lose=random.Random(seed)), plain)
     assert drafts.num_drafts > 100
+    assert run.graphs is None or run.graphs.size_for(1, 2) == 1

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.drafted_run import CPU, DraftedRun, Row, request
 from tests.fake_model import FakeModel
@@ -13,10 +15,11 @@ from tests.unit.test_execution_batch import batcher, plan
 from tokenspeed.execution import plan_view as pv
 from tokenspeed.execution.batch import Batcher
 from tokenspeed.execution.kv_cache import KVCache
-from tokenspeed.execution.sampler import Sampled, Sampler
+from tokenspeed.execution.sampler import Sampled, Sampler, kept
 from tokenspeed.execution.speculation.drafter import DraftWork
 from tokenspeed.execution.step import Begun, Results, Step
 from tokenspeed.execution.step_runner import StepRunner
+from tokenspeed.kernels.sample import verify
 from tokenspeed.spmd.simulate import VirtualCommunicator, run_ranks
 
 VOCAB = 101
@@ -149,6 +152,7 @@ def mind(sampler: Sampler) -> None:
 def test_a_fault_that_passes_leaves_nothing_behind() -> None:
     """The place is sampled again in the next step, from the same state."""
     logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1))
+    logits[1, [0, 7]] = torch.tensor([9.0, 8.5])  # a 0 counted by mistake would lose
     slots, places = np.array([0], np.int32), torch.arange(5, 8)
     sampler = Sampler(max_num_seqs=1, vocab_size=VOCAB, device=CPU)
     mind(sampler)
@@ -193,6 +197,23 @@ def test_rows_that_mind_and_rows_that_do_not() -> None:
     assert found.logprobs.keys() == {2}
 
 
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_the_host_counts_as_the_kernel_does(data: st.DataObject) -> None:
+    num_places = np.array(data.draw(st.lists(st.integers(0, 4), min_size=1)), np.int32)
+    count = int(num_places.sum())
+    several = st.lists(st.integers(-1, 1), min_size=count, max_size=count)
+    ids, tokens = (np.array(data.draw(several), np.int64) for _ in range(2))
+    tokens = np.abs(tokens)
+    starts = np.concatenate([[0], num_places.cumsum()]).astype(np.int32)
+    told = verify(torch.from_numpy(ids), torch.from_numpy(tokens), torch.from_numpy(starts))
+    want = [
+        n - (n > 0 and ids[at + n - 1] < 0)
+        for at, n in zip(starts[:-1], told.tolist(), strict=True)
+    ]
+    assert kept(ids, tokens, num_places).tolist() == want
+
+
 # -- tensors and results
 
 
@@ -232,7 +253,7 @@ def test_memory_of_steps_that_verify_stays() -> None:
     pages = np.array([(0, slot, i, 5 * slot + i) for slot in range(4) for i in range(5)], np.int32)
     made.apply_deltas(pages)
     steps = [[(1, 5, 3), (0, 2, 1)], [(3, 0, 2), (2, 7, 2)], [(3, 1, 4)]]
-    kept = []
+    memory = []
     for rows in steps:
         words = plan(
             [(slot, pv.ROW_SAMPLE, start, count, count - 1, 0) for slot, start, count in rows],
@@ -247,8 +268,8 @@ def test_memory_of_steps_that_verify_stays() -> None:
         assert torch.equal(got.places, want.places)
         assert torch.equal(got.logits_start, want.logits_start)
         assert want.forward.max_q_len <= got.forward.max_q_len == len(view.tokens) - len(rows) + 1
-        kept.append(got.forward.token_ids.data_ptr())
-    assert len(set(kept)) == 1
+        memory.append(got.forward.token_ids.data_ptr())
+    assert len(set(memory)) == 1
     long = pv.PlanView(plan([(0, pv.ROW_SAMPLE, 0, 65, 64, 0)], [1] * 65))
     assert not made.keeps_verify(long)
 

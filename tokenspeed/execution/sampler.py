@@ -207,9 +207,13 @@ class Sampler:
             ids = self._place_by_place(logits, slots, num_places, tokens, places, minded, logprobs)
         else:
             ids = self.draw(logits, np.repeat(slots, num_places), places)
-        counts = self._accept(ids, tokens, starts)
-        last = ids[(starts[:-1] + counts - 1).clamp(min=0).long()]
-        return Sampled(ids, counts - ((counts > 0) & (last < 0)).int(), logprobs)
+        if self._device.type == "cpu":
+            counts = torch.from_numpy(kept(ids.numpy(), tokens.numpy(), num_places))
+        else:
+            counts = self._accept(ids, tokens, starts)
+            last = ids[(starts[:-1] + counts - 1).clamp(min=0).long()]
+            counts -= ((counts > 0) & (last < 0)).int()
+        return Sampled(ids, counts, logprobs)
 
     def _minds(self, slot: int) -> bool:
         """Whether the slot's ids depend on more than their logits, or more of them is told."""
@@ -271,3 +275,23 @@ class Sampler:
             at = torch.from_numpy(slots.astype(np.int64)).to(self._device)
             self._gathered[key] = [tensor[at] for tensor in self._parameters]
         return self._gathered[key]
+
+
+def kept(
+    ids: NDArray[np.int64], tokens: NDArray[np.int64], num_places: NDArray[np.int32]
+) -> NDArray[np.int32]:
+    """[R] what the op `verify` gives, less an id that is -1, where the host has all of it.
+
+    A tenth of the time that as many ops on tensors take.
+    """
+    stops = np.empty(len(ids), np.bool_)
+    np.not_equal(ids[:-1], tokens[1:], out=stops[:-1])
+    ends = np.cumsum(num_places)
+    rows = num_places > 0
+    stops[ends[rows] - 1] = True
+    at = np.flatnonzero(stops)
+    first = (ends - num_places)[rows]
+    last = at[np.searchsorted(at, first)]
+    counts = np.zeros(len(num_places), np.int32)
+    counts[rows] = last - first + (ids[last] >= 0)
+    return counts
