@@ -190,7 +190,7 @@ int32_t Scheduler::pages_for_draft(Holdings& held, int32_t num_draft) {
     const int64_t others =
         mutant(Mutant::kS1TakesPromised) ? 0 : ledger_.soft + ledger_.firm + std::ssize(running_);
     if (mutant(Mutant::kS1DraftRetracts) && held.pages.size() < wanted &&
-        pool_.num_available() == 0 && !holdings(running_.back()->state)->slot.leased()) {
+        pool_.num_available() <= others && !holdings(running_.back()->state)->slot.leased()) {
         retract(*running_.back());
     }
     while (held.pages.size() < wanted &&
