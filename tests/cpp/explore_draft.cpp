@@ -111,4 +111,15 @@ void World::check_victims(const Flight& flight) const {
     }
 }
 
+// D1: when drafts took pages, what was promised to others is still there.
+void World::check_draft_pages(const Flight& flight) const {
+    for (const Row& row : flight.rows) {
+        const Request* request = scheduler_->find(id_of(row.life->client));
+        if (row.draft.empty() || holdings(request->state)->promise.firm()) continue;
+        const int last = static_cast<int>(row.pages.size()) - 1;
+        if (last < pages_for(row.firm_end()) || !fresh_.contains({row.slot, last})) continue;
+        demand(Inspector(*scheduler_).num_unpromised() >= 0, "D1: drafts took promised pages");
+    }
+}
+
 }  // namespace tokenspeed

@@ -59,6 +59,10 @@ class Inspector {
     }
     Hash128 hash(PageId page) const { return s_.index_.hash(page); }
     const PrefixIndex& index() const { return s_.index_; }
+    // Pages that anybody could still take, less those that were promised.
+    int64_t num_unpromised() const {
+        return s_.pool_.num_available() - s_.ledger_.soft - s_.ledger_.firm;
+    }
 
     // `shares`: there is more than one user.
     uint64_t canonical_hash(bool shares) const {

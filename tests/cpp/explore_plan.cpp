@@ -54,6 +54,7 @@ void World::plan() {
         for (const Row& row : flight.rows) check_writes(row, flight);
         check_budget(flight);
         check_victims(flight);
+        check_draft_pages(flight);
         count(flight);
     }
     flights_.push_back(std::move(flight));
@@ -68,7 +69,7 @@ void World::unbind_retracted() {
         if (request->retractions == life->retractions) continue;
         demand(!in_flight(*life), "I2: retracted while a step in flight uses its pages");
         ++num_victims_;
-        victim_grows_ |= pages_for(life->next) < pages_for(life->next + 1);
+        victim_grows_ |= life->sampled && pages_for(life->next) < pages_for(life->next + 1);
         unbind(*life);
         life->draft.clear();
         life->num_propose = 0;

@@ -36,28 +36,30 @@ inline std::string in_mode(const char* name, Mode mode) {
 // Requests that speculate. Whatever is told to them, they end as they would without.
 inline void add_drafts(std::vector<Scenario>& all, Mode mode) {
     SchedulerOptions wide = tight_options(3, 2, mode);
-    wide.max_num_batched_tokens *= 2;
-    all.push_back({.name = in_mode("2x3 drafts, pages of 2, once", mode),
-                   .options = wide,
-                   .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {2}, .max_tokens = 2}},
-                   .again = false,
-                   .guesses = {{.num_draft = 2}}});
+    wide.max_num_batched_tokens = mode.num_micro_steps > 1 ? 8 : 5;
     all.push_back(
-        {.name = in_mode("1x4 drafts with stops, pages of 2", mode),
+        {.name = in_mode("1x3 drafts with stops, pages of 2", mode),
          .options = wide,
          .specs = {{.prompt = {1, 2}, .max_tokens = 4, .min_tokens = 2}},
          .guesses = {{.num_draft = 3, .num_propose = 1}, {.stops = true, .num_draft = 2}}});
-}
-
-// The first is left with pages for rejected drafts when the second one needs a page.
-inline Scenario spare_pages(Mode mode) {
-    SchedulerOptions options = tight_options(9, 1, mode);
-    options.max_num_batched_tokens *= 2;
-    return {.name = in_mode("2x9 drafts, pages of 1, once", mode),
-            .options = options,
-            .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {2}, .max_tokens = 5}},
-            .again = false,
-            .guesses = {{.num_draft = 3}}};
+    wide.num_pages = 4;
+    // Drafts meet a prompt that comes in chunks, and what was promised to it.
+    all.push_back(
+        {.name = in_mode("2x4 drafts and chunks, pages of 2, once", mode),
+         .options = wide,
+         .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {2, 3, 4, 5, 6}, .max_tokens = 1}},
+         .again = false,
+         .guesses = {{.num_draft = 3}},
+         .num_speculating = 1});
+    // The first is left with pages for rejected drafts when the second one needs a page.
+    wide.num_pages = 9;
+    wide.page_size = 1;
+    all.push_back({.name = in_mode("2x9 drafts, pages of 1, once", mode),
+                   .options = wide,
+                   .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {2}, .max_tokens = 5}},
+                   .again = false,
+                   .guesses = {{.num_draft = 3}},
+                   .num_speculating = 1});
 }
 
 // "turns": the second request goes on where the first one ends (the device's output at position p
@@ -101,7 +103,6 @@ inline std::vector<Scenario> quick_scenarios() {
                         {.prompt = {3}, .max_tokens = 2, .user = 2}},
                        /*again=*/false});
         add_drafts(all, mode);
-        if (mode.overlap_depth == 0) all.push_back(spare_pages(mode));
         if (mode.num_micro_steps > 1) {
             all.push_back({in_mode("2x3 chunks in flight, pages of 2", mode),
                            tight_options(3, 2, mode),
@@ -129,7 +130,7 @@ inline std::vector<Scenario> quick_scenarios() {
 }
 
 inline std::vector<Scenario> full_scenarios() {
-    std::vector<Scenario> all = {spare_pages(kModes[1])};
+    std::vector<Scenario> all;
     for (const Mode mode : kModes) {
         SchedulerOptions three = tight_options(4, 1, mode);
         three.max_num_seqs = 3;

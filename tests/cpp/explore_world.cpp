@@ -36,9 +36,11 @@ std::vector<Move> World::moves() const {
         all.push_back({Move::kFlush, 0});
     if (scenario_.time && scheduler_->stats().num_retained_pages > 0)
         all.push_back({Move::kTime, 0});
-    for (uint32_t i = 0; i < clients_.size() * scenario_.guesses.size(); ++i) {
-        const uint32_t client = i % clients_.size(), guess = i / clients_.size();
-        if (live(client)) all.push_back({Move::kSpeculate, guess << 8 | client});
+    const auto speculating = std::min<size_t>(clients_.size(), scenario_.num_speculating);
+    for (uint32_t client = 0; client < speculating; ++client) {
+        for (uint32_t guess = 0; live(client) && guess < scenario_.guesses.size(); ++guess) {
+            all.push_back({Move::kSpeculate, guess << 8 | client});
+        }
     }
     if (num_in_flight() < scheduler_->max_in_flight()) all.push_back({Move::kPlan, 0});
     if (flights_.empty()) return all;

@@ -55,7 +55,8 @@ struct Scenario {
     std::vector<Spec> specs;
     bool again = true;  // clients submit again when they are over, and the cache is flushed
     bool time = false;  // it passes while anything is retained
-    std::vector<Guess> guesses = {};  // that clients' requests may verify
+    std::vector<Guess> guesses = {};  // that requests of the first clients may verify
+    int num_speculating = 2;          // of the clients
 };
 
 // How often the rarer things happened. An exploration that never sees one of them proves nothing of
@@ -168,6 +169,7 @@ class World {
     void check_tokens(const Row& row, std::span<const int32_t> tokens) const;
     void check_draft(const Row& row) const;
     void check_victims(const Flight& flight) const;
+    void check_draft_pages(const Flight& flight) const;
     void forget_guess(const Row& row);
     void check_reads(const Row& row) const;
     void check_writes(const Row& row, const Flight& flight) const;

@@ -185,3 +185,20 @@ def test_equal_indices_take_turns_and_another_salt_finds_no_prefix() -> None:
         run.schedulers.submit(i, prompt(60, 0), b"salt %d" % i if i else b"", max_tokens=2)
         run.all()
     assert [run.where[i] for i in range(6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_drafts_go_where_the_request_is() -> None:
+    schedulers = make(2)
+    for i in range(2):
+        schedulers.submit(i, prompt(5, i), b"", max_tokens=9)
+    for index, words in enumerate(schedulers.next_plans() or []):
+        assert words is not None
+        schedulers.commit(index, result(words))
+    assert [schedulers.speculate(i, np.array([1] * (1 + i), np.int32), 2) for i in range(3)] == [
+        True,
+        True,
+        False,
+    ]
+    plans = [PlanView(words) for words in schedulers.next_plans() or [] if words is not None]
+    assert [plan.num_draft.tolist() for plan in plans] == [[1], [2]]
+    assert [plan.num_propose.tolist() for plan in plans] == [[2], [2]]
