@@ -99,14 +99,16 @@ class Choice:
         self.num_tokens += len(ids)
         self.token_ids += ids
         self.output_ids += ids
-        if self.finish_reason is None and output.finish_reason is not None:
+        if self.finish_reason is None:
+            if output.finish_reason is None:
+                return False
             self.finish_reason = output.finish_reason
             self.stop_token_id = output.stop_token_id
             if output.stop_token_id in (self.params.stop_token_ids or ()):
                 self.stop_reason = output.stop_token_id
         if self.answer is not None and self.finish_reason == "stop" and self.answer.calls:
             self.finish_reason = "tool_calls"
-        return self.finish_reason is not None
+        return True
 
     def _detokenize(self, detokenizer: Detokenizer, output: TokenOutput) -> list[int]:
         """Appends text; returns the ids that count, which end where a stop string is complete."""

@@ -57,12 +57,13 @@ class Scanner:
         self.closed = False
 
     def add(self, piece: Piece) -> None:
-        if self._at:
-            marks = [(at - self._at, mark) for at, mark in self._marks if at >= self._at]
-            self._text, self._at, self._marks = self._text[self._at :], 0, marks
-        if piece.token and piece.text in self._tokens:
-            self._marks.append((len(self._text), piece.text))
-        self._text += piece.text
+        text, is_token = piece
+        left = self._text[self._at :]
+        if self._marks:
+            self._marks = [(at - self._at, mark) for at, mark in self._marks if at >= self._at]
+        if is_token and text in self._tokens:
+            self._marks.append((len(left), text))
+        self._text, self._at = left + text, 0
 
     def close(self) -> None:
         """Nothing follows: nothing is held back from now on."""
