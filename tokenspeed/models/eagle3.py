@@ -136,5 +136,5 @@ class Eagle3(Layer):
         return f"midlayer.{inner}" if inner.startswith(OF_LAYER) else inner
 
     def sets_aside(self, name: str) -> bool:
-        """The tables between the vocabularies, which are read apart, and unused embeddings."""
+        """The tables between the vocabularies, which are read apart."""
         return name in ("d2t", "t2d") or name.endswith(".rotary_emb.inv_freq")
