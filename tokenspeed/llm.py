@@ -20,6 +20,7 @@ from tokenspeed.engine.build import build_engine, resolve_folders
 from tokenspeed.engine.messages import AddGrammar, DropGrammar, GenerateRequest, TokenOutput
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
+from tokenspeed.execution.speculation.options import speculation_of
 from tokenspeed.models.hf_config import eos_token_ids
 from tokenspeed.text.chat_template import ChatTemplate
 from tokenspeed.text.detokenizer import Detokenizer
@@ -103,6 +104,7 @@ class LLM:
                 f"data_parallel_size is {count}, and an LLM is one engine: leave it at 1, or make"
                 " several, or serve with `tokenspeed serve --data-parallel-size`"
             )
+        speculation_of(config)
         folder, tokenizer_folder = resolve_folders(config)
         self._tokenizer: Tokenizer | None = None
         self._template: ChatTemplate | None = None

@@ -6,6 +6,7 @@ from typing import Any
 
 from tokenspeed.cli.options import add_engine_options, add_options, engine_options, options_of
 from tokenspeed.config import EngineConfig, ServerOptions, torchrun_place
+from tokenspeed.execution.speculation.options import speculation_of
 
 
 def add_parser(subparsers: Any) -> None:
@@ -18,6 +19,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     config = EngineConfig.of(**engine_options(args))
     options = ServerOptions(**options_of(args, ServerOptions))
+    speculation_of(config)  # refused here, before another process is started
     if config.parallel.launcher == "torchrun":
         from tokenspeed.engine.ranks.torchrun import run_rank, stop_with_parent
 

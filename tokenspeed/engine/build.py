@@ -9,6 +9,7 @@ from pathlib import Path
 
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine.drafting import make_speculator
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, Ready
 from tokenspeed.engine.part import Part, build_part, check_mesh, mesh_of
@@ -18,6 +19,7 @@ from tokenspeed.engine.schedulers import Schedulers
 from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.runner import Runner
 from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.execution.speculation.options import speculation_of
 from tokenspeed.models.hub import resolve_model
 
 Progress = Callable[[float, str], None]  # share of the whole start-up, what is being done
@@ -49,6 +51,7 @@ def build_engine(
     machine's memory among them.
     """
     tell = progress or (lambda fraction, what: None)
+    speculation_of(config)  # what is wrong with it is said before anything is fetched
     tell(0.0, "resolving the model")
     folder = folder or resolve_folders(config)[0]
     num_ranks = mesh_of(config).num_ranks
@@ -133,5 +136,6 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         max_logprobs=config.model.max_logprobs,
         depth=depth,
         balance=None if balancer is None else lambda: balancer.stats,
+        speculator=make_speculator(config, part),
         seed=config.model.seed,
     )

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: MIT
+"""Options and a loaded part -> `Speculator`. Knows which drafters there are, no requests."""
+
+import logging
+from collections.abc import Iterable
+
+from torch import nn
+
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.depths import Depths, Experts
+from tokenspeed.engine.part import Part, mesh_of
+from tokenspeed.engine.speculator import Speculator, Weighted
+from tokenspeed.execution.speculation.drafter import TokenDrafter
+from tokenspeed.execution.speculation.ngram import NgramDrafter
+from tokenspeed.execution.speculation.options import Speculation, check_depth, speculation_of
+from tokenspeed.execution.speculation.suffix import SuffixDrafter
+from tokenspeed.layers.moe import MoE
+
+_log = logging.getLogger(__name__)
+
+
+def make_speculator(config: EngineConfig, part: Part) -> Speculator | None:
+    """None where speculation is off. `ValueError`: drafts that long do not fit."""
+    asked = speculation_of(config)
+    check_depth(asked, part.max_model_len)
+    tokens = [_token_drafter(name, asked) for name in asked.token_methods]
+    weighted = None
+    if part.drafter is not None:
+        weighted = Weighted(part.drafter.name, part.drafter.max_depth)
+    names = [drafter.name for drafter in tokens] + ([weighted.name] if weighted else [])
+    if not names:
+        _log.info("speculative decoding: off")
+        return None
+    how = "as many as pay" if asked.adaptive else "always"
+    _log.info("speculative decoding: %s, %d tokens, %s", " + ".join(names), asked.depth, how)
+    depths = None
+    if asked.adaptive:
+        proposes = [False] * len(tokens) + [True] * (weighted is not None)
+        experts = experts_of(part.model.modules())
+        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, experts)
+    return Speculator(
+        tokens,
+        depth=asked.depth,
+        weighted=weighted,
+        depths=depths,
+        num_dp=mesh_of(config).dp,
+        ahead=config.scheduler.overlap_depth > 0,
+    )
+
+
+def experts_of(modules: Iterable[nn.Module]) -> Experts:
+    """Of the first layer that has any."""
+    for module in modules:
+        if isinstance(module, MoE):
+            routing = module.gate.routing
+            return Experts(routing.num_experts, routing.top_k)
+    return Experts()
+
+
+def _token_drafter(name: str, asked: Speculation) -> TokenDrafter:
+    if name == "ngram":
+        return NgramDrafter(asked.prompt_lookup_min, asked.prompt_lookup_max)
+    return SuffixDrafter(asked.suffix_min_match, asked.shared_store_tokens)
