@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.checkpoints import make_checkpoint
+from tests.drafted_answers import answers
 from tests.drafting import Drafting
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.execution.speculation.draft_model import draft_model_drafter
@@ -175,6 +176,17 @@ def test_another_size_of_vocabulary_is_refused(tmp_path: Path, qwen: Path) -> No
     target = load_model(qwen, torch.float32, CPU, 192)
     with pytest.raises(ModelLoadError, match="vocab_size: 500 tokens, and the target has 512"):
         load_draft_model(other, target, qwen)
+
+
+def test_an_engine_accepts_what_its_own_model_drafts(qwen: Path) -> None:
+    """Through chunks, prefix hits and retractions, greedy and sampled."""
+    expected, _ = answers(qwen, method="off")
+    config = {"model": str(qwen), "num_speculative_tokens": 3, "adaptive": False}
+    found, stats = answers(qwen, method="draft_model", **config)
+    assert found == expected
+    assert stats.speculation is not None
+    drafts = stats.speculation.drafters[0]
+    assert drafts.num_accepted_tokens == drafts.num_draft_tokens > 200
 
 
 def write_tokens(folder: Path, model: Any, added: Any = None) -> Path:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint, make_eagle3, reference_model
+from tests.drafted_answers import answers
 from tests.drafting import Drafting
 from tests.paged_run import PagedRun
 from tokenspeed.errors import ModelLoadError
@@ -342,3 +343,15 @@ def test_drafts_are_those_of_plain_torch(target: Path, tmp_path: Path, temperatu
     assert run.accepted > 5
     for slot in prompts:
         assert run.ids[slot] == oracle.ids[slot][: len(run.ids[slot])]
+
+
+def test_an_engine_with_a_head_gives_the_same_answers(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "target", "qwen3", tokenizer=True, num_hidden_layers=5)
+    head = make_eagle3(tmp_path / "head")
+    config = {"model": str(head), "num_speculative_tokens": 3, "adaptive": False}
+    found, stats = answers(folder, method="eagle3", **config)
+    assert found == answers(folder, method="off")[0]
+    assert stats.speculation is not None
+    drafts = stats.speculation.drafters[0]
+    assert drafts.num_draft_tokens > 500
+    assert drafts.num_accepted_tokens > 10  # of random weights, by the noise they share
