@@ -4,10 +4,12 @@
 import itertools
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.checkpoints import make_checkpoint
 from tokenspeed import LLM, SamplingParams
 from tokenspeed.llm import CompletionOutput, RequestOutput
 
@@ -139,6 +141,29 @@ def test_drafts_save_steps() -> None:
         for llm in (plain, drafts):
             llm.generate(TEXTS[0], GREEDY, use_tqdm=False)
         assert drafts._engine.num_steps < 0.7 * plain._engine.num_steps
+
+
+def test_a_draft_model_that_is_the_model_is_always_right() -> None:
+    config = {"method": "draft_model", "model": "demo", **FIXED}
+    with LLM(speculative_config=config) as llm:
+        asked = [GREEDY, SAMPLED.replace(ignore_eos=True)]
+        llm.generate(TEXTS[1:3], asked, use_tqdm=False)
+        speculation = llm._engine.stats().speculation
+    assert speculation is not None
+    (drafter,) = speculation.drafters
+    assert drafter.num_draft_tokens == drafter.num_accepted_tokens > 50
+
+
+def test_what_cannot_be_served_is_refused_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    plain = {"model": str(make_checkpoint(tmp_path, "llama")), "skip_tokenizer_init": True}
+    long = {"method": "ngram", "num_speculative_tokens": 64}
+    for config, options, message in (
+        ({"method": "draft_model", "model": str(folder)}, {}, "258 tokens, and the target has"),
+        ({"method": "mtp"}, plain, "has no layers that predict further tokens"),
+        (long, {"num_pages": 4, "page_size": 16}, "64 must be below max_model_len"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LLM(speculative_config=config, **options)
 
 
 def random_asks(count: int, seed: int) -> tuple[list[str], list[SamplingParams]]:
