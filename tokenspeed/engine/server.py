@@ -10,6 +10,7 @@ then sends `Shutdown`; if the gateway dies, the heartbeat thread ends this proce
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -155,6 +156,8 @@ def main(
     """Runs the engine process; returns its exit status. Every failure is also sent as `Fatal`."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("tokenspeed.engine.drafting").setLevel(logging.INFO)  # what auto has chosen
     context = zmq.Context()
     outbox, inbox = Outbox(context, outbox_addrs), Inbox(context, inbox_addr)
     heart = Heart(context, outbox_addrs)
