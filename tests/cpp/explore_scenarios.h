@@ -36,18 +36,18 @@ inline std::string in_mode(const char* name, Mode mode) {
 // Requests that speculate. Whatever is told to them, they end as they would without.
 inline void add_drafts(std::vector<Scenario>& all, Mode mode) {
     SchedulerOptions wide = tight_options(3, 2, mode);
-    wide.max_num_batched_tokens = mode.num_micro_steps > 1 ? 8 : 5;
+    wide.max_num_batched_tokens = 5 * mode.num_micro_steps;
     all.push_back(
         {.name = in_mode("1x3 drafts with stops, pages of 2", mode),
          .options = wide,
          .specs = {{.prompt = {1, 2}, .max_tokens = 4, .min_tokens = 2}},
          .guesses = {{.num_draft = 3, .num_propose = 1}, {.stops = true, .num_draft = 2}}});
-    wide.num_pages = 4;
+    wide.num_pages = 5;
     // Drafts meet a prompt that comes in chunks, and what was promised to it.
     all.push_back(
-        {.name = in_mode("2x4 drafts and chunks, pages of 2, once", mode),
+        {.name = in_mode("2x5 drafts and chunks, pages of 2, once", mode),
          .options = wide,
-         .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {2, 3, 4, 5, 6}, .max_tokens = 1}},
+         .specs = {{.prompt = {1}, .max_tokens = 7}, {.prompt = {2, 3, 4, 5}, .max_tokens = 1}},
          .again = false,
          .guesses = {{.num_draft = 3}},
          .num_speculating = 1});
@@ -161,6 +161,14 @@ inline std::vector<Scenario> full_scenarios() {
                        {{.prompt = {1, 2, 3}, .max_tokens = 3, .min_tokens = 2},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}},
                         {.prompt = {1, 2}, .max_tokens = 3, .prompt_logprobs = true}}});
+        SchedulerOptions wide = tight_options(4, 2, mode);
+        wide.max_num_batched_tokens *= 2;
+        all.push_back(
+            {.name = in_mode("2x4 drafts, pages of 2", mode),
+             .options = wide,
+             .specs = {{.prompt = {1}, .max_tokens = 5}, {.prompt = {1, 11, 5}, .max_tokens = 2}},
+             .guesses = {{.stops = true, .num_draft = 2}, {.num_draft = 3}},
+             .num_speculating = 1});
     }
     constexpr Mode kThree{"3 micro-steps", 0, 3};
     SchedulerOptions three = tight_options(4, 1, kThree);
