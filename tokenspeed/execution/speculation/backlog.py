@@ -47,17 +47,13 @@ class Backlog:
         at = self._at(slots, positions)
         return self._ids[at], self._beside[at]
 
-    def keep(
-        self, slots: Ints, starts: Ints, ends: Ints, places: tuple[Ints, Ints, Tensor, Tensor]
-    ) -> None:
-        """From now on places [starts, ends) of these slots are kept, or the last `room` of them.
+    def write(self, slots: Ints, positions: Ints, ids: Tensor, beside: Tensor) -> None:
+        """Places [n], their ids [n] and features [n, width]: to be kept from now on."""
+        at = self._at(slots, positions)
+        self._ids[at], self._beside[at] = ids, beside
 
-        `places`: slots [n], positions [n], ids [n], features [n, width] of those that are new.
-        """
-        of, positions, ids, beside = places
-        if len(of):
-            at = self._at(of, positions)
-            self._ids[at], self._beside[at] = ids, beside
+    def keep(self, slots: Ints, starts: Ints, ends: Ints) -> None:
+        """From now on places [starts, ends) of these slots are kept, or the last `room` of them."""
         self._first[slots] = np.maximum(starts, ends - self._room)
         self._end[slots] = ends
 

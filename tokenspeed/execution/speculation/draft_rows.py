@@ -72,6 +72,42 @@ class DraftRows:
         )
 
 
+@dataclass(frozen=True)
+class PlainStep:
+    """A step in which every row sampled after its one token and nobody wanted drafts.
+
+    Nothing is looked at until it is needed, if ever; tensors are copies.
+    """
+
+    slots: NDArray[np.int32]
+    kv_len: NDArray[np.int32]
+    accepted: NDArray[np.int32]
+    token_ids: Tensor
+    ids: Tensor
+    beside: Tensor
+
+    @classmethod
+    def of(cls, work: DraftWork, beside: Tensor) -> "PlainStep":
+        """`beside` [R, W] is what the model left."""
+        forward, count = work.batch.forward, len(work.accepted)
+        return cls(
+            on_host(forward.slots)[:count].copy(),
+            on_host(forward.kv_len)[:count].copy(),
+            work.accepted,
+            forward.token_ids[:count].clone(),
+            work.ids.clone(),
+            beside[:count].clone(),
+        )
+
+    def rows(self) -> DraftRows:
+        """Those that did not fail."""
+        ends, at = self.kv_len.astype(np.int64), np.arange(len(self.slots))
+        yes, none = np.ones(len(at), np.bool_), np.zeros_like(at)
+        slots = self.slots.astype(np.int64)
+        every = DraftRows(at, slots, at, ends - 1, ends, ends, yes, ~yes, none)
+        return every if self.accepted.all() else every.some(self.accepted > 0)
+
+
 def ragged(first: Ints, counts: Ints) -> Ints:
     """[sum(counts)] first[0], first[0] + 1, ... for each row, one row after the other."""
     ends = np.cumsum(counts)

@@ -86,7 +86,7 @@ class Feeder:
     def feed(self, ids: Tensor, beside: Tensor, fed: Fed, table: Tensor) -> Tensor:
         """ids [n], beside [n, W] -> [n, W], valid until the next call."""
         num_tokens, num_rows = len(ids), len(fed.slots)
-        longest = int(fed.counts.max())
+        longest = 1 if num_tokens == num_rows else int(fed.counts.max())
         graphs = self._graphs_for(num_tokens, num_rows, longest)
         if graphs is None:
             tensors = StepTensors(num_tokens, num_rows, 0, self._device)
@@ -132,14 +132,16 @@ class Feeder:
 
     def _fill(self, tensors: StepTensors, fed: Fed, num_tokens: int, table: Tensor) -> None:
         arrays, num_rows = tensors.arrays, len(fed.slots)
-        positions = ragged(fed.starts, fed.counts)
+        positions, of = fed.starts, fed.slots
+        if num_tokens > num_rows:
+            positions, of = ragged(fed.starts, fed.counts), np.repeat(fed.slots, fed.counts)
         arrays.positions[:num_tokens] = positions
         np.cumsum(fed.counts, out=arrays.q_start[1 : num_rows + 1])
         np.add(fed.starts, fed.counts, out=arrays.kv_len[:num_rows], casting="same_kind")
         arrays.slots[:num_rows] = fed.slots
         if self._device.type == "cpu":
             index, offset = np.divmod(positions, self._page_size)
-            pages = table.numpy()[np.repeat(fed.slots, fed.counts), index]
+            pages = table.numpy()[of, index]
             arrays.cache_index[:num_tokens] = pages * np.int64(self._page_size) + offset
         else:
             tensors.upload()

@@ -14,6 +14,7 @@ pages of its own, of which only its slot knows. Places of rows that want no draf
 `BACKLOG` of them: a drafter that is not asked costs little. Knows no architecture.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from tokenspeed.execution.recorders import Recorder
 from tokenspeed.execution.speculation.backlog import Backlog, Ints
 from tokenspeed.execution.speculation.draft_pages import DraftPages
-from tokenspeed.execution.speculation.draft_rows import DraftRows, ragged
+from tokenspeed.execution.speculation.draft_rows import DraftRows, PlainStep, ragged
 from tokenspeed.execution.speculation.drafter import DraftWork
 from tokenspeed.execution.speculation.feeder import Caches, DraftNet, Fed, Feeder
 from tokenspeed.layers.cache_spec import CacheSpec
@@ -90,6 +91,7 @@ class ChainDrafter:
         """
         net, self._room = self._net, room
         self._pages = DraftPages(first_own_page, room.page_size, self.max_depth)
+        self._later: deque[PlainStep | NDArray[np.int32]] = deque(maxlen=BACKLOG)
         self._backlog = Backlog(room.max_num_seqs, BACKLOG, net.width, net.dtype, net.device)
         self._feeder = Feeder(
             net,
@@ -102,21 +104,27 @@ class ChainDrafter:
     def bind(self, slots: NDArray[np.int32]) -> None:
         """These slots begin anew."""
         self._backlog.forget(slots)
+        if self._later:
+            self._later.append(slots.copy())
 
     def draft(self, work: DraftWork) -> Tensor:
         """int64 [R, max num_propose]: proposed ids, -1 where none."""
-        found = torch.full(
-            (len(work.accepted), int(work.num_propose.max(initial=0))), -1, dtype=torch.int64
-        ).to(work.ids.device)
+        deepest = int(work.num_propose.max(initial=0))
+        shape, device = (len(work.accepted), deepest), work.ids.device
         if not self.active:
+            self._later.clear()
             self._backlog.forget(work.batch.forward.slots.cpu().numpy())
-            return found
+            return torch.full(shape, -1, dtype=torch.int64, device=device)
+        is_plain = len(work.ids) == len(work.accepted) == len(work.batch.places)
+        if is_plain and not deepest and not self._complete:
+            self._later.append(PlainStep.of(work, self._net.beside(work)))
+            return work.ids.new_empty(shape)
+        self._catch_up()
+        found = torch.full(shape, -1, dtype=torch.int64, device=device)
         rows = DraftRows.of(work, self.max_depth, self._room.max_model_len)
-        ids = _ids_to_feed(work, rows) if self._shift else work.batch.forward.token_ids
-        step = Places(ids, self._net.beside(work))
-        held = self._backlog.counts(rows.slots, rows.starts)
-        if self._shift and held.any():
-            self._tell(work, rows, held > 0)
+        tokens = work.batch.forward.token_ids
+        step = Places(_ids_to_feed(work, rows) if self._shift else tokens, self._net.beside(work))
+        held = self._held(rows, tokens)
         now = rows.prefills | (rows.wanted > 0)
         if self._complete:
             size, firsts = self._room.page_size, rows.starts - held
@@ -127,11 +135,26 @@ class ChainDrafter:
             self._chain(work, rows.some(rows.wanted > 0), left, found)
         return found
 
-    def _tell(self, work: DraftWork, rows: DraftRows, holds: NDArray[np.bool_]) -> None:
-        """A row's first token is what its slot's last place waits for."""
-        first = torch.from_numpy(rows.tokens[holds]).to(work.ids.device)
-        ids = work.batch.forward.token_ids[first]
-        self._backlog.tell(rows.slots[holds], rows.starts[holds], ids)
+    def _catch_up(self) -> None:
+        """Takes in what plain steps left, of which the last `BACKLOG` are enough."""
+        while self._later:
+            step = self._later.popleft()
+            if isinstance(step, np.ndarray):
+                self._backlog.forget(step)
+                continue
+            rows = step.rows()
+            ids = step.ids if self._shift else step.token_ids
+            held = self._held(rows, step.token_ids)
+            self._keep(rows, held, np.zeros(len(held), np.bool_), Places(ids, step.beside))
+
+    def _held(self, rows: DraftRows, tokens: Tensor) -> Ints:
+        """[R] places that wait right before each row, whose first token the last one waits for."""
+        held = self._backlog.counts(rows.slots, rows.starts)
+        if self._shift and held.any():
+            holds = held > 0
+            first = torch.from_numpy(rows.tokens[holds]).to(tokens.device)
+            self._backlog.tell(rows.slots[holds], rows.starts[holds], tokens[first])
+        return held
 
     def _feed(
         self, work: DraftWork, rows: DraftRows, held: Ints, now: NDArray[np.bool_], step: Places
@@ -167,9 +190,11 @@ class ChainDrafter:
         waits = np.where(rows.samples, 0, self._shift)
         count = np.where(now, waits, np.minimum(settled, BACKLOG))
         starts = np.where(now, rows.ends - count, rows.starts - held)
-        of, positions = np.repeat(rows.slots, count), ragged(rows.ends - count, count)
-        new = step.take(ragged(rows.tokens + settled - count, count))
-        self._backlog.keep(rows.slots, starts, rows.ends, (of, positions, new.ids, new.beside))
+        self._backlog.keep(rows.slots, starts, rows.ends)
+        if count.any():
+            of, positions = np.repeat(rows.slots, count), ragged(rows.ends - count, count)
+            new = step.take(ragged(rows.tokens + settled - count, count))
+            self._backlog.write(of, positions, new.ids, new.beside)
 
     def _chain(self, work: DraftWork, rows: DraftRows, left: Tensor, found: Tensor) -> None:
         """Drafts into `found`, for rows that all want some; `left` [n, W] is theirs."""
