@@ -122,6 +122,7 @@ def sample(llm: LLM, setting: dict[str, Any], first_seed: int) -> Tensor:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_every_drafter_leaves_the_distribution_as_it_is(
     folders: dict[str, Path],
     expected: dict[str, tuple[Tensor, Tensor]],
@@ -129,7 +130,11 @@ def test_every_drafter_leaves_the_distribution_as_it_is(
 ) -> None:
     found: dict[str, float] = {}
     for number, drafter in enumerate(DRAFTERS):
-        asked = {"method": drafter, "num_speculative_tokens": 3, "adaptive": False}
+        asked: dict[str, Any] = {"method": drafter, "num_speculative_tokens": 3, "adaptive": False}
+        if drafter == "ngram":
+            asked |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+        elif "suffix" in drafter:
+            asked["suffix_min_match"] = 1
         if drafter in folders:
             asked["model"] = str(folders[drafter])
         with LLM(
