@@ -152,6 +152,7 @@ BROKEN = [
     b'{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "tokens": ' + b"[" * 900 + b"]" * 900 + b"}",
     b"\x00" * 100,
     b"\x1f\x8b\x08\x00",
+    b'{"messages": [], "prompt": "", "metadata": [' + b"1," * (1 << 20) + b"1]}",
 ]
 
 

@@ -29,6 +29,7 @@ from tokenspeed.gateway.tenants import Role, Tenant
 BODY_TIMEOUT_S = 60.0
 JSON_DEPTH = 64
 JSON_VALUES = 1 << 18  # in a field: reading them holds the event loop
+JSON_COMMAS = 1 << 20  # in a body: at least as many as it has values, less one
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 T = TypeVar("T")
@@ -300,7 +301,13 @@ def _unused() -> None:
 
 
 def decode_json(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
-    """Typed JSON. Every way in which it can be wrong is a 400, naming the field if it has one."""
+    """Typed JSON. Every way in which it can be wrong is a 400, naming the field if it has one.
+
+    What could be too many values to make is not read at all.
+    """
+    if body.count(b",") > JSON_COMMAS:
+        why = f"the body has more than {JSON_COMMAS} commas"
+        raise ApiError(400, why, code="json_too_large")
     try:
         try:
             return decoder.decode(body)
