@@ -142,15 +142,14 @@ def build_model(
 
 def has_mtp(folder: Path) -> bool:
     """Whether config.json speaks of MTP layers and the tensors of the first are there."""
-    model, names = build_model(folder, None, torch.device("meta"))
-    sources = wanted_sources(model, names.prefix)
-    own = {name for each in sources.values() for name in each}
+    model, names = build_model(folder, None, torch.device("cpu"))
     try:
         model.add_mtp()
     except ModelLoadError:
         return False
+    modules = set() if model.mtp is None else set(model.mtp.modules())
     sources = wanted_sources(model, names.prefix)
-    added = {name for each in sources.values() for name in each} - own
+    added = {name for module, own in sources.items() if module in modules for name in own}
     return added <= Checkpoint(folder).entries.keys()
 
 
