@@ -41,6 +41,7 @@ inline void add_drafts(std::vector<Scenario>& all, Mode mode) {
         {.name = in_mode("1x3 drafts with stops, pages of 2", mode),
          .options = wide,
          .specs = {{.prompt = {1, 2}, .max_tokens = 4, .min_tokens = 2}},
+         .again = mode.overlap_depth == 0,
          .guesses = {{.num_draft = 3, .num_propose = 1}, {.stops = true, .num_draft = 2}}});
     wide.num_pages = 5;
     // Drafts meet a prompt that comes in chunks, and what was promised to it.
@@ -161,6 +162,7 @@ inline std::vector<Scenario> full_scenarios() {
                        {{.prompt = {1, 2, 3}, .max_tokens = 3, .min_tokens = 2},
                         {.prompt = {1, 2, 3}, .max_tokens = 2, .salt = {7}},
                         {.prompt = {1, 2}, .max_tokens = 3, .prompt_logprobs = true}}});
+        if (mode.overlap_depth > 0) continue;
         SchedulerOptions wide = tight_options(4, 2, mode);
         wide.max_num_batched_tokens *= 2;
         all.push_back(
