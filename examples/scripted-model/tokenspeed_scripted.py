@@ -100,18 +100,18 @@ class ScriptedForCausalLM(LlamaForCausalLM):
         return [CacheSpec(((1,),), torch.float32)]
 
     def forward(self, batch: ForwardBatch, caches: list[tuple[Tensor, ...]]) -> Tensor:
-        """[T, 1]: at the last token of each row the id that follows, elsewhere 0."""
+        """[T, 1]: the id that follows a token, where logits are wanted; elsewhere 0."""
         ids = caches[0][0].view(-1)
         ids[batch.cache_index] = batch.token_ids.to(ids.dtype)
         page_size = caches[0][0].shape[1]
         hidden = torch.zeros((len(batch.token_ids), 1))
-        for row, slot in enumerate(batch.slots.tolist()):
-            length, last = int(batch.kv_len[row]), int(batch.q_start[row + 1]) - 1
-            if length == 0 or last < int(batch.q_start[row]):
-                continue
-            pages = batch.page_table[slot, : -(-length // page_size)].long()
+        ends = batch.q_start[1:]
+        for place in batch.logits_index.tolist():  # several of a row that verifies drafts
+            row = int(torch.searchsorted(ends, place, right=True))
+            length = int(batch.kv_len[row]) - int(ends[row]) + place + 1
+            pages = batch.page_table[batch.slots[row], : -(-length // page_size)].long()
             context = ids.view(-1, page_size)[pages].view(-1)[:length]
-            hidden[last] = self.script.next_id(context.to(torch.int64).numpy())
+            hidden[place] = self.script.next_id(context.to(torch.int64).numpy())
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -127,8 +127,9 @@ def test_log_probabilities_within_1e_4(checkpoint: Path, model: Any) -> None:
             assert entry.logprobs[0] == pytest.approx(
                 float(expected[position, prompt[position + 1]]), abs=1e-4
             )
-        for step, output in enumerate(outputs[i]):
-            entry = (output.logprobs or [])[0]
+        entries = [entry for output in outputs[i] for entry in output.logprobs or []]
+        assert len(entries) == len(answer)
+        for step, entry in enumerate(entries):
             mine = torch.empty(VOCAB_SIZE)
             mine[entry.token_ids] = torch.tensor(entry.logprobs)
             assert (mine - expected[len(prompt) - 1 + step]).abs().max() < 1e-4
