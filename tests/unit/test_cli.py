@@ -83,3 +83,23 @@ def test_the_parameters_page_is_up_to_date(repository: Path) -> None:
     assert page == "\n".join(parameters.lines()) + "\n", (
         "run: python -m tokenspeed.cli.parameters > docs/parameters.md"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--speculative-config", '{"method": "medusa"}'], "unknown method 'medusa'"),
+        (["--speculative-config", "{}", "--num-speculative-tokens", "3"], "were both given"),
+        (["--num-speculative-tokens", "0"], "num_speculative_tokens must be a number of at least"),
+        (
+            ["--num-speculative-tokens", "8", "--max-model-len", "8"],
+            "num_speculative_tokens 8 must be below max_model_len 8",
+        ),
+        (["--speculative-model", "x", "-pp", "2"], "draft_model needs pipeline_parallel_size 1"),
+    ],
+)
+def test_wrong_speculation_is_refused_before_loading(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", "/nonexistent", *flags]) == 2
+    assert message in capsys.readouterr().err

@@ -250,6 +250,19 @@ def test_a_slot_given_anew_is_not_the_old_request() -> None:
     assert (h.it.drafted(1), h.it.drafted(2)) == ((1, 1), (0, 0))
 
 
+def test_a_draft_that_was_lost_in_flight_holds_nothing_up() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1)
+    drafter.next[1] = [11]
+    h.prepared()
+    h.launch(r1=(1, 0))
+    h.land(0.01)  # it was retracted
+    h.it.launched([plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})], 0.0)
+    h.land(0.01, r1=[11])
+    assert h.prepared() == [(1, [11], 0)]
+
+
 def adaptive(*drafters: Oracle, weighted: Weighted | None = None, depth: int = 8) -> Harness:
     proposes = [False] * len(drafters) + [True] * (weighted is not None)
     depths = Depths(proposes, 1000, Experts())
