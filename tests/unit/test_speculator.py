@@ -179,6 +179,17 @@ def test_a_stop_id_amid_a_draft_counts_what_came() -> None:
     assert h.it.drafted(1) == (3, 2)
 
 
+def test_a_guess_that_the_planner_cut_off_is_not_counted() -> None:
+    drafter = Oracle()
+    h = Harness(drafter)
+    h.start(1)
+    drafter.next[1] = [11, 12, 13, 14]
+    h.prepared()
+    h.launch(r1=(2, 0))
+    h.it.extend(1, [11, 12, 13])
+    assert h.it.drafted(1) == (2, 2)
+
+
 def test_weights_propose_for_the_step_after() -> None:
     h = Harness(weighted=Weighted("mtp", 2))
     h.it.add(1, PROMPT, b"")
@@ -369,6 +380,21 @@ def test_a_step_has_only_so_many_drafts() -> None:
             depths.findings.missed.append(False)
         depths.learn()
     assert sum(depths.choose(offers, 4, 1, 100)) == 2
+
+
+def test_what_is_proposed_already_takes_room() -> None:
+    depths = Depths([True], 7, Experts())
+    h = Harness(weighted=Weighted("mtp", 4), depths=depths)
+    h.start(1)
+    for _ in range(50):
+        depths.findings.add(1, 0, 0, 4)
+        depths.findings.missed.append(False)
+    depths.learn()
+    assert h.prepared() == [(1, [], 4)]
+    h.launch(r1=(0, 4))
+    h.it.extend(1, [5], [6, 7, 8, 9])
+    h.it.committed(100.001)
+    assert h.prepared() == [(1, [6, 7, 8, 9], 2)]  # of 7: a row, four to verify
 
 
 @pytest.mark.parametrize(
