@@ -10,9 +10,7 @@
 // Few flat rows are streamed past (attention_stream.h), more stand in lanes (attention_lanes.h).
 // Both take every sum in one order: scores along the features, results and sums of weights along
 // pairs of keys. Blocks and spans begin at fixed positions of the sequence, and a flat row never
-// looks at another: a result depends on no batch and no number of threads, to the bit. Nor on
-// chunking, except that one or two flat rows in bfloat16 sum their scores in another order, and
-// their weights before these are rounded.
+// looks at another: a result depends on no batch, no chunking and no number of threads, to the bit.
 #pragma once
 
 #include "gemm.h"
@@ -24,9 +22,18 @@ struct Int8Row {
     uint8_t bits;
 };
 
+// GCC's own conversion takes the codes one by one.
 inline Vec load_codes(const int8_t* from) {
+#if defined(TS_ISA_avx512) || defined(TS_ISA_avx512bf16)
+    const VecI codes = bit_cast<VecI>(_mm512_cvtepi8_epi32(load_raw<__m128i>(from)));
+#elif defined(TS_ISA_avx2)
+    const VecI codes =
+        bit_cast<VecI>(_mm256_cvtepi8_epi32(_mm_set1_epi64x(load_raw<int64_t>(from))));
+#else
     using Codes = int8_t __attribute__((vector_size(kLanes)));
-    return __builtin_convertvector(load_raw<Codes>(from), Vec);
+    const VecI codes = __builtin_convertvector(load_raw<Codes>(from), VecI);
+#endif
+    return __builtin_convertvector(codes, Vec);
 }
 
 inline constexpr float kLn2 = 0.6931471805599453f;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
-// Attention of a few flat rows: keys and values pass by as they stand, each read once. Sums are
-// those of attention_lanes.h in their order, but for the scores of one or two rows and the sums of
-// their weights. For pairs of bfloat16 only.
+// Attention of a few flat rows: keys and values pass by as they stand, each read once. Every sum is
+// taken in the order of attention_lanes.h. For pairs of bfloat16 only.
 #pragma once
 
 #include "attention.h"
@@ -22,14 +21,12 @@ class StreamWorker {
     StreamWorker(const AttentionParams& p, const AttentionShape& s)
         : p_(p), s_(s), key_words_(s.key_dim / 2) {
         const int64_t rows = kStreamed;
-        const int64_t staged = sizeof(KV) == 1 ? kLanes * max_of(s.key_dim, p.value_dim) / 2 : 0;
         uint32_t* const memory =
-            scratch_of<uint32_t>(0, rows * (key_words_ + kBlock + kBlock / 2 + 1) + staged);
+            scratch_of<uint32_t>(0, rows * (key_words_ + kBlock + kBlock / 2 + 1));
         queries_ = memory;
         scores_ = reinterpret_cast<float*>(queries_ + rows * key_words_);
         weights_ = reinterpret_cast<uint32_t*>(scores_ + rows * kBlock);
         shrinks_ = reinterpret_cast<float*>(weights_ + rows * kBlock / 2);
-        staged_ = reinterpret_cast<bf16*>(shrinks_ + rows);
     }
 
     // [rows]: a result, its largest score and its sum.
@@ -74,7 +71,7 @@ class StreamWorker {
                 constexpr int kRows = decltype(rows)::value;
                 ahead_of(values_ + at, size, item_.head * p_.value_head_stride, p_.value_dim);
                 for (int64_t n = 0; n < size; n += kLanes) {
-                    scores<kRows>(keys_ + at + n, min_of<int64_t>(kLanes, size - n), n);
+                    scores<kRows>(keys_[at + n], n, min_of<int64_t>(kLanes, size - n));
                 }
                 for (int i = 0; i < kRows; ++i) soften(i, start + at, size, partial);
                 ahead_of(keys_ + at + size, min_of(kBlock, located - at - size),
@@ -154,71 +151,31 @@ class StreamWorker {
         for (int64_t i = first; i < end; ++i) prefetch(ahead_[i] + ahead_offset_, ahead_size_);
     }
 
-    // Scores of one head's rows with up to kLanes keys, which stand in one page.
+    // Scores of one head's rows with the kLanes keys from n of a block on, which stand in one page
+    // from `key` on. Those past `count` may hold anything: soften() hides their scores.
     template <int kRows>
-    void scores(const KV* const* keys, int64_t count, int64_t n) {
-        const int64_t offset = item_.head * p_.key_head_stride;
-        float* const to = scores_ + n;
-        const bf16* first;
-        int64_t stride;
-        if constexpr (sizeof(KV) == 1) {
-            for (int64_t i = 0; i < count; ++i) {
-                fetch_row(staged_ + i * s_.key_dim, keys[i] + offset, s_.key_dim, s_.key_dim);
-            }
-            first = staged_;
-            stride = s_.key_dim;
-        } else {
-            first = keys[0] + offset;
-            stride = p_.key_stride;
-        }
-        if constexpr (kRows <= 2) {
-            dots<kRows>(reinterpret_cast<const bf16*>(queries_), first, stride, count, n, to);
-        } else {
-            fetch(n, count);
-            turned<kRows>(queries_, first, stride, count, to);
-        }
-    }
-
-    // For one or two rows turning costs more than adding lanes up does.
-    template <int kRows>
-    void dots(const bf16* q, const bf16* key, int64_t stride, int64_t count, int64_t at,
-              float* to) {
-        constexpr int kKeys = kLanes / kRows;  // that one reduction finishes
-        int64_t n = 0;
-        for (; n + kKeys <= count; n += kKeys) {
-            fetch(at + n, kKeys);
-            dot_tile<P, kRows, kKeys, false>(
-                q, s_.key_dim, key + n * stride, stride, s_.key_dim,
-                [&](int m, int j, float sum) { to[m * kBlock + n + j] = sum; });
-        }
-        for (; n < count; ++n) {
-            fetch(at + n, 1);
-            dot_tile<P, kRows, 1, false>(q, s_.key_dim, key + n * stride, stride, s_.key_dim,
-                                         [&](int m, int, float sum) { to[m * kBlock + n] = sum; });
-        }
-    }
-
-    // Keys past `count` repeat the last.
-    template <int kRows>
-    void turned(const uint32_t* q, const bf16* key, int64_t stride, int64_t count,
-                float* to) const {
+    void scores(const KV* key, int64_t n, int64_t count) {
+        key += item_.head * p_.key_head_stride;
+        const int64_t ahead = div_ceil(kLanes * kLanes, key_words_);  // keys asked for in each turn
         Vec sums[kRows] = {};
         for (int64_t k = 0; k < key_words_; k += kLanes) {
+            const int64_t asked = k / kLanes * ahead;
+            fetch(n + asked, min_of(ahead, count - asked));
             VecU words[kLanes];
 #pragma GCC unroll 16
-            for (int64_t i = 0; i < kLanes; ++i) {
-                words[i] = load_raw<VecU>(key + min_of(i, count - 1) * stride + 2 * k);
+            for (int i = 0; i < kLanes; ++i) {
+                words[i] = bit_cast<VecU>(halves(key + i * p_.key_stride, 2 * k, s_.key_dim));
             }
             transpose(words);
 #pragma GCC unroll 16
             for (int i = 0; i < kLanes; ++i) {
 #pragma GCC unroll 8
                 for (int m = 0; m < kRows; ++m) {
-                    sums[m] = P::mac(sums[m], splat(q[m * key_words_ + k + i]), words[i]);
+                    sums[m] = P::mac(sums[m], splat(queries_[m * key_words_ + k + i]), words[i]);
                 }
             }
         }
-        for (int m = 0; m < kRows; ++m) store(to + m * kBlock, sums[m]);
+        for (int m = 0; m < kRows; ++m) store(scores_ + m * kBlock + n, sums[m]);
     }
 
     void soften(int64_t i, int64_t start, int64_t count, float* partial) {
@@ -244,16 +201,12 @@ class StreamWorker {
         const Vec top = splat(max_of(old_top[0], reduce_max(largest)));
         const float shrink = share(old_top, top)[0];
         const Vec shift = shift_of(top);
-        Vec sum{};
         for (int64_t n = 0; n < count; n += kLanes) {
-            const Vec weight = exp2(load(scores + n) * factor - shift);
-            sum += weight;
-            store(weights + n, weight);
+            store(weights + n, exp2(load(scores + n) * factor - shift));
         }
         shrinks_[i] = shrink;
         top_of(partial)[i] = top[0];
         sum_of(partial)[i] *= shrink;
-        if (rows_ <= 2) sum_of(partial)[i] += reduce_add(sum);
     }
 
     template <int kRows>
@@ -266,39 +219,37 @@ class StreamWorker {
             few_values<kRows, kVecs>(values, count, n, partial);
         }
         for (; n < p_.value_dim; n += 2 * kLanes) few_values<kRows, 2>(values, count, n, partial);
-        for (int i = 0; i < kRows && kRows > 2; ++i) {
-            float& sum = sum_of(partial)[i];
-            sum = sum_weights(i, count, sum);
-        }
     }
 
-    float sum_weights(int64_t i, int64_t count, float sum) const {
-        Vec total = splat(sum);
-        for (int64_t k = 0; k < count; k += 2) {
-            total = P::mac(total, splat(weights_[i * (kBlock / 2) + k / 2]), one_words<P>());
-        }
-        return total[0];
-    }
-
+    // With the first features, the weights are summed too: by themselves they would be one chain.
     template <int kRows, int kVecs>
     void few_values(const KV* const* values, int64_t count, int64_t column, float* partial) {
         float* const out = partial + column;
-        const int64_t offset = item_.head * p_.value_head_stride + column;
-        Vec sums[kRows][kVecs];
+        const int64_t offset = item_.head * p_.value_head_stride;
+        Vec sums[kRows][kVecs], totals[kRows];
         for (int m = 0; m < kRows; ++m) {
             const float shrink = shrinks_[m];
+            totals[m] = splat(sum_of(partial)[m]);
             for (int v = 0; v < kVecs; ++v) {
                 sums[m][v] = load(out + m * p_.value_dim + v * kLanes) * shrink;
             }
         }
         for (int64_t k = 0; k < count; k += 2) {
-            if (column == 0) fetch(k, 2);
+            if (column == 0) {
+                fetch(k, 2);
+#pragma GCC unroll 8
+                for (int m = 0; m < kRows; ++m) {
+                    const VecU weight = splat(weights_[m * (kBlock / 2) + k / 2]);
+                    totals[m] = P::mac(totals[m], weight, one_words<P>());
+                }
+            }
             const KV* const even = values[k] + offset;
             const KV* const odd = k + 1 < count ? values[k + 1] + offset : nullptr;
 #pragma GCC unroll 8
             for (int v = 0; v < kVecs; v += 2) {
-                const VecHH a = value_halves(even, column, v);
-                const VecHH b = odd != nullptr ? value_halves(odd, column, v) : VecHH{};
+                const VecHH a = halves(even, column + v * kLanes, p_.value_dim);
+                const VecHH b =
+                    odd != nullptr ? halves(odd, column + v * kLanes, p_.value_dim) : VecHH{};
                 const VecU low = interleave<false>(a, b), high = interleave<true>(a, b);
 #pragma GCC unroll 8
                 for (int m = 0; m < kRows; ++m) {
@@ -309,24 +260,23 @@ class StreamWorker {
             }
         }
         for (int m = 0; m < kRows; ++m) {
+            if (column == 0) sum_of(partial)[m] = totals[m][0];
             for (int v = 0; v < kVecs; ++v) {
                 store(out + m * p_.value_dim + v * kLanes, sums[m][v]);
             }
         }
     }
 
-    // Features [v * kLanes, (v + 2) * kLanes) of a value from `column` on.
-    VecHH value_halves(const KV* value, int64_t column, int64_t v) const {
+    // Features [at, at + 2 * kLanes) of a key or value of `size`, in bfloat16.
+    static VecHH halves(const KV* row, int64_t at, int64_t size) {
         if constexpr (sizeof(KV) == 1) {
             float scale;
-            __builtin_memcpy(&scale, value - column + p_.value_dim, sizeof(scale));
-            bf16 both[2 * kLanes];
-            const int8_t* const codes = reinterpret_cast<const int8_t*>(value) + v * kLanes;
-            store(both, load_codes(codes) * scale);
-            store(both + kLanes, load_codes(codes + kLanes) * scale);
-            return load_raw<VecHH>(both);
+            __builtin_memcpy(&scale, row + size, sizeof(scale));
+            const int8_t* const codes = reinterpret_cast<const int8_t*>(row) + at;
+            return side_by_side(to_bf16(load_codes(codes) * scale),
+                                to_bf16(load_codes(codes + kLanes) * scale));
         } else {
-            return load_raw<VecHH>(value + v * kLanes);
+            return load_raw<VecHH>(row + at);
         }
     }
 
@@ -340,7 +290,6 @@ class StreamWorker {
     float* scores_;                     // [rows][kBlock]
     uint32_t* weights_;                 // [rows][kBlock / 2]
     float* shrinks_;                    // [rows]
-    bf16* staged_;                      // [kLanes][key_dim]: keys that were int8
     const KV* const* ahead_ = nullptr;  // rows that come after those in work
     int64_t num_ahead_ = 0, ahead_offset_ = 0, ahead_size_ = 0;
     const KV* keys_[kSpan + kBlock];

@@ -218,38 +218,59 @@ inline VecU exchange(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
     return __builtin_shufflevector(a, b, exchange_lane(kLane, kStep, kSecond)...);
 }
 
-// Within each 128 bits, the low (or high) pieces of kPiece lanes of a and b in turn.
-constexpr int unpack_lane(int lane, int piece, bool high) {
-    const int quad = lane / 4 * 4, place = lane % 4 / piece;
-    return quad + (high ? 2 : 0) + place / 2 * piece + lane % piece + place % 2 * kLanes;
+// Within each 128 bits, the low (or high) elements of a and b in turn.
+template <bool kHigh, typename V, int... kLane>
+inline V unpack(V a, V b, std::integer_sequence<int, kLane...>) {
+    constexpr int kAll = sizeof...(kLane), kQuad = kAll * 16 / sizeof(V);
+    return __builtin_shufflevector(a, b,
+                                   (kLane / kQuad * kQuad + (kHigh ? kQuad / 2 : 0) +
+                                    kLane % kQuad / 2 + kLane % 2 * kAll)...);
 }
-template <int kPiece, bool kHigh, int... kLane>
-inline VecU unpack(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
-    return __builtin_shufflevector(a, b, unpack_lane(kLane, kPiece, kHigh)...);
+template <bool kHigh>
+inline VecU unpack(VecU a, VecU b) {
+    return unpack<kHigh>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
-
-template <int kStep>
-inline void transpose_step(VecU (&rows)[kLanes]) {
-    using Lanes = std::make_integer_sequence<int, kLanes>;
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-        if ((i & kStep) != 0) continue;
-        const VecU a = rows[i], b = rows[i + kStep];
-        rows[i] = exchange<kStep, false>(a, b, Lanes{});
-        rows[i + kStep] = exchange<kStep, true>(a, b, Lanes{});
-    }
-    if constexpr (kStep > 4) transpose_step<kStep / 2>(rows);
+using VecPair = uint64_t __attribute__((vector_size(kLanes * 4)));  // pairs of lanes
+template <bool kHigh>
+inline VecU unpack_pairs(VecU a, VecU b) {
+    return bit_cast<VecU>(unpack<kHigh>(bit_cast<VecPair>(a), bit_cast<VecPair>(b),
+                                        std::make_integer_sequence<int, kLanes / 2>{}));
 }
 
 // The 4 x 4 blocks on the 128-bit pieces of four rows.
 inline void transpose_quads(VecU& r0, VecU& r1, VecU& r2, VecU& r3) {
-    using Lanes = std::make_integer_sequence<int, kLanes>;
-    const VecU low01 = unpack<1, false>(r0, r1, Lanes{}), high01 = unpack<1, true>(r0, r1, Lanes{});
-    const VecU low23 = unpack<1, false>(r2, r3, Lanes{}), high23 = unpack<1, true>(r2, r3, Lanes{});
-    r0 = unpack<2, false>(low01, low23, Lanes{});
-    r1 = unpack<2, true>(low01, low23, Lanes{});
-    r2 = unpack<2, false>(high01, high23, Lanes{});
-    r3 = unpack<2, true>(high01, high23, Lanes{});
+    const VecU low01 = unpack<false>(r0, r1), high01 = unpack<true>(r0, r1);
+    const VecU low23 = unpack<false>(r2, r3), high23 = unpack<true>(r2, r3);
+    r0 = unpack_pairs<false>(low01, low23);
+    r1 = unpack_pairs<true>(low01, low23);
+    r2 = unpack_pairs<false>(high01, high23);
+    r3 = unpack_pairs<true>(high01, high23);
+}
+
+// The even (or odd) 128-bit pieces of a, then those of b.
+template <bool kOdd, int... kLane>
+inline VecU pieces(VecU a, VecU b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, (kLane / 4 * 8 + (kOdd ? 4 : 0) + kLane % 4)...);
+}
+template <bool kOdd>
+inline VecU pieces(VecU a, VecU b) {
+    return pieces<kOdd>(a, b, std::make_integer_sequence<int, kLanes>{});
+}
+
+// The blocks of 128-bit pieces, 2 x 2 or 4 x 4, of rows that are 4 apart.
+template <int kRow>
+inline void transpose_pieces(VecU (&rows)[kLanes]) {
+    const auto deal = [&](int i, int j) {
+        const VecU a = rows[i], b = rows[j];
+        rows[i] = pieces<false>(a, b);
+        rows[j] = pieces<true>(a, b);
+    };
+    deal(kRow, kRow + 4);
+    if constexpr (kLanes > 8) {
+        deal(kRow + 8, kRow + 12);
+        deal(kRow, kRow + 8);
+        deal(kRow + 4, kRow + 12);
+    }
 }
 
 // Lane i and lane i ^ kStep exchanged.
@@ -318,7 +339,12 @@ inline void transpose(VecU (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; i += 4) {
         detail::transpose_quads(rows[i], rows[i + 1], rows[i + 2], rows[i + 3]);
     }
-    if constexpr (kLanes > 4) detail::transpose_step<kLanes / 2>(rows);
+    if constexpr (kLanes > 4) {
+        detail::transpose_pieces<0>(rows);
+        detail::transpose_pieces<1>(rows);
+        detail::transpose_pieces<2>(rows);
+        detail::transpose_pieces<3>(rows);
+    }
 }
 
 // a[0], b[0], a[1], b[1], ... of 16-bit lanes: the first half (low) and the second.
@@ -331,6 +357,14 @@ inline VecU interleave(VecHH a, VecHH b, std::integer_sequence<int, kLane...>) {
 template <bool kHigh>
 inline VecU interleave(VecHH a, VecHH b) {
     return interleave<kHigh>(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
+}
+
+template <int... kLane>
+inline VecHH side_by_side(VecH a, VecH b, std::integer_sequence<int, kLane...>) {
+    return __builtin_shufflevector(a, b, kLane...);
+}
+inline VecHH side_by_side(VecH a, VecH b) {
+    return side_by_side(a, b, std::make_integer_sequence<int, 2 * kLanes>{});
 }
 
 // Asks for the cache lines of `count` elements.
