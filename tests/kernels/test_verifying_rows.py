@@ -19,7 +19,7 @@ LENGTHS = [250, 40]  # keys before the first token: then to the next span, and t
 MOST = 17
 
 
-def tables(batch: Ragged, row: int, n: int, apart: bool) -> tuple[Tensor, ...]:
+def tables(batch: Ragged, row: int, n: int, apart: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Row `row` with its first n tokens; `apart`: as n rows of one token."""
     slot, length = batch.slots[row : row + 1], int(batch.kv_len[row]) - MOST
     if apart:
@@ -37,16 +37,18 @@ def test_verifying_rows(
 ) -> None:
     batch = ragged([(MOST, length + MOST) for length in LENGTHS], 16)
     q = rand(2 * MOST, 2 * group, 64, dtype=dtype)
-    caches = [batch.cache(2, 64, dtype=dtype, seed=s) for s in (2, 3)]
+    keys, values = (batch.cache(2, 64, dtype=dtype, seed=s) for s in (2, 3))
     if held == torch.uint8:
-        caches = [packed(cache) for cache in caches]
+        keys, values = packed(keys), packed(values)
     for row in range(len(LENGTHS)):
         queries = q[row * MOST : (row + 1) * MOST]
-        apart = _cpu.attention_gqa(queries, *caches, *tables(batch, row, MOST, True), 0.125, window)
+        apart = _cpu.attention_gqa(
+            queries, keys, values, *tables(batch, row, MOST, True), 0.125, window
+        )
         assert apart.isfinite().all()
         for n in range(2, MOST + 1):
             together = _cpu.attention_gqa(
-                queries[:n], *caches, *tables(batch, row, n, False), 0.125, window
+                queries[:n], keys, values, *tables(batch, row, n, False), 0.125, window
             )
             assert torch.equal(together, apart[:n]), n
 
