@@ -24,6 +24,8 @@ namespace {
 
 using Prompt = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
+using Requests = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
 uint64_t secret() {
     std::random_device random;
     return uint64_t{random()} << 32 | random();
@@ -56,6 +58,30 @@ void extend(Drafter& self, uint64_t id, const std::vector<Token>& ids) {
     check_live(self, id);
     check(ids);
     self.extend(id, ids);
+}
+
+// All rows of a step: the lengths of what matches now.
+template <class Drafter>
+std::vector<int32_t> extend_all(Drafter& self, const Requests& requests, const Prompt& num_ids,
+                                const Prompt& ids) {
+    if (requests.size() != num_ids.size()) throw std::invalid_argument("as many counts as requests");
+    const std::span<const Token> all(ids.data(), ids.size());
+    check(all);
+    size_t end = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+        check_live(self, requests.data()[i]);
+        if (num_ids.data()[i] < 0) throw std::invalid_argument("a count is negative");
+        end += num_ids.data()[i];
+    }
+    if (end != all.size()) throw std::invalid_argument("counts must add up to the ids");
+    std::vector<int32_t> lengths(requests.size());
+    size_t at = 0;
+    for (size_t i = 0; i < requests.size(); ++i) {
+        const size_t count = num_ids.data()[i];
+        lengths[i] = self.extend(requests.data()[i], all.subspan(at, count));
+        at += count;
+    }
+    return lengths;
 }
 
 template <class Drafter>
@@ -114,6 +140,8 @@ void add_suffix(SuffixDrafter& self, uint64_t id, const Prompt& prompt, const nb
 template <class Drafter>
 void bind_common(nb::class_<Drafter>& bound) {
     bound.def("extend", &extend<Drafter>, "request_id"_a, "ids"_a)
+        .def("extend_all", &extend_all<Drafter>, "request_ids"_a.noconvert(),
+             "num_ids"_a.noconvert(), "ids"_a.noconvert())
         .def("propose", &propose<Drafter>, "request_id"_a, "max_tokens"_a)
         .def("remove", &remove<Drafter>, "request_id"_a)
         .def_prop_ro("num_tokens", &Drafter::num_tokens)

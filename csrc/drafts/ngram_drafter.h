@@ -64,7 +64,12 @@ class NgramDrafter {
         requests_.try_emplace(id, min_n_, max_n_, seed_).first->second.append(prompt);
     }
     // REQUIRES (and for what follows): has(id).
-    void extend(uint64_t id, std::span<const Token> tokens) { requests_.at(id).append(tokens); }
+    // Returns how long the n-gram is that was found again, as propose() does.
+    int32_t extend(uint64_t id, std::span<const Token> tokens) {
+        NgramIndex& index = requests_.at(id);
+        index.append(tokens);
+        return index.propose(0).match_len;
+    }
     Draft propose(uint64_t id, size_t max_tokens) const {
         return requests_.at(id).propose(max_tokens);
     }

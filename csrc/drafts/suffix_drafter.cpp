@@ -29,9 +29,10 @@ void SuffixDrafter::add(uint64_t id, std::span<const Token> prompt, const std::s
     requests_.emplace(id, Request{std::move(history), salt, {}});
 }
 
-void SuffixDrafter::extend(uint64_t id, std::span<const Token> tokens) {
+int32_t SuffixDrafter::extend(uint64_t id, std::span<const Token> tokens) {
     History& history = requests_.at(id).history;
     for (const Token token : tokens) history.extend(token);
+    return history.tree().length(history.tree().match());
 }
 
 // The longest match that goes on, or one that is up to kContext tokens shorter.

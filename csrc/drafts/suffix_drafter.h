@@ -34,7 +34,8 @@ class SuffixDrafter {
     // REQUIRES: !has(id); no token is negative.
     void add(uint64_t id, std::span<const Token> prompt, const std::string& salt);
     // REQUIRES (and for what follows): has(id).
-    void extend(uint64_t id, std::span<const Token> tokens);
+    // Returns how long a suffix of the request now occurs earlier in its session.
+    int32_t extend(uint64_t id, std::span<const Token> tokens);
     Draft propose(uint64_t id, size_t max_tokens);
     void remove(uint64_t id);
 

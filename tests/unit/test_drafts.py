@@ -218,3 +218,17 @@ def test_the_stub_names_what_is_there() -> None:
         body = text.partition(f"class {cls.__name__}:")[2].partition("\nclass ")[0]
         there = {name for name in dir(cls) if not name.startswith("_")}
         assert set(re.findall(r"def ([a-z]\w+)", body)) == there
+
+
+@pytest.mark.parametrize("kind", [SuffixDrafter, NgramDrafter])
+def test_all_rows_of_a_step_at_once(kind: Any) -> None:
+    drafter = kind(2) if kind is SuffixDrafter else kind(2, 3)
+    for request_id in (1, 2):
+        drafter.add(request_id, np.array([3, 4, 5, 6, 7, 8], np.int32), b"")
+    ids = np.array([2, 1], np.uint64), np.array([1, 3], np.int32)
+    assert drafter.extend_all(*ids, np.array([9, 4, 5, 6], np.int32)) == [0, 3]
+    assert drafter.propose(1, 2) == Proposal([7, 8], 3)
+    with pytest.raises(ValueError, match="add up"):
+        drafter.extend_all(*ids, np.array([9], np.int32))
+    with pytest.raises(KeyError, match="7"):
+        drafter.extend_all(np.array([7], np.uint64), ids[1][:1], np.array([9], np.int32))

@@ -42,6 +42,17 @@ class Oracle:
     def extend(self, request_id: int, ids: Sequence[int]) -> None:
         self.seen[request_id] += ids
 
+    def extend_all(
+        self,
+        request_ids: NDArray[np.uint64],
+        num_ids: NDArray[np.int32],
+        ids: NDArray[np.int32],
+    ) -> list[int]:
+        ends = num_ids.cumsum()
+        for request_id, given in zip(request_ids.tolist(), np.split(ids, ends), strict=False):
+            self.extend(request_id, given.tolist())
+        return [self.match_len] * len(request_ids)
+
     def propose(self, request_id: int, max_tokens: int) -> Proposal:
         self.num_asked += 1
         return Proposal(self.next.get(request_id, [])[:max_tokens], self.match_len)
@@ -103,9 +114,17 @@ class Harness:
         words = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
         self.it.launched([words], self.now)
 
+    def extend(self, request_id: int, ids: list[int], proposed: Sequence[int] = ()) -> None:
+        self.it.extend(
+            np.array([request_id], np.uint64),
+            np.array([len(ids)], np.int32),
+            np.array(ids, np.int32),
+            {request_id: proposed} if proposed else {},
+        )
+
     def land(self, seconds: float, **ids: list[int]) -> None:
         for name, given in ids.items():
-            self.it.extend(int(name[1:]), given)
+            self.extend(int(name[1:]), given)
         self.now += seconds
         self.it.committed(self.now)
 
@@ -159,7 +178,6 @@ def test_a_request_that_ended_is_forgotten() -> None:
     assert set(drafter.seen) == {2}
     h.it.remove(2)
     assert not h.it._live
-    assert (h.it._num_rows, h.it._num_context) == (0, 0)
 
 
 def test_salts_reach_the_drafters() -> None:
@@ -175,7 +193,7 @@ def test_a_stop_id_amid_a_draft_counts_what_came() -> None:
     drafter.next[1] = [11, 12, 13]
     h.prepared()
     h.launch(r1=(3, 0))
-    h.it.extend(1, [11, 12])  # 12 is the end: what was accepted behind it was dropped
+    h.extend(1, [11, 12])  # 12 is the end: what was accepted behind it was dropped
     assert h.it.drafted(1) == (3, 2)
 
 
@@ -186,7 +204,7 @@ def test_a_guess_that_the_planner_cut_off_is_not_counted() -> None:
     drafter.next[1] = [11, 12, 13, 14]
     h.prepared()
     h.launch(r1=(2, 0))
-    h.it.extend(1, [11, 12, 13])
+    h.extend(1, [11, 12, 13])
     assert h.it.drafted(1) == (2, 2)
 
 
@@ -196,11 +214,11 @@ def test_weights_propose_for_the_step_after() -> None:
     assert h.prepared() == [(1, [], 2)]  # with the last piece of the prompt
     h.launch(r1=(0, 2))
     assert h.prepared() == []
-    h.it.extend(1, [10], [11, 12])
+    h.extend(1, [10], [11, 12])
     h.it.committed(0.0)
     assert h.prepared() == [(1, [11, 12], 2)]
     h.launch(r1=(2, 2))
-    h.it.extend(1, [11, 3], [4])
+    h.extend(1, [11, 3], [4])
     h.it.committed(0.0)
     assert h.prepared() == [(1, [4], 2)]
     assert h.it.stats().drafters == [DrafterStats("mtp", 1, 2, 1, [1, 0])]
@@ -213,7 +231,7 @@ def test_weights_rest_while_tokens_are_enough() -> None:
     assert h.prepared() == [(1, [], 4)]
     h.launch(r1=(0, 4))
     drafter.next[1] = [11, 12]
-    h.it.extend(1, [5], [6, 7])
+    h.extend(1, [5], [6, 7])
     h.it.committed(0.0)
     assert h.prepared() == [(1, [11, 12], 0)]
 
@@ -256,7 +274,7 @@ def test_a_slot_given_anew_is_not_the_old_request() -> None:
     h.it.launched([plan([(1, ROW_SAMPLE, 1, 0)])], 0.0)
     h.it.committed(0.0)  # 1 was retracted: nothing of it came
     h.it.launched([plan([(2, ROW_SAMPLE, 1, 0), (1, ROW_PREFILL, 0, 0)], {2: 1, 1: 2})], 0.0)
-    h.it.extend(1, [11, 5])
+    h.extend(1, [11, 5])
     h.it.committed(0.0)
     assert (h.it.drafted(1), h.it.drafted(2)) == ((1, 1), (0, 0))
 
@@ -317,7 +335,7 @@ def test_what_no_step_carried_is_learnt_from() -> None:
     acceptance = h.it._depths._acceptance  # type: ignore[union-attr]
     before = acceptance.rate(1, 0, 4, 0)
     assert before < 0.2
-    for token in range(100, 140):
+    for token in range(100, 500):  # it rests for most of them
         drafter.next[1] = [token] * 8
         h.prepared()
         h.launch(r1=(0, 0))
@@ -339,7 +357,7 @@ def test_weights_that_are_right_are_preferred_to_tokens_that_are_not() -> None:
         h.launch(r1=(len(draft), num_propose))
         given = [*proposed[:accepted], token]
         proposed = [token + 1, token + 2, token + 3][:num_propose]
-        h.it.extend(1, given, proposed)
+        h.extend(1, given, proposed)
         h.now += 0.01 + 0.0001 * (len(draft) + num_propose)
         h.it.committed(h.now)
     assert [(len(draft), n) for _, draft, n in calls[-10:]] == [(3, 3)] * 10
@@ -392,7 +410,7 @@ def test_what_is_proposed_already_takes_room() -> None:
     depths.learn()
     assert h.prepared() == [(1, [], 4)]
     h.launch(r1=(0, 4))
-    h.it.extend(1, [5], [6, 7, 8, 9])
+    h.extend(1, [5], [6, 7, 8, 9])
     h.it.committed(100.001)
     assert h.prepared() == [(1, [6, 7, 8, 9], 2)]  # of 7: a row, four to verify
 
@@ -410,3 +428,43 @@ def test_counts_by_place() -> None:
     for num_draft, accepted in ((3, 3), (3, 1), (1, 0), (2, 2)):
         counts.record(num_draft, accepted)
     assert counts.stats() == DrafterStats("x", 4, 9, 6, [3, 2, 1])
+
+
+def test_a_request_rests_where_drafts_do_not_pay() -> None:
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 80, right=False, per_draft=0.004)
+    before = drafter.num_asked
+    depths = run(h, drafter, 320, right=False, per_draft=0.004)
+    assert sum(map(bool, depths)) <= 2
+    assert drafter.num_asked - before <= 14  # once in LONGEST_REST steps, and what was tried
+    assert drafter.seen[1][5:8] == [10, 100, 101]  # what came is told all the same
+
+
+def test_a_long_match_ends_a_rest_at_once() -> None:
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 200, right=False, per_draft=0.004)
+    drafter.match_len = 32
+    assert 0 not in run(h, drafter, 12, right=True, per_draft=0.0001)[2:]
+
+
+def test_weights_that_do_not_pay_are_tried_rarely() -> None:
+    depths = Depths([True], 1000, Experts())
+    h = Harness(weighted=Weighted("mtp", 4), depths=depths)
+    for _ in range(200):
+        depths.findings.add(0, 0, 0, 0)
+        depths.findings.missed.append(True)
+    depths.learn()
+    asked = 0
+    for request_id in range(1, 200):
+        h.start(request_id)
+        asked += sum(n > 0 for _, _, n in h.prepared())
+        tries = h.it._live[request_id].tries_weights
+        h.it.remove(request_id)
+        assert tries or request_id > 10
+        if request_id > 64:
+            assert tries == (request_id % 32 == 0)
+    assert asked <= 10

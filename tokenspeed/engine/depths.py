@@ -105,6 +105,10 @@ class Depths:
     def features(self, plans: list[PlanView]) -> Features | None:
         """Of the step that these plans are; None: there is nothing to learn from this one."""
         rows = verify = prefill = context = propose = 0
+        if self._times.num_observed >= WELL_KNOWN and all(map(_only_decodes, plans)):
+            self._num_plain += 1
+            if self._num_plain % PLAIN_INTERVAL:
+                return None
         for plan in plans:
             is_prefill = plan.flags & ROW_PREFILL != 0
             if is_prefill.any():
@@ -113,10 +117,6 @@ class Depths:
             verify += int(plan.num_draft.sum())
             propose += int(plan.num_propose.sum())
             context += int(plan.starts.sum() + plan.num_tokens.sum())
-        if not (verify or prefill or propose) and self._times.num_observed >= WELL_KNOWN:
-            self._num_plain += 1
-            if self._num_plain % PLAIN_INTERVAL:
-                return None
         return self._features(rows, verify, prefill, context, propose)
 
     def observe(self, features: Features, seconds: float) -> None:
@@ -151,3 +151,10 @@ class Depths:
             tokens = rows + verify + prefill
             touched = experts_touched(tokens, self._experts.count, self._experts.per_token)
         return np.array([1.0, rows, verify, prefill, context / 1000, touched, propose])
+
+
+def _only_decodes(plan: PlanView) -> bool:
+    """Whether each of its rows samples after its one token, and nothing is proposed."""
+    if len(plan.tokens) != plan.num_rows or plan.num_propose.any():
+        return False
+    return not (plan.flags & ROW_PREFILL).any()

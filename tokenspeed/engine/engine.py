@@ -272,6 +272,8 @@ class Engine:
         outputs = []
         all_ids, at = updates.ids.tolist(), 0
         receipts = _receipts(updates)
+        if self._speculator is not None:
+            self._speculator.extend(updates.request_ids, updates.num_ids, updates.ids, step.drafts)
         for request_id, finish, num_ids, num_cached in zip(
             updates.request_ids.tolist(),
             updates.finish.tolist(),
@@ -281,8 +283,6 @@ class Engine:
         ):
             ids, at = all_ids[at : at + num_ids], at + num_ids
             live = self._live[request_id]
-            if self._speculator is not None:
-                self._speculator.extend(request_id, ids, step.drafts.get(request_id, ()))
             logprobs = step.logprobs.get(request_id) if ids else None
             outputs.append(
                 TokenOutput(

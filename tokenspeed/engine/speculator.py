@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: MIT
 """`Speculator`: asks drafters what may come next, tells the scheduler, and learns what came of it.
 
-    add -> [prepare -> next_plans -> launched -> extend each -> committed] ... -> remove
+    add -> [prepare -> next_plans -> launched -> extend -> committed] ... -> remove
 
+A request for which drafts did not pay some times in a row rests: for some steps, ever more, nothing
+is looked for, chosen or told, unless a long match wakes it. Drafters with weights that hardly ever
+pay are tired: they are tried on a request in `TRIED_ANEW`, and the others do without them.
 Nothing here can change an output: a draft is verified by the step that it is part of. Knows ids and
 slots; refuses to know how drafts are found and verified, and how depths are learnt.
 """
 
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +25,12 @@ from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView, Words
 from tokenspeed.execution.speculation.drafter import Proposal, TokenDrafter
 
 NONE = np.empty(0, np.int32)
+PATIENCE = 3  # times that drafts do not pay before the first rest
+FIRST_REST, LONGEST_REST = 2, 32  # steps
+WAKING_MATCH = 8  # tokens, and twice what matched before
+TIRED = 24  # times that proposals were not worth it, more than
+TIMES_WORTH = 4  # times those that they were
+TRIED_ANEW = 32
 
 
 class Drafts(Protocol):
@@ -43,7 +52,7 @@ class Weighted:
 class _Live:
     """A request, and what was found to come next in it."""
 
-    num_tokens: int  # known
+    tries_weights: bool = False
     found: list[tuple[int, Proposal]] = field(default_factory=list)  # by drafter
     drafter: int = 0  # whose draft the scheduler has
     draft: list[int] = field(default_factory=list)
@@ -54,6 +63,9 @@ class _Live:
     has_ids: bool = False  # it decodes
     num_draft: int = 0  # tokens, ever
     num_accepted: int = 0
+    match_len: int = 0
+    num_idle: int = 0  # times in a row that nothing was worth while
+    rest: int = FIRST_REST  # steps, next time
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +102,10 @@ class Speculator:
         self._histogram = [0] * (depth + 1)
         self._live: dict[int, _Live] = {}
         self._fresh: list[int] = []  # requests that are new, or have new ids, since the last plans
-        self._num_rows = self._num_context = 0  # of all that decode
+        self._resting: dict[int, int] = {}  # the match that wakes each
+        self._waking: defaultdict[int, list[int]] = defaultdict(list)  # by number of the step
+        self._num_steps = self._num_added = self._tiredness = 0
+        self._latest: list[PlanView] = []  # plans
         self._flights: deque[_Flight] = deque()
         self._committed_s = 0.0
         self._owners: list[dict[int, int]] = [{} for _ in range(num_dp)]  # slot -> request
@@ -99,15 +114,18 @@ class Speculator:
         """A request that the scheduler has taken."""
         for drafter in self._drafters:
             drafter.add(request_id, prompt_ids, salt)
-        self._live[request_id] = _Live(len(prompt_ids))
-        if self._weighted is not None:  # the last piece of the prompt can bring proposals already
+        self._num_added += 1
+        tries = self._tiredness < TIRED or self._num_added % TRIED_ANEW == 0
+        self._live[request_id] = _Live(tries and self._weighted is not None)
+        if self._live[
+            request_id
+        ].tries_weights:  # the last piece of the prompt can bring proposals already
             self._fresh.append(request_id)
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
-        live = self._live.pop(request_id)
-        self._num_rows -= live.has_ids
-        self._num_context -= live.num_tokens if live.has_ids else 0
+        del self._live[request_id]
+        self._resting.pop(request_id, None)
         for drafter in self._drafters:
             drafter.remove(request_id)
         if self._depths is not None:
@@ -128,6 +146,8 @@ class Speculator:
                     self._histogram[0] += live.has_ids
         if ready and self._depths is not None:
             self._shorten(ready, self._depths)
+            for request_id, live in ready:
+                self._rest(request_id, live)
         for request_id, live in ready:
             self._histogram[len(live.draft)] += live.has_ids
             draft = np.array(live.draft, np.int32) if live.draft else NONE
@@ -153,12 +173,42 @@ class Speculator:
                 carried.update(zip(busy, plan.num_draft[rows].tolist(), strict=True))
         for request_id in carried:
             self._live[request_id].is_busy = True
+        self._latest = views
         features = None if self._depths is None else self._depths.features(views)
         self._flights.append(_Flight(carried, features, now_s))
 
-    def extend(self, request_id: int, ids: list[int], proposed: Sequence[int] = ()) -> None:
-        """The oldest step in flight gave these ids; the model drafter proposes what may follow."""
-        live = self._live[request_id]
+    def extend(
+        self,
+        request_ids: NDArray[np.uint64],
+        num_ids: NDArray[np.int32],
+        ids: NDArray[np.int32],
+        proposed: Mapping[int, Sequence[int]],
+    ) -> None:
+        """The oldest step in flight gave these requests [R] the next `num_ids[r]` of ids.
+
+        `proposed`: what the model drafter says may follow.
+        """
+        lengths = [drafter.extend_all(request_ids, num_ids, ids) for drafter in self._drafters]
+        matches = map(max, zip(*lengths, strict=True)) if lengths else [0] * len(request_ids)
+        resting, listed, end = self._resting, ids.tolist(), 0
+        for request_id, count, match_len in zip(
+            request_ids.tolist(), num_ids.tolist(), matches, strict=True
+        ):
+            end += count
+            if request_id in resting:
+                if match_len < resting[request_id]:
+                    self._histogram[0] += 1
+                    if self._ahead:
+                        self._arrived(self._live[request_id])
+                    continue
+                del resting[request_id]
+            live = self._live[request_id]
+            live.match_len = match_len
+            self._extend(request_id, live, listed[end - count : end], proposed)
+
+    def _extend(
+        self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]
+    ) -> None:
         carried = self._flights[0].carried.get(request_id)
         if carried is not None:
             live.is_busy = False
@@ -166,18 +216,20 @@ class Speculator:
                 accepted = num_accepted(live.draft[:carried], ids)
                 live.num_draft += carried
                 live.num_accepted += accepted
+                live.rest = FIRST_REST if accepted else live.rest
                 self._counts[live.drafter].record(carried, accepted)
         if self._depths is not None and live.found and (carried or not self._ahead):
             self._compare(request_id, live, ids, self._depths)
         if carried is not None or not self._ahead:
             live.draft = []
             live.found.clear()
-        live.proposed = proposed
-        live.in_flight -= self._ahead and live.in_flight > 0
-        for drafter in self._drafters:
-            drafter.extend(request_id, ids)
-        self._grow(live, len(ids))
+        live.proposed = proposed.get(request_id, ())
+        self._arrived(live)
+        live.has_ids = live.has_ids or bool(ids)
         self._fresh.append(request_id)
+
+    def _arrived(self, live: _Live) -> None:
+        live.in_flight -= self._ahead and live.in_flight > 0
 
     def committed(self, now_s: float) -> None:
         """The oldest step in flight is over, and all that it gave was told."""
@@ -188,6 +240,9 @@ class Speculator:
                 self._depths.observe(flight.features, now_s - began_s)
             self._depths.learn()
         self._committed_s = now_s
+        self._num_steps += 1
+        for request_id in self._waking.pop(self._num_steps, ()):
+            self._resting.pop(request_id, None)
 
     def drafted(self, request_id: int) -> tuple[int, int]:
         """Of a live request: tokens drafted so far, and how many of them were accepted."""
@@ -205,7 +260,7 @@ class Speculator:
     def _find(self, request_id: int, live: _Live) -> None:
         """What may come next, and whose draft to take: all of it, and as deep as can be."""
         live.found.clear()
-        live.draft, live.num_propose = [], self._max_propose
+        live.draft, live.num_propose = [], self._max_propose if live.tries_weights else 0
         # Ids that are on their way are guessed first. They are no part of the draft: the row
         # carries the real ones instead of them.
         skip = live.in_flight
@@ -226,7 +281,7 @@ class Speculator:
     def _best(self, request_id: int, live: _Live) -> tuple[int, Proposal]:
         """Of what was found; where tokens alone are enough, weights need not propose."""
         first, weights = live.found[0], len(self._drafters)
-        if first[0] == weights or not self._max_propose:
+        if first[0] == weights or not live.tries_weights:
             return first
         if self._depths is None or self._depths.better(
             request_id, (first[0], first[1].match_len), (weights, 0)
@@ -251,10 +306,14 @@ class Speculator:
                 takers.append((live, True))
         if not takers:
             return
-        chosen = depths.choose(offers, self._num_rows, num_verify, self._num_context)
+        num_rows = sum(int((plan.flags & ROW_SAMPLE != 0).sum()) for plan in self._latest)
+        num_context = sum(int(plan.starts.sum()) for plan in self._latest)
+        chosen = depths.choose(offers, num_rows, num_verify, num_context)
         for (live, proposes), depth in zip(takers, chosen, strict=True):
             if proposes:
                 live.num_propose = depth
+                worth = TIMES_WORTH if depth else -1
+                self._tiredness = min(max(self._tiredness - worth, 0), TIRED)
             else:
                 live.draft = live.draft[:depth]
 
@@ -265,13 +324,17 @@ class Speculator:
             depths.findings.add(request_id, drafter, proposal.match_len, hits)
             depths.findings.missed.append(hits < min(len(ids), len(proposal.ids)))
 
-    def _grow(self, live: _Live, num_ids: int) -> None:
-        if not live.has_ids and num_ids:
-            live.has_ids = True
-            self._num_rows += 1
-            self._num_context += live.num_tokens
-        live.num_tokens += num_ids
-        self._num_context += num_ids
+    def _rest(self, request_id: int, live: _Live) -> None:
+        """After a choice: if nothing was worth while once more, the request rests."""
+        if live.draft or live.num_propose or not live.has_ids:
+            live.num_idle = 0
+            return
+        live.num_idle += 1
+        if live.num_idle < PATIENCE and live.rest == FIRST_REST:
+            return
+        self._resting[request_id] = max(WAKING_MATCH, 2 * live.match_len)
+        self._waking[self._num_steps + live.rest].append(request_id)
+        live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)
 
     def _bind(self, owners: dict[int, int], plan: PlanView) -> None:
         for slot, request_id in zip(

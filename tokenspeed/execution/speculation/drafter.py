@@ -39,6 +39,15 @@ class TokenDrafter(Protocol):
     def extend(self, request_id: int, ids: Sequence[int]) -> None:
         """Accepted ids, behind those known. `KeyError`: no such request."""
 
+    def extend_all(
+        self,
+        request_ids: NDArray[np.uint64],
+        num_ids: NDArray[np.int32],
+        ids: NDArray[np.int32],
+    ) -> list[int]:
+        """`extend` for each of a step's requests [R]: the next `num_ids[r]` of ids. How many tokens
+        at the end of each occurred in it before."""
+
     def propose(self, request_id: int, max_tokens: int) -> Proposal:
         """At most `max_tokens` ids. `KeyError`: no such request."""
 

@@ -11,7 +11,9 @@ the model left at a place and the token behind it, a whole model (`shift` 0) the
 
 Keys and values go to the model's own pages, as far as it has any; behind them a chain writes to
 pages of its own, of which only its slot knows. Places of rows that want no draft wait, up to
-`BACKLOG` of them: a drafter that is not asked costs little. Knows no architecture.
+`BACKLOG` of them: a drafter that is not asked costs little, and after `SLEEPS_AFTER` steps nothing:
+then it misses what goes by until somebody asks. Plans say who asks, so it is alike on all ranks.
+Knows no architecture.
 """
 
 from collections import deque
@@ -32,6 +34,7 @@ from tokenspeed.execution.speculation.feeder import Caches, DraftNet, Fed, Feede
 from tokenspeed.layers.cache_spec import CacheSpec
 
 BACKLOG: Final = 64  # places kept of each slot
+SLEEPS_AFTER: Final = 2 * BACKLOG  # steps of which nobody wants drafts
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class ChainDrafter:
     """Drafts with `net`, whose layers keep `cache_specs`. A `ModelDrafter` once it is attached.
 
     `active` False: nothing is fed and nothing is drafted, and what goes by is missing later. All
-    ranks must have it alike. `complete`: nothing is forgotten, and full pages, which others may
-    find as their prefix, are fed as soon as they are full.
+    ranks must have it alike. `complete`: nothing is forgotten, it never sleeps, and full pages,
+    which others may find as their prefix, are fed as soon as they are full.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class ChainDrafter:
         self.name, self.max_depth, self.cache_specs = name, max_depth, cache_specs
         self.active = True
         self._net, self._shift, self._complete = net, shift, complete
+        self._num_unasked = 0  # steps
 
     def num_own_pages(self, room: Room) -> int:
         """Pages that `caches` must have behind those that the scheduler knows."""
@@ -115,6 +119,10 @@ class ChainDrafter:
             self._later.clear()
             self._backlog.forget(work.batch.forward.slots.cpu().numpy())
             return torch.full(shape, -1, dtype=torch.int64, device=device)
+        self._num_unasked = 0 if deepest else self._num_unasked + 1
+        if self._num_unasked > SLEEPS_AFTER and not self._complete:
+            self._later.clear()
+            return work.ids.new_empty(shape)
         is_plain = len(work.ids) == len(work.accepted) == len(work.batch.places)
         if is_plain and not deepest and not self._complete:
             self._later.append(PlainStep.of(work, self._net.beside(work)))

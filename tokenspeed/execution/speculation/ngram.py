@@ -31,6 +31,14 @@ class NgramDrafter:
     def extend(self, request_id: int, ids: Sequence[int]) -> None:
         self._drafts.extend(request_id, ids)
 
+    def extend_all(
+        self,
+        request_ids: NDArray[np.uint64],
+        num_ids: NDArray[np.int32],
+        ids: NDArray[np.int32],
+    ) -> list[int]:
+        return self._drafts.extend_all(request_ids, num_ids, ids)
+
     def propose(self, request_id: int, max_tokens: int) -> Proposal:
         return Proposal(*self._drafts.propose(request_id, max_tokens))
 
