@@ -6,6 +6,7 @@ That matches and frequencies are right at every prefix is shown by tests/cpp/dra
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
