@@ -201,9 +201,9 @@ class Sampler:
         position alone, and a row keeps the leading ones whose draft is the id before: there is
         nothing to correct. What a request remembers of its ids, it remembers of those it keeps.
         """
-        minded = np.array([self._minds(slot) for slot in slots.tolist()]) & (num_places > 0)
         logprobs: dict[int, list[TokenLogprobs]] = {}
-        if minded.any():
+        minded = self._minded(slots, num_places)
+        if minded is not None:
             ids = self._place_by_place(logits, slots, num_places, tokens, places, minded, logprobs)
         else:
             ids = self.draw(logits, np.repeat(slots, num_places), places)
@@ -215,10 +215,17 @@ class Sampler:
             counts -= ((counts > 0) & (last < 0)).int()
         return Sampled(ids, counts, logprobs)
 
-    def _minds(self, slot: int) -> bool:
-        """Whether the slot's ids depend on more than their logits, or more of them is told."""
+    def _minded(
+        self, slots: NDArray[np.int32], num_places: NDArray[np.int32]
+    ) -> NDArray[np.bool_] | None:
+        """[R] rows whose ids depend on more than their logits, or more of them is told; None: no
+        row's do."""
         held = (self._edits, self._num_logprobs, self._penalised, self.grammars)
-        return any(slot in one for one in held)
+        if not any(held):
+            return None
+        minds = [any(slot in one for one in held) for slot in slots.tolist()]
+        minded: NDArray[np.bool_] = np.array(minds) & (num_places > 0)
+        return minded if minded.any() else None
 
     def _place_by_place(
         self,
