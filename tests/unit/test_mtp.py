@@ -229,9 +229,9 @@ def test_a_prefix_hit_brings_the_modules_keys(folder: Path, plain: Plain) -> Non
 
 
 def test_places_wait_and_what_is_too_old_is_a_hole(folder: Path, plain: Plain) -> None:
-    """A slot has room for 64 places."""
+    """A slot has room for 32 places."""
     steps = drafting(load(folder))
-    for waiting, is_whole in ((63, True), (67, False)):
+    for waiting, is_whole in ((31, True), (35, False)):
         if not is_whole:
             steps.caches[0][0].zero_()
         steps.begin(2, prompt(20))

@@ -241,7 +241,7 @@ class StepRunner:
         aux_hidden: list[torch.Tensor],
         sampled: Sampled,
     ) -> torch.Tensor | None:
-        """What the drafter proposes, [num_rows, n]."""
+        """What the drafter proposes, [num_rows, n]; None where nobody asked."""
         if self._drafter is None:
             return None
         forward, ids = batch.forward, sampled.ids
@@ -258,7 +258,8 @@ class StepRunner:
             num_propose=plan.num_propose,
             sample=self._draw,
         )
-        return self._drafter.draft(work)
+        proposed = self._drafter.draft(work)
+        return proposed if proposed.shape[1] else None
 
     def _draw(
         self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor

@@ -33,8 +33,8 @@ from tokenspeed.execution.speculation.drafter import DraftWork
 from tokenspeed.execution.speculation.feeder import Caches, DraftNet, Fed, Feeder
 from tokenspeed.layers.cache_spec import CacheSpec
 
-BACKLOG: Final = 64  # places kept of each slot
-SLEEPS_AFTER: Final = 2 * BACKLOG  # steps of which nobody wants drafts
+BACKLOG: Final = 32  # places kept of each slot
+SLEEPS_AFTER: Final = BACKLOG + 8  # steps of which nobody wants drafts
 
 
 @dataclass(frozen=True)
