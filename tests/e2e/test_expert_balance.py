@@ -10,11 +10,12 @@ from tokenspeed import LLM, SamplingParams
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 256,
-    "num_pages": 48,
+    "num_pages": 40,
     "page_size": 16,
     "max_num_seqs": 16,
     "max_num_batched_tokens": 64,
     "skip_tokenizer_init": True,
+    "speculative_config": '{"method": "suffix", "adaptive": false}',  # as many steps each time
 }
 EAGER: dict[str, Any] = {
     "enable_eplb": True,

@@ -22,12 +22,16 @@ from tokenspeed.kernels.registry import REGISTRY
 INTERPRETED = ("triton",) if interpreting() else ()
 
 
-def kernels(*more: str) -> Iterator[tuple[str, str]]:
+SLOW = (("attention_mla", "triton"),)  # in the interpreter
+
+
+def kernels(*more: str) -> Iterator[Any]:
     REGISTRY.load(gpu=bool(more))
     for op in sorted(all_cases()):
         for backend in REGISTRY.of(op) if op in REGISTRY.ops else ():
             if backend.name not in GPU_BACKENDS or backend.name in more:
-                yield op, backend.name
+                slow = (op, backend.name) in SLOW
+                yield pytest.param(op, backend.name, marks=[pytest.mark.full] if slow else [])
 
 
 def first_case(op: str) -> Case:
