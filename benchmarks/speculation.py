@@ -38,7 +38,7 @@ TEMPERATURES = (0.0, 0.7)
 EDIT_CHARACTERS, EDIT_TOKENS = 3000, 600
 _UNLIKELY = 1  # a special token
 METHODS = {
-    "auto": None,
+    "auto": '{"method": "auto"}',
     "suffix": '{"method": "suffix"}',
     "mtp": '{"method": "mtp"}',
 }

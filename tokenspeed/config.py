@@ -80,7 +80,7 @@ class SpeculationOptions:
     """Drafts of tokens, verified in one step. These options change performance, never tokens."""
 
     speculative_config: str | None = option(
-        None, "JSON, as vLLM's (see speculation.md); default: method auto"
+        None, "JSON, as vLLM's (see speculation.md); without it there are no drafts"
     )
     speculative_model: str | None = option(None, "older: the key `model` of speculative_config")
     num_speculative_tokens: int | None = option(None, "older: the key of the same name", low=1)

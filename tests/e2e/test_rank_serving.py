@@ -22,6 +22,7 @@ from tokenspeed.engine.ranks.connection import Connection
 from tokenspeed.errors import ModelLoadError, RankDiedError
 
 FLAGS = ("--dtype", "float32", "--num-pages", "20", "--page-size", "16", "--max-num-seqs", "16")
+DRAFTS = ("--speculative-config", '{"method": "auto"}')
 NUM_STREAMS = 16
 
 
@@ -80,7 +81,7 @@ def alone() -> list[tuple[str, str]]:
 )
 def test_streams_of_one_rank(flags: tuple[str, ...], alone: list[tuple[str, str]]) -> None:
     num_pages = ("--num-pages", "12") if "--attention-data-parallel-size" in flags else ()
-    with server(*FLAGS, *flags, *num_pages, real=True) as made:
+    with server(*FLAGS, *flags, *num_pages, *DRAFTS, real=True) as made:
         process = made.engine()
         workers = workers_of(process.pid)
         assert workers

@@ -11,7 +11,7 @@ import pytest
 
 from tokenspeed import LLM
 from tokenspeed.config import EngineConfig, ServerOptions
-from tokenspeed.execution.speculation.options import Speculation, speculation_of
+from tokenspeed.execution.speculation.options import OFF, Speculation, speculation_of
 
 GROUPS = [*EngineConfig.groups().values(), ServerOptions]
 
@@ -123,15 +123,17 @@ def test_each_key_of_speculation_is_read(asked: dict[str, Any], name: str, value
     assert {name for _, name, _ in READS} == {f.name for f in dataclasses.fields(Speculation)}
 
 
-def test_speculation_is_on_by_itself_and_can_be_off() -> None:
-    made = speculation()
+def test_speculation_is_off_unless_it_is_asked_for() -> None:
+    assert speculation() == OFF
+    made = speculation({"adaptive": True})
     assert (made, made.is_auto, made.adaptive) == (Speculation(), True, True)
     assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 16)
     assert speculation({"method": "auto"}) == made
     off = speculation({"method": "off"})
     assert (off.methods, off.model_method) == ((), None)
-    assert speculation(attention_data_parallel_size=2).methods == ("suffix",)
-    assert speculation(pipeline_parallel_size=2).methods == ("suffix",)
+    auto = {"method": "auto"}
+    assert speculation(auto, attention_data_parallel_size=2).methods == ("suffix",)
+    assert speculation(auto, pipeline_parallel_size=2).methods == ("suffix",)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +215,7 @@ def test_model_drafters_refuse_some_meshes(method: str, name: str) -> None:
 def test_a_draft_must_fit_the_context() -> None:
     assert speculation({"num_speculative_tokens": 7}, max_model_len=8).depth == 7
     assert speculation({"adaptive": False}).depth == 4
-    assert speculation(max_model_len=4).depth == 16  # nobody asked for it: it is shortened
+    assert speculation({"adaptive": True}, max_model_len=4).depth == 16  # nobody asked for it: it is shortened
     with pytest.raises(ValueError, match="num_speculative_tokens 8 must be below max_model_len 8"):
         speculation({"num_speculative_tokens": 8}, max_model_len=8)
 

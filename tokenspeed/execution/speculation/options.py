@@ -69,9 +69,14 @@ class Speculation:
         return next((method for method in self.methods if method in MODEL_METHODS), None)
 
 
+OFF: Final = Speculation(methods=(), is_auto=False, adaptive=False)
+
+
 def speculation_of(config: EngineConfig) -> Speculation:
-    """What the options ask for. `ValueError` naming what is wrong with them."""
+    """What the options ask for: no drafts unless they do. `ValueError` naming what is wrong."""
     asked = _asked(config.speculation)
+    if not asked:
+        return OFF
     if "method" not in asked and "model" in asked:
         asked["method"] = "ngram" if asked["model"] in _NGRAM_MODELS else "draft_model"
     if asked.get("method") == "ngram" and asked.get("model") in _NGRAM_MODELS:
@@ -168,7 +173,7 @@ def _made(asked: dict[str, Any], names: list[str], config: EngineConfig) -> Spec
     if "num_speculative_tokens" in values:
         values["num_tokens"] = values.pop("num_speculative_tokens")
     if names == ["off"]:
-        return Speculation(methods=(), is_auto=False, adaptive=False)
+        return OFF
     if names == ["auto"]:
         methods = ("suffix",) if _divides(config) else ("suffix", "mtp")
         return Speculation(methods=methods, **values)
