@@ -64,7 +64,8 @@ void extend(Drafter& self, uint64_t id, const std::vector<Token>& ids) {
 template <class Drafter>
 std::vector<int32_t> extend_all(Drafter& self, const Requests& requests, const Prompt& num_ids,
                                 const Prompt& ids) {
-    if (requests.size() != num_ids.size()) throw std::invalid_argument("as many counts as requests");
+    if (requests.size() != num_ids.size())
+        throw std::invalid_argument("as many counts as requests");
     const std::span<const Token> all(ids.data(), ids.size());
     check(all);
     size_t end = 0;

@@ -215,9 +215,8 @@ def test_model_drafters_refuse_some_meshes(method: str, name: str) -> None:
 def test_a_draft_must_fit_the_context() -> None:
     assert speculation({"num_speculative_tokens": 7}, max_model_len=8).depth == 7
     assert speculation({"adaptive": False}).depth == 4
-    assert (
-        speculation({"adaptive": True}, max_model_len=4).depth == 16
-    )  # nobody asked for it: it is shortened
+    # Nobody asked for so many: they are shortened.
+    assert speculation({"adaptive": True}, max_model_len=4).depth == 16
     with pytest.raises(ValueError, match="num_speculative_tokens 8 must be below max_model_len 8"):
         speculation({"num_speculative_tokens": 8}, max_model_len=8)
 
