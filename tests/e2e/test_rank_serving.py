@@ -21,8 +21,7 @@ from tokenspeed.engine import messages as m
 from tokenspeed.engine.ranks.connection import Connection
 from tokenspeed.errors import ModelLoadError, RankDiedError
 
-FLAGS = ("--dtype", "float32", "--num-pages", "20", "--page-size", "16", "--max-num-seqs", "16")
-DRAFTS = ("--speculative-config", '{"method": "auto"}')
+FLAGS = ("--dtype", "float32", "--num-pages", "32", "--page-size", "16", "--max-num-seqs", "16")
 NUM_STREAMS = 16
 
 
@@ -80,8 +79,8 @@ def alone() -> list[tuple[str, str]]:
     ],
 )
 def test_streams_of_one_rank(flags: tuple[str, ...], alone: list[tuple[str, str]]) -> None:
-    num_pages = ("--num-pages", "12") if "--attention-data-parallel-size" in flags else ()
-    with server(*FLAGS, *flags, *num_pages, *DRAFTS, real=True) as made:
+    num_pages = ("--num-pages", "16") if "--attention-data-parallel-size" in flags else ()
+    with server(*FLAGS, *flags, *num_pages, real=True) as made:
         process = made.engine()
         workers = workers_of(process.pid)
         assert workers
@@ -89,8 +88,7 @@ def test_streams_of_one_rank(flags: tuple[str, ...], alone: list[tuple[str, str]
         made.process.terminate()
         assert made.process.wait(10.0) == 0
         assert made.process.stderr is not None
-        said = made.process.stderr.read().decode().splitlines()
-        assert [line.split(":")[0] for line in said] == ["INFO tokenspeed.engine.drafting"]
+        assert made.process.stderr.read() == b""
         assert_gone([process, *workers], process.pid)
 
 
