@@ -29,7 +29,6 @@ def make_speculator(config: EngineConfig, part: Part) -> Speculator | None:
         weighted = Weighted(part.drafter.name, part.drafter.max_depth)
     names = [drafter.name for drafter in tokens] + ([weighted.name] if weighted else [])
     if not names:
-        _log.info("speculative decoding: off")
         return None
     how = "as many as pay" if asked.adaptive else "always"
     _log.info("speculative decoding: %s, %d tokens, %s", " + ".join(names), asked.depth, how)
