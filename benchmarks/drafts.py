@@ -53,14 +53,15 @@ def texts(size: int) -> Iterator[tuple[str, Ids]]:
 def measure(make: Callable[[], TokenDrafter], text: Ids, clock: Callable[[], float]) -> list[float]:
     """Microseconds per prompt token, token, proposal; milliseconds of the next turn."""
     drafter = make()
-    prompt, new = text[:-NEW_TOKENS], text[-NEW_TOKENS:].tolist()
+    prompt, new = text[:-NEW_TOKENS], np.split(text[-NEW_TOKENS:], NEW_TOKENS)
+    one, count = np.zeros(1, np.uint64), np.ones(1, np.int32)
     start = clock()
     drafter.add(0, prompt, b"")
     added = clock() - start
     extending = proposing = 0.0
     for token in new:
         start = clock()
-        drafter.extend(0, [token])
+        drafter.extend(one, count, token)
         extended = clock()
         drafter.propose(0, DEPTH)
         proposing += clock() - extended
@@ -91,7 +92,10 @@ def main() -> None:
     args = parser.parse_args()
     columns = ("prompt us/token", "us/token", "us/proposal", "next turn ms", "bytes/token")
     print(f"{'drafter':8}{'text':9}{'tokens':>8}" + "".join(f"{c:>17}" for c in columns))
-    makers: list[Callable[[], TokenDrafter]] = [NgramDrafter, SuffixDrafter]
+    makers: list[Callable[[], TokenDrafter]] = [
+        lambda: NgramDrafter(2, 5),
+        lambda: SuffixDrafter(2, 1 << 20),
+    ]
     rows = []
     for size in args.sizes:
         for kind, text in texts(size):

@@ -4,10 +4,8 @@
 `ValueError`: a negative id or count, a request that is there already, bounds that exclude each
 other. `KeyError`: no such request. Token ids are in [0, 2**31). `add` and
 `remove` give the interpreter's lock away. `propose` answers at most `max_tokens` ids and the length
-of the match; `extend_all` the lengths of the matches [R] after the next `num_ids[r]` of ids each.
+of the match; `extend` the lengths of the matches [R] after the next `num_ids[r]` of ids each.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +15,7 @@ class NgramDrafter:
 
     def __init__(self, prompt_lookup_min: int, prompt_lookup_max: int) -> None: ...
     def add(self, request_id: int, prompt_ids: NDArray[np.int32]) -> None: ...
-    def extend(self, request_id: int, ids: Sequence[int]) -> None: ...
-    def extend_all(
+    def extend(
         self,
         request_ids: NDArray[np.uint64],
         num_ids: NDArray[np.int32],
@@ -38,8 +35,7 @@ class SuffixDrafter:
 
     def __init__(self, min_match: int, shared_store_tokens: int, kept_tokens: int) -> None: ...
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None: ...
-    def extend(self, request_id: int, ids: Sequence[int]) -> None: ...
-    def extend_all(
+    def extend(
         self,
         request_ids: NDArray[np.uint64],
         num_ids: NDArray[np.int32],

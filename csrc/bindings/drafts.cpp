@@ -53,17 +53,10 @@ std::span<const Token> check_new(const Drafter& self, uint64_t id, const Prompt&
     return ids;
 }
 
-template <class Drafter>
-void extend(Drafter& self, uint64_t id, const std::vector<Token>& ids) {
-    check_live(self, id);
-    check(ids);
-    self.extend(id, ids);
-}
-
 // All rows of a step: the lengths of what matches now.
 template <class Drafter>
-std::vector<int32_t> extend_all(Drafter& self, const Requests& requests, const Prompt& num_ids,
-                                const Prompt& ids) {
+std::vector<int32_t> extend(Drafter& self, const Requests& requests, const Prompt& num_ids,
+                            const Prompt& ids) {
     if (requests.size() != num_ids.size())
         throw std::invalid_argument("as many counts as requests");
     const std::span<const Token> all(ids.data(), ids.size());
@@ -140,9 +133,9 @@ void add_suffix(SuffixDrafter& self, uint64_t id, const Prompt& prompt, const nb
 
 template <class Drafter>
 void bind_common(nb::class_<Drafter>& bound) {
-    bound.def("extend", &extend<Drafter>, "request_id"_a, "ids"_a)
-        .def("extend_all", &extend_all<Drafter>, "request_ids"_a.noconvert(),
-             "num_ids"_a.noconvert(), "ids"_a.noconvert())
+    bound
+        .def("extend", &extend<Drafter>, "request_ids"_a.noconvert(), "num_ids"_a.noconvert(),
+             "ids"_a.noconvert())
         .def("propose", &propose<Drafter>, "request_id"_a, "max_tokens"_a)
         .def("remove", &remove<Drafter>, "request_id"_a)
         .def_prop_ro("num_tokens", &Drafter::num_tokens)

@@ -82,27 +82,6 @@ def test_a_state_is_rebuilt_from_its_outputs() -> None:
     assert allowed(state("(ab|ba){3}1", (2, 0, 1))) == allowed(one) == {0, 1, 2, 3}
 
 
-def test_rollback_and_fork() -> None:
-    one = state("(ab|ba){2}1?")
-    one.record(2)
-    before, twin = allowed(one), one.fork()
-    one.record(0)
-    one.record(1)
-    assert allowed(one) == {5, END}
-    one.record(END)
-    assert one.over
-    one.rollback(3)
-    assert allowed(one) == before == allowed(twin)
-    assert not one.over
-    twin.record(0)
-    assert allowed(twin) == {1}
-    assert allowed(one) == before
-    one.record(5)
-    assert one.failed
-    with pytest.raises(ValueError, match="does not come back"):
-        one.rollback(1)
-
-
 def test_what_comes_after_the_end_is_of_no_interest() -> None:
     one = state("a")
     one.record(0)

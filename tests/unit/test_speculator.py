@@ -39,10 +39,7 @@ class Oracle:
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         self.seen[request_id], self.salts[request_id] = prompt_ids.tolist(), salt
 
-    def extend(self, request_id: int, ids: Sequence[int]) -> None:
-        self.seen[request_id] += ids
-
-    def extend_all(
+    def extend(
         self,
         request_ids: NDArray[np.uint64],
         num_ids: NDArray[np.int32],
@@ -50,7 +47,7 @@ class Oracle:
     ) -> list[int]:
         ends = num_ids.cumsum()
         for request_id, given in zip(request_ids.tolist(), np.split(ids, ends), strict=False):
-            self.extend(request_id, given.tolist())
+            self.seen[request_id] += given.tolist()
         return [self.match_len] * len(request_ids)
 
     def propose(self, request_id: int, max_tokens: int) -> Proposal:

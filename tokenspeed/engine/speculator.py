@@ -116,10 +116,8 @@ class Speculator:
             drafter.add(request_id, prompt_ids, salt)
         self._num_added += 1
         tries = self._tiredness < TIRED or self._num_added % TRIED_ANEW == 0
-        self._live[request_id] = _Live(tries and self._weighted is not None)
-        if self._live[
-            request_id
-        ].tries_weights:  # the last piece of the prompt can bring proposals already
+        live = self._live[request_id] = _Live(tries and self._weighted is not None)
+        if live.tries_weights:  # the last piece of the prompt can bring proposals already
             self._fresh.append(request_id)
 
     def remove(self, request_id: int) -> None:
@@ -190,7 +188,7 @@ class Speculator:
 
         `proposed`: what the model drafter says may follow.
         """
-        lengths = [drafter.extend_all(request_ids, num_ids, ids) for drafter in self._drafters]
+        lengths = [drafter.extend(request_ids, num_ids, ids) for drafter in self._drafters]
         matches = map(max, zip(*lengths, strict=True)) if lengths else [0] * len(request_ids)
         resting, listed, end = self._resting, ids.tolist(), 0
         for request_id, count, match_len in zip(

@@ -149,21 +149,6 @@ class GrammarState:
         self._pay(begin)
         return missing
 
-    def fork(self) -> "GrammarState":
-        """A state of its own at the same place, for tokens that may not come to be."""
-        twin = object.__new__(GrammarState)
-        twin._matcher, twin.stop_ids = self._matcher.fork(), self.stop_ids
-        twin.failed, twin.over, twin._left_s = self.failed, self.over, self._left_s
-        return twin
-
-    def rollback(self, num_tokens: int) -> None:
-        """Forgets the last tokens, each of which was accepted. `ValueError` if one was not."""
-        if self.failed:
-            raise ValueError("a state that failed does not come back")
-        if num_tokens:
-            self._matcher.rollback(num_tokens)
-            self.over = bool(self._matcher.is_terminated())
-
 
 class GrammarRows:
     """The states of the slots, and the masks of a step. False while no slot has a grammar.

@@ -31,7 +31,7 @@ WALL_LIMIT_S = 15.0
 NUM_FORKS = 2
 CACHE_BYTES = 128 << 20
 MAX_WAITING = 256  # grammars that wait to be compiled
-MAX_WAITING_EACH = 64  # of one owner
+MAX_WAITING_EACH = 64  # of one owner that has a name
 _CHILD = """
 import os
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # what forks has no threads
@@ -139,7 +139,7 @@ class GrammarCompiler:
     def submit(self, spec: GrammarSpec, owner: str = "") -> "Future[CompiledGrammar]":
         """The grammar, or a `RequestError` naming `spec.field`, here or in the future.
 
-        Owners take turns where many grammars wait.
+        Owners take turns where many grammars wait; what belongs to nobody has one owner, "".
         """
         text = json.dumps({"format": spec.format, "tokens": dict(spec.tokens)})
         key = hashlib.sha256(text.encode()).hexdigest()
@@ -154,7 +154,7 @@ class GrammarCompiler:
                 return self._by_key[key]
             if self._closed:
                 raise RequestError("the server is closing", code="grammar_limit")
-            own = sum(waiting[3] == owner for waiting in self._waiting.values())
+            own = sum(waiting[3] == owner for waiting in self._waiting.values()) if owner else 0
             if len(self._waiting) >= MAX_WAITING or own >= MAX_WAITING_EACH:
                 why = "too many grammars wait to be compiled: try again"
                 raise RequestError(f"{spec.field}: {why}", field=spec.field, code="grammar_limit")

@@ -5,7 +5,7 @@ A proposal changes how many steps an output takes, never the output. Knows no me
 scheduler and no policy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,17 +36,14 @@ class TokenDrafter(Protocol):
         `ValueError`: the id is in use, or an id of the prompt is negative.
         """
 
-    def extend(self, request_id: int, ids: Sequence[int]) -> None:
-        """Accepted ids, behind those known. `KeyError`: no such request."""
-
-    def extend_all(
+    def extend(
         self,
         request_ids: NDArray[np.uint64],
         num_ids: NDArray[np.int32],
         ids: NDArray[np.int32],
     ) -> list[int]:
-        """`extend` for each of a step's requests [R]: the next `num_ids[r]` of ids. How many tokens
-        at the end of each occurred in it before."""
+        """Accepted ids of a step's requests [R]: each has the next `num_ids[r]` of them. How many
+        tokens at the end of each occurred in it before. `KeyError`: no such request."""
 
     def propose(self, request_id: int, max_tokens: int) -> Proposal:
         """At most `max_tokens` ids. `KeyError`: no such request."""

@@ -62,8 +62,7 @@ class Places:
 class ChainDrafter:
     """Drafts with `net`, whose layers keep `cache_specs`. A `ModelDrafter` once it is attached.
 
-    `active` False: nothing is fed and nothing is drafted, and what goes by is missing later. All
-    ranks must have it alike. `complete`: nothing is forgotten, it never sleeps, and full pages,
+    `complete`: nothing is forgotten, it never sleeps, and full pages,
     which others may find as their prefix, are fed as soon as they are full.
     """
 
@@ -78,7 +77,6 @@ class ChainDrafter:
         complete: bool = False,
     ) -> None:
         self.name, self.max_depth, self.cache_specs = name, max_depth, cache_specs
-        self.active = True
         self._net, self._shift, self._complete = net, shift, complete
         self._num_unasked = 0  # steps
 
@@ -115,10 +113,6 @@ class ChainDrafter:
         """int64 [R, max num_propose]: proposed ids, -1 where none."""
         deepest = int(work.num_propose.max(initial=0))
         shape, device = (len(work.accepted), deepest), work.ids.device
-        if not self.active:
-            self._later.clear()
-            self._backlog.forget(work.batch.forward.slots.cpu().numpy())
-            return torch.full(shape, -1, dtype=torch.int64, device=device)
         self._num_unasked = 0 if deepest else self._num_unasked + 1
         if self._num_unasked > SLEEPS_AFTER and not self._complete:
             self._later.clear()

@@ -2,23 +2,20 @@
 """`suffix`: the most frequent continuation of the longest suffix that was seen before.
 
 Looks into the session's own history first, then, where that matches more, into recent outputs of
-requests with the same salt. The work is done in csrc/drafts. Knows no acceptance.
+requests with the same salt. Knows no acceptance.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed import _drafts
-from tokenspeed.execution.speculation.drafter import Proposal
+from tokenspeed.execution.speculation.compiled import CompiledDrafter
 
 KEPT_TOKENS = 1 << 21  # some 80 MB
-SHARED_STORE_TOKENS = 1 << 20
 
 
-class SuffixDrafter:
-    """A `TokenDrafter`. Proposes nothing for matches shorter than `suffix_min_match`.
+class SuffixDrafter(CompiledDrafter):
+    """Proposes nothing for matches shorter than `suffix_min_match`.
 
     `shared_store_tokens` bounds the outputs kept of all salts together, `kept_tokens` the histories
     of ended requests, which the next turn of a session takes over; 0: none. `ValueError`:
@@ -31,28 +28,12 @@ class SuffixDrafter:
 
     def __init__(
         self,
-        suffix_min_match: int = 2,
-        shared_store_tokens: int = SHARED_STORE_TOKENS,
+        suffix_min_match: int,
+        shared_store_tokens: int,
         kept_tokens: int = KEPT_TOKENS,
     ) -> None:
         self._drafts = _drafts.SuffixDrafter(suffix_min_match, shared_store_tokens, kept_tokens)
+        super().__init__(self._drafts)
 
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         self._drafts.add(request_id, prompt_ids, salt)
-
-    def extend(self, request_id: int, ids: Sequence[int]) -> None:
-        self._drafts.extend(request_id, ids)
-
-    def extend_all(
-        self,
-        request_ids: NDArray[np.uint64],
-        num_ids: NDArray[np.int32],
-        ids: NDArray[np.int32],
-    ) -> list[int]:
-        return self._drafts.extend_all(request_ids, num_ids, ids)
-
-    def propose(self, request_id: int, max_tokens: int) -> Proposal:
-        return Proposal(*self._drafts.propose(request_id, max_tokens))
-
-    def remove(self, request_id: int) -> None:
-        self._drafts.remove(request_id)
