@@ -35,7 +35,7 @@ from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.ranks import muster
 from tokenspeed.engine.ranks.wires import make_communicator
-from tokenspeed.execution.recorders import CpuRecorder, Graph, Outputs
+from tokenspeed.execution.recorders import CpuGraph, CpuRecorder, Outputs
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.step_message import encode_step
 from tokenspeed.kernels.registry import Ask, Kernel, Registry
@@ -138,16 +138,17 @@ def timed(clock: Clock) -> Iterator[None]:
     select, make = Registry.select, make_communicator
     pack_of, capture = vars(layer)["pack_of"], CpuRecorder.capture
 
-    def timed_capture(self: CpuRecorder, body: Callable[[], Outputs]) -> Graph:
-        graph = capture(self, body)
-        return Graph(clock.kernel(graph.replay), graph.outputs)
+    def timed_capture(self: CpuRecorder, body: Callable[[], Outputs], *size: int) -> CpuGraph:
+        graph = capture(self, body, *size)
+        vars(graph)["replay"] = clock.kernel(graph.replay)
+        return graph
 
     def timed_select(self: Registry, ask: Ask, backend: str | None = None) -> Kernel:
         wrap = clock.fused_kernel if "reduce" in ask.op else clock.kernel
         return wrap(select(self, ask, backend))
 
     Registry.select = timed_select  # type: ignore[method-assign]
-    CpuRecorder.capture = timed_capture  # type: ignore[method-assign]
+    CpuRecorder.capture = timed_capture  # type: ignore[method-assign, assignment]
     vars(layer)["pack_of"] = lambda kernel: pack_of(getattr(kernel, "__wrapped__", kernel))
     vars(muster)["make_communicator"] = lambda *a: TimedCommunicator(make(*a), clock)
     try:

@@ -125,7 +125,8 @@ void apply_penalties(Tensor& logits, const Tensor& slots, const Tensor& prompt_s
     expect_shape(output_count, "output_count", {prompt_seen.size(0), p.vocab});
     p.prompt_seen = prompt_seen.data<bool>();
     p.output_count = output_count.data<int32_t>();
-    p.slots = indices<int64_t>(slots, "slots", python::kInt64, p.num_rows, prompt_seen.size(0));
+    p.slots = indices<int64_t>(slots, "slots", python::kInt64, Axis::kRows, p.num_rows,
+                               prompt_seen.size(0));
     p.repetition = vector_of<float>(repetition, "repetition", python::kFloat32, p.num_rows);
     p.presence = vector_of<float>(presence, "presence", python::kFloat32, p.num_rows);
     p.frequency = vector_of<float>(frequency, "frequency", python::kFloat32, p.num_rows);

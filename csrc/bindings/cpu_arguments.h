@@ -96,27 +96,51 @@ inline void expect_same(const Tensor& t, const char* name, DType dtype) {
     expect(float_type(t, name) == dtype, name, "its dtype differs from the first argument's");
 }
 
-// `check` throws what is wrong with values in memory; it must own all it needs but that memory.
-template <typename Check>
-void check_values(Check&& check) {
-    perform([check = std::forward<Check>(check), op = checked_op] {
+// `check(params)` throws what is wrong with values in memory; together they own all it needs but
+// that memory.
+template <typename Params, typename Check>
+void check_values(const Params& params, Check check) {
+    perform(params, [check, op = checked_op](const Params& now) {
         const OpScope scope(op);
-        check();
+        check(now);
     });
 }
 
+// Values in [0, below), one for each of a step's tokens, or of its rows.
+enum class Axis { kTokens, kRows };
+
 template <typename T>
-const T* indices(const Tensor& t, const char* name, const Type& type, int64_t count,
+struct Indices {
+    const T* values;
+    int64_t count, below;
+    const char* name;
+    Axis axis;
+};
+
+template <typename T>
+bool resize(Indices<T>& indices, const StepSize& from, const StepSize& to) {
+    const bool of_rows = indices.axis == Axis::kRows;
+    if (indices.count != (of_rows ? from.num_rows : from.num_tokens)) return false;
+    indices.count = of_rows ? to.num_rows : to.num_tokens;
+    return true;
+}
+
+template <typename T>
+const T* indices(const Tensor& t, const char* name, const Type& type, Axis axis, int64_t count,
                  int64_t below) {
     expect_type(t, name, type);
     expect_shape(t, name, {count});
-    const T* const values = t.data<T>();
-    check_values([values, name, count, below] {
+    const Indices<T> indices{t.data<T>(), count, below, name, axis};
+    check_values(indices, [](const Indices<T>& now) {
         bool inside = true;
-        for (int64_t i = 0; i < count; ++i) inside &= values[i] >= 0 && values[i] < below;
-        if (!inside) refuse(name, "an index is not in [0, " + std::to_string(below) + ")");
+        for (int64_t i = 0; i < now.count; ++i) {
+            inside &= now.values[i] >= 0 && now.values[i] < now.below;
+        }
+        if (!inside) {
+            refuse(now.name, "an index is not in [0, " + std::to_string(now.below) + ")");
+        }
     });
-    return values;
+    return indices.values;
 }
 
 template <typename T>
@@ -129,7 +153,7 @@ const T* vector_of(const Tensor& t, const char* name, const Type& type, int64_t 
 template <typename Params>
 void run(void (*kernel)(const Params&), const Params& params) {
     nanobind::gil_scoped_release released;
-    perform([kernel, params] { kernel(params); });
+    perform(params, kernel);
 }
 
 }  // namespace tokenspeed::cpu

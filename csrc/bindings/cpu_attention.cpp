@@ -63,12 +63,13 @@ AttentionParams attention_params(const Tensor& q, const char* name, const Tensor
     p.max_pages = page_table.size(1);
     expect(slots.ndim() == 1, "slots", "expected [R]");
     p.num_rows = slots.size(0);
-    p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
+    p.slots = indices<int32_t>(slots, "slots", python::kInt32, Axis::kRows, p.num_rows,
+                               page_table.size(0));
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
     p.kv_len = vector_of<int32_t>(kv_len, "kv_len", python::kInt32, p.num_rows);
     p.scale = scale_of(scale);
     p.causal = true;
-    check_values([p] { check_rows(p); });
+    check_values(p, check_rows);
     return p;
 }
 
@@ -182,9 +183,9 @@ nb::tuple attention_ragged(const Tensor& q, const Tensor& k, const Tensor& v, co
     p.num_rows = q_start.size(0) - 1;
     p.q_start = vector_of<int32_t>(q_start, "q_start", python::kInt32, p.num_rows + 1);
     p.k_start = vector_of<int32_t>(k_start, "k_start", python::kInt32, p.num_rows + 1);
-    check_values([p, keys] {
-        check_bounds(p.q_start, p.num_rows, p.num_tokens, "q_start");
-        check_bounds(p.k_start, p.num_rows, keys, "k_start");
+    check_values(p, [keys](const AttentionParams& now) {
+        check_bounds(now.q_start, now.num_rows, now.num_tokens, "q_start");
+        check_bounds(now.k_start, now.num_rows, keys, "k_start");
     });
     p.scale = scale_of(scale);
     p.causal = causal;
@@ -253,10 +254,11 @@ nb::object gather_latent(const Tensor& cache, const Tensor& page_table, const Te
     p.max_pages = page_table.size(1);
     expect(slots.ndim() == 1, "slots", "expected [R]");
     p.num_rows = slots.size(0);
-    p.slots = indices<int32_t>(slots, "slots", python::kInt32, p.num_rows, page_table.size(0));
+    p.slots = indices<int32_t>(slots, "slots", python::kInt32, Axis::kRows, p.num_rows,
+                               page_table.size(0));
     p.first = vector_of<int32_t>(first, "first", python::kInt32, p.num_rows);
     p.starts = vector_of<int32_t>(starts, "starts", python::kInt32, p.num_rows + 1);
-    check_values([p, pages = cache.size(0)] { check_gather(p, pages); });
+    check_values(p, [pages = cache.size(0)](const GatherParams& now) { check_gather(now, pages); });
     Tensor out = cache.empty({num_rows, p.size}, wide ? python::kFloat32 : python::kBFloat16);
     p.out = out.data<void>();
     run(kernels().gather_latent, p);

@@ -58,9 +58,9 @@ void take_choices(MoeParams& p, const Tensor& weights, const Tensor& ids, int64_
     expect_type(ids, "ids", python::kInt32);
     expect_shape(ids, "ids", {p.num_tokens, p.top_k});
     p.ids = ids.data<int32_t>();
-    check_values([ids = p.ids, count = p.num_tokens * p.top_k, experts] {
+    check_values(p, [experts](const MoeParams& now) {
         bool inside = true;
-        for (int64_t i = 0; i < count; ++i) inside &= ids[i] < experts;
+        for (int64_t i = 0; i < now.num_tokens * now.top_k; ++i) inside &= now.ids[i] < experts;
         expect(inside, "ids", "an id is not below the number of experts");
     });
 }

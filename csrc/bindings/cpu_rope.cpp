@@ -30,8 +30,8 @@ RopeParams rope_params(const Tensor& x, const char* name, const Tensor& cos_sin,
     p.x_stride = x.stride(0);
     p.x_head_stride = x.stride(1);
     p.cos_sin = cos_sin.data<float>();
-    p.positions =
-        indices<int32_t>(positions, "positions", python::kInt32, p.num_tokens, cos_sin.size(0));
+    p.positions = indices<int32_t>(positions, "positions", python::kInt32, Axis::kTokens,
+                                   p.num_tokens, cos_sin.size(0));
     p.interleaved = interleaved;
     return p;
 }
@@ -68,8 +68,8 @@ nb::object rope_append_gqa(const Tensor& q, const Tensor& k, const Tensor& v, co
     rotate_k.out_dtype = kept;
     rotate_k.out = key_cache.data<void>();
     rotate_k.out_rows = rows_of(key_cache);
-    rotate_k.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, q.size(0),
-                                          key_cache.size(0) * key_cache.size(1));
+    rotate_k.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, Axis::kTokens,
+                                          q.size(0), key_cache.size(0) * key_cache.size(1));
     AppendParams append_v = append_params(v, "v");
     append_v.out_dtype = cache_type(value_cache, "value_cache");
     append_v.out = value_cache.data<void>();
@@ -115,8 +115,9 @@ nb::object rope_append_mla(const Tensor& q_pe, const Tensor& k_pe, const Tensor&
     append_latent.out_dtype = float_type(cache, "cache");
     append_latent.out = cache.data<void>();
     append_latent.out_rows = rows_of(cache);
-    append_latent.out_index = indices<int64_t>(cache_index, "cache_index", python::kInt64, tokens,
-                                               cache.size(0) * cache.size(1));
+    append_latent.out_index =
+        indices<int64_t>(cache_index, "cache_index", python::kInt64, Axis::kTokens, tokens,
+                         cache.size(0) * cache.size(1));
     rotate_k.dtype = float_type(k_pe, "k_pe");
     rotate_k.num_heads = 1;
     rotate_k.x = k_pe.data<void>();

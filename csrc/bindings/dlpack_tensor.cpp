@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: MIT
 #include "dlpack_tensor.h"
 
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
 namespace tokenspeed::python {
 namespace dlpack {
 
@@ -39,12 +43,23 @@ struct Placed {
     int64_t shape[kMaxAxes], strides[kMaxAxes];
     std::shared_ptr<void> block;
 
-    Placed(const dlpack::View& prototype, Memory& memory) {
+    Placed(const dlpack::View& prototype, Memory& memory) : Placed(prototype) {
         size_t bytes = prototype.dtype.bits / 8;
+        for (int axis = 0; axis < prototype.ndim; ++axis) bytes *= shape[axis];
+        block = memory.take(bytes);
+        managed.view.data = block.get();
+    }
+
+    // Of the prototype's data, which `owner` keeps.
+    Placed(const dlpack::View& prototype, std::shared_ptr<void> owner) : Placed(prototype) {
+        block = std::move(owner);
+    }
+
+  private:
+    explicit Placed(const dlpack::View& prototype) {
         for (int axis = prototype.ndim - 1; axis >= 0; --axis) {
             shape[axis] = prototype.shape[axis];
             strides[axis] = axis + 1 == prototype.ndim ? 1 : strides[axis + 1] * shape[axis + 1];
-            bytes *= shape[axis];
         }
         managed.major = 1;
         managed.context = this;
@@ -52,8 +67,6 @@ struct Placed {
         managed.view = prototype;
         managed.view.shape = shape;
         managed.view.strides = strides;
-        block = memory.take(bytes);
-        managed.view.data = block.get();
     }
 };
 
@@ -130,7 +143,22 @@ Tensor Tensor::make(const int64_t* shape, int ndim, dlpack::DataType dtype) cons
     prototype.ndim = ndim;
     prototype.dtype = dtype;
     prototype.shape = const_cast<int64_t*>(shape);
-    dlpack::Managed* const managed = allocate(*api_, prototype);
+    return imported(allocate(*api_, prototype));
+}
+
+Tensor Tensor::with_size(int64_t size, std::shared_ptr<void> owner) const {
+    int64_t shape[Placed::kMaxAxes];
+    if (ndim() < 1 || ndim() > Placed::kMaxAxes || !dense_from(0)) {
+        throw std::invalid_argument("not a contiguous tensor of 1 to 8 axes");
+    }
+    std::copy_n(view_.shape, ndim(), shape);
+    shape[0] = size;
+    dlpack::View prototype = view_;
+    prototype.shape = shape;
+    return imported(&(new Placed(prototype, std::move(owner)))->managed);
+}
+
+Tensor Tensor::imported(dlpack::Managed* managed) const {
     void* object = nullptr;
     Tensor result;
     result.api_ = api_;

@@ -104,11 +104,15 @@ class Tensor {
     Tensor empty(std::initializer_list<int64_t> shape, const Type& type) const;
     Tensor empty_like() const;
 
-    // REQUIRES: a tensor that empty() made.
+    // The same memory with `size` on the first axis, contiguous; `owner` keeps it.
+    Tensor with_size(int64_t size, std::shared_ptr<void> owner) const;
+
+    // REQUIRES: a tensor that empty() or with_size() made.
     nanobind::object object() const { return owned_; }
 
   private:
     Tensor make(const int64_t* shape, int ndim, dlpack::DataType dtype) const;
+    Tensor imported(dlpack::Managed* managed) const;
 
     dlpack::View view_{};
     const dlpack::ExchangeApi* api_ = nullptr;

@@ -66,8 +66,8 @@ size_t Arena::num_bytes() const {
     return num_bytes_;
 }
 
-void Recording::replay() const {
-    for (const auto& call : calls_) call();
+void Recording::replay(const StepSize& size) const {
+    for (const Call& call : calls_) call(size);
 }
 
 Recording* Recording::open() { return open_recording; }

@@ -125,17 +125,17 @@ def test_ids_below_zero_are_computed_elsewhere(tokens: int) -> None:
 def test_a_recorded_call_takes_the_ids_of_its_replay() -> None:
     x, w13, w2, weights, ids = experts(9, 64, 32, 4, 2, torch.bfloat16)
     packed = _cpu.pack(torch.nan_to_num(w13)), _cpu.pack(torch.nan_to_num(w2))
-    recording = _cpu.Recording(_cpu.Arena())
+    recording = _cpu.Recording(_cpu.Arena(), len(x), len(x), len(x))
     with recording:
         out = _cpu.moe(x, *packed, weights, ids, x)
     ids.copy_(ids.flip(0)), weights.copy_(weights.flip(0)), x.copy_(x.flip(0))
     expected = _cpu.moe(x, *packed, weights, ids, x)
     assert not torch.equal(out, expected)
-    recording.replay()
+    recording.replay(len(x), len(x))
     assert torch.equal(out, expected)
     ids[0, 0] = 4
     with pytest.raises(ValueError, match="ids"):
-        recording.replay()
+        recording.replay(len(x), len(x))
 
 
 def test_what_does_not_fit_is_refused() -> None:

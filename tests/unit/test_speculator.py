@@ -465,20 +465,3 @@ def test_weights_that_do_not_pay_are_tried_rarely() -> None:
         if request_id > 64:
             assert tries == (request_id % 32 == 0)
     assert asked <= 10
-
-
-@pytest.mark.parametrize(
-    ("lengths", "kept"), [((3, 8), [3, 5]), ((1, 2), [1, 2]), ((4, 1), [3, 1])]
-)
-def test_steps_of_several_rows_have_few_sizes(lengths: tuple[int, int], kept: list[int]) -> None:
-    drafter = Oracle()
-    h = adaptive(drafter)
-    h.start(1, 2)
-    depths = h.it._depths
-    assert depths is not None
-    for _ in range(50):
-        depths.findings.add(1, 0, 4, 8)
-        depths.findings.missed.append(False)
-    depths.learn()
-    drafter.next = {1: [11] * lengths[0], 2: [21] * lengths[1]}
-    assert [len(draft) for _, draft, _ in h.prepared()] == kept

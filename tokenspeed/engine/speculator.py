@@ -144,8 +144,6 @@ class Speculator:
                     self._histogram[0] += live.has_ids
         if ready and self._depths is not None:
             self._shorten(ready, self._depths)
-            if len(self._live) > 1:
-                _round([live for _, live in ready])
             for request_id, live in ready:
                 self._rest(request_id, live)
         for request_id, live in ready:
@@ -343,12 +341,3 @@ class Speculator:
             owners[slot] = request_id
             live = self._live[request_id]
             live.is_busy, live.in_flight = False, 0  # what was in flight then was lost
-
-
-def _round(lives: list[_Live]) -> None:
-    """Steps of few sizes, as each size is captured anew: the deepest drafts lose some tokens."""
-    total = sum(len(live.draft) for live in lives)
-    grain = 8 if total > 32 else 4 if total > 8 else 2 if total > 4 else 1
-    for _ in range(total % grain):
-        deepest = max(lives, key=lambda live: len(live.draft))
-        deepest.draft = deepest.draft[:-1]

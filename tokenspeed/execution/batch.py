@@ -89,14 +89,14 @@ class Batcher:
     def build_verify(self, plan: PlanView) -> StepBatch:
         """A step in which every row samples after each of its tokens, in memory that stays.
 
-        Lasts until the next step of this kind. Of its lengths it says no more than follows from the
-        numbers of rows and tokens, as another step of these numbers may be a replay of it.
+        Lasts until the next step of this kind. Of its lengths it says no more than holds for all of
+        them, as another step may be a replay of it.
         """
         if self._verify is None:
             sizes = MAX_VERIFY_TOKENS, self.max_num_seqs, MAX_VERIFY_TOKENS
             self._verify = StepTensors(*sizes, self.device)
-        longest = min(len(plan.tokens) - plan.num_rows + 1, MAX_VERIFY_ROW)
-        return self._build(plan, self._verify, max_q_len=longest, max_kv_len=self._max_kv_len)
+        lengths = {"max_q_len": MAX_VERIFY_ROW, "max_kv_len": self._max_kv_len}
+        return self._build(plan, self._verify, **lengths)
 
     def _build(
         self, plan: PlanView, tensors: StepTensors, *, max_q_len: int, max_kv_len: int

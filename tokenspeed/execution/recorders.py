@@ -1,33 +1,44 @@
 # SPDX-License-Identifier: MIT
 """Recorders: run a function once and give what runs the same kernels again, on the same memory.
 
-    graph = recorder.capture(body)   # body runs now, and its results are graph.outputs
-    graph.replay()                   # the kernels again: inputs are read anew, outputs rewritten
+    graph = recorder.capture(body, num_tokens, num_rows)  # body runs now: graph.outputs
+    outputs = graph.replay(num_tokens, num_rows)          # the kernels again: inputs are read anew
 
-Refuse to know what the body computes. Outputs last until another graph of the recorder runs.
+A step of another size, where the graph serves it, reads more or less of the same memory. Refuse to
+know what the body computes. Outputs last until another graph of the recorder runs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+if TYPE_CHECKING:
+    from tokenspeed._cpu import Recording
+
 Outputs = tuple[Tensor, ...]
+LEAST_ROOM: Final = 16  # tokens of steps that a captured one serves, on a CPU, and else up to twice
 
 
 class NotCapturableError(Exception):
     """The body did something that a replay would miss. Its message names it."""
 
 
-@dataclass(frozen=True)
-class Graph:
+class Graph(Protocol):
     """A captured body."""
 
-    replay: Callable[[], None]
-    outputs: Outputs
+    @property
+    def outputs(self) -> Outputs:
+        """Those of the step that was captured."""
+
+    def serves(self, num_tokens: int, num_rows: int) -> bool:
+        """Whether it can be replayed for a step of this size."""
+
+    def replay(self, num_tokens: int, num_rows: int) -> Outputs:
+        """REQUIRES: `serves` says so."""
 
 
 class Recorder(Protocol):
@@ -35,8 +46,37 @@ class Recorder(Protocol):
 
     is_checked: bool
 
-    def capture(self, body: Callable[[], Outputs]) -> Graph:
-        """`NotCapturableError`: nothing is kept, and the body may have run in part."""
+    def capture(self, body: Callable[[], Outputs], num_tokens: int, num_rows: int) -> Graph:
+        """Of a step of so many tokens, which stand on the first axis of all that the body makes.
+
+        `NotCapturableError`: nothing is kept, and the body may have run in part.
+        """
+
+
+class CpuGraph:
+    """A graph of compiled CPU kernels: any number of rows, and of tokens up to the room it has."""
+
+    def __init__(
+        self, recording: "Recording", outputs: Outputs, num_tokens: int, num_rows: int
+    ) -> None:
+        self.outputs = outputs
+        self._recording, self._size = recording, (num_tokens, num_rows)
+        self._room = 0 if recording.is_fixed else recording.room
+        self._whole = outputs
+        if self._room:
+            self._whole = tuple(recording.with_room(output) for output in outputs)
+        self._views: dict[int, Outputs] = {num_tokens: outputs}  # by number of tokens
+
+    def serves(self, num_tokens: int, num_rows: int) -> bool:
+        return 0 < num_tokens <= self._room or (num_tokens, num_rows) == self._size
+
+    def replay(self, num_tokens: int, num_rows: int) -> Outputs:
+        self._recording.replay(num_tokens, num_rows)
+        views = self._views.get(num_tokens)
+        if views is None:
+            views = tuple(output[:num_tokens] for output in self._whole)
+            self._views[num_tokens] = views
+        return views
 
 
 class CpuRecorder:
@@ -54,8 +94,9 @@ class CpuRecorder:
         """Bytes that the results of all graphs take."""
         return int(self._arena.num_bytes)
 
-    def capture(self, body: Callable[[], Outputs]) -> Graph:
-        recording = self._make(self._arena)
+    def capture(self, body: Callable[[], Outputs], num_tokens: int, num_rows: int) -> CpuGraph:
+        room = max(LEAST_ROOM, 1 << (num_tokens - 1).bit_length())
+        recording = self._make(self._arena, num_tokens, num_rows, room)
         with recording, _OnlyViews():  # type: ignore[no-untyped-call]
             outputs = body()
         try:
@@ -63,7 +104,24 @@ class CpuRecorder:
                 self._arena.share(output)
         except ValueError:
             raise NotCapturableError("its result is not a kernel's") from None
-        return Graph(recording.replay, outputs)
+        return CpuGraph(recording, outputs, num_tokens, num_rows)
+
+
+@dataclass(frozen=True)
+class CudaGraph:
+    """Serves the size that was captured alone."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: Outputs
+    num_tokens: int
+    num_rows: int
+
+    def serves(self, num_tokens: int, num_rows: int) -> bool:
+        return (num_tokens, num_rows) == (self.num_tokens, self.num_rows)
+
+    def replay(self, num_tokens: int, num_rows: int) -> Outputs:
+        self.graph.replay()
+        return self.outputs
 
 
 class CudaRecorder:
@@ -74,7 +132,7 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def capture(self, body: Callable[[], Outputs]) -> Graph:
+    def capture(self, body: Callable[[], Outputs], num_tokens: int, num_rows: int) -> CudaGraph:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -87,7 +145,7 @@ class CudaRecorder:
         except RuntimeError as error:
             raise NotCapturableError(str(error)) from error
         graph.replay()  # capturing computes nothing
-        return Graph(graph.replay, outputs)
+        return CudaGraph(graph, outputs, num_tokens, num_rows)
 
 
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -117,12 +117,12 @@ class Feeder:
         return (self._net.forward(beside, batch, self._caches),)
 
     def _kept_batch(self, num_tokens: int, num_rows: int, table: Tensor) -> ForwardBatch:
-        """Of its lengths it says no more than the numbers of rows and tokens do."""
+        """Of its lengths it says no more than holds for all batches of its kind."""
         found = self._batches.get((num_tokens, num_rows))
         if found is None:
             if len(self._batches) == MAX_KEPT_BATCHES:
                 self._batches.clear()
-            longest = min(num_tokens - num_rows + 1, MAX_KEPT_ROW)
+            longest = 1 if num_tokens == num_rows else MAX_KEPT_ROW
             reach = table.shape[1] * self._page_size
             found = self._kept.batch(
                 num_tokens, num_rows, 0, table, max_q_len=longest, max_kv_len=reach
