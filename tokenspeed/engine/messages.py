@@ -46,6 +46,9 @@ class GenerateRequest:
     salt: bytes = b""  # requests of different salts never share cached pages
     user: str = ""  # who gets a fair share with the others: a tenant's user, subagents folded in
     retention: Retention = Retention()
+    tps_floor: float | None = None  # tokens per second promised; None: the default, 0: none
+    priority: int = 0  # lower is sooner, in [-1000, 1000]
+    max_wait_s: float | None = None  # refused if it waits, or would wait, longer than this
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class TokenOutput:
     receipt: CacheReceipt | None = None  # with the first output
     num_draft_tokens: int = 0  # with the last output: tokens that were drafted for it
     num_accepted_tokens: int = 0  # of these, what came
+    code: str | None = None  # of the error: "overloaded" if there is no room, before any token
+    retry_after_s: float | None = None  # with "overloaded"
 
 
 @dataclass(frozen=True)
