@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tokenspeed.execution.forced import ForcedOutputs
 from tokenspeed.execution.grammars import GrammarRows
 from tokenspeed.execution.logit_edits import LogitEdits
 from tokenspeed.execution.logprobs import LogprobsReader
@@ -98,6 +99,7 @@ class Sampler:
         self._penalised: set[int] = set()
         self._penalties: Penalties | None = None
         self.grammars = GrammarRows(vocab_size)
+        self._forced = ForcedOutputs(max_num_seqs, device)
         self._kernel = select("sample", device=device)
         self._accept = select("verify", device=device)
         self._logprobs = LogprobsReader(device)
@@ -115,6 +117,7 @@ class Sampler:
         )
         for tensor, value in zip(self._parameters, values, strict=True):
             tensor[slot] = value
+        self._forced.bind(slot, sequence.prompt_len, params.forced_output_ids)
         for held in (self._edits, self._num_logprobs):
             held.pop(slot, None)
         self._penalised.discard(slot)
@@ -145,7 +148,7 @@ class Sampler:
         """
         grammars = self.grammars
         if not (self._num_logprobs or self._edits or self._penalised or grammars):
-            return self.draw(logits, slots, places), {}
+            return self._next_ids(logits, slots, places), {}
         order = slots.tolist()
         wanted = [row for row, slot in enumerate(order) if slot in self._num_logprobs]
         edited = [row for row, slot in enumerate(order) if slot in self._edits]
@@ -158,7 +161,7 @@ class Sampler:
             grammars.may_end(logits, order, edited)
         if punished:
             self._penalise(logits, punished, slots)
-        ids = self.draw(logits, slots, places)
+        ids = self._next_ids(logits, slots, places)
         for row in edited:
             self._edits[order[row]].record(int(ids[row]))
         if grammars:
@@ -184,6 +187,13 @@ class Sampler:
         ids: torch.Tensor = self._kernel(logits, *self._gather(slots), places)
         return ids
 
+    def _next_ids(
+        self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor
+    ) -> torch.Tensor:
+        """As `draw`, but for what requests dictate."""
+        ids = self.draw(logits, slots, places)
+        return self._forced.impose(ids, slots, places) if self._forced else ids
+
     def verify(
         self,
         logits: torch.Tensor,
@@ -206,7 +216,7 @@ class Sampler:
         if minded is not None:
             ids = self._place_by_place(logits, slots, num_places, tokens, places, minded, logprobs)
         else:
-            ids = self.draw(logits, np.repeat(slots, num_places), places)
+            ids = self._next_ids(logits, np.repeat(slots, num_places), places)
         if self._device.type == "cpu":
             counts = torch.from_numpy(kept(ids.numpy(), tokens.numpy(), num_places))
         else:
@@ -243,7 +253,7 @@ class Sampler:
         free = np.flatnonzero(np.repeat(~minded, num_places))
         if len(free):
             at = torch.from_numpy(free).to(self._device)
-            ids[at] = self.draw(logits[at], np.repeat(slots, num_places)[free], places[at])
+            ids[at] = self._next_ids(logits[at], np.repeat(slots, num_places)[free], places[at])
         drafts, rows, place = tokens.tolist(), np.flatnonzero(minded), 0
         while len(rows):
             index = first[rows] + place

@@ -53,6 +53,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None  # for `LLM`, which makes `grammar` of it
     grammar: Grammar | None = None
+    forced_output_ids: list[int] | None = None  # the whole answer, whatever is sampled
 
     def __post_init__(self) -> None:
         _integer(self, "n", 1, MAX_N)
@@ -74,6 +75,10 @@ class SamplingParams:
         _check_lists(self)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             _refuse("allowed_token_ids", "must not be empty")
+        if self.forced_output_ids is not None:
+            _check_forced(self, self.forced_output_ids)
+            object.__setattr__(self, "max_tokens", len(self.forced_output_ids))
+            object.__setattr__(self, "min_tokens", 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _refuse("min_tokens", f"must be at most max_tokens ({self.max_tokens})")
 
@@ -84,6 +89,7 @@ class SamplingParams:
             "allowed_token_ids": self.allowed_token_ids or [],
             "bad_words_token_ids": [t for word in self.bad_words_token_ids or () for t in word],
             "stop_token_ids": self.stop_token_ids or [],
+            "forced_output_ids": self.forced_output_ids or [],
         }
 
     @property
@@ -95,8 +101,11 @@ class SamplingParams:
     def all_stop_ids(self, eos_ids: Iterable[int]) -> list[int]:
         """The ids that end the request: the model's unless `ignore_eos`, and `stop_token_ids`.
 
-        What follows a grammar ends where that is complete, in the model's own way.
+        What follows a grammar ends where that is complete, in the model's own way; what is
+        dictated, behind its last id.
         """
+        if self.forced_output_ids is not None:
+            return []
         ignored = self.ignore_eos and self.grammar is None
         return sorted({*([] if ignored else eos_ids), *(self.stop_token_ids or [])})
 
@@ -144,6 +153,16 @@ def _check_lists(params: SamplingParams) -> None:
     for name in LISTS:
         if len(getattr(params, name) or ()) > MAX_LIST:
             _refuse(name, f"at most {MAX_LIST} entries")
+
+
+def _check_forced(params: SamplingParams, ids: Any) -> None:
+    """What could end the answer before its last id does not go with it."""
+    name = "forced_output_ids"
+    if not _all(ids, int) or not ids:
+        _refuse(name, "must be a list of token ids, at least one")
+    for other in ("grammar", "structured_outputs", "stop"):
+        if getattr(params, other):
+            _refuse(name, f"cannot be combined with {other}")
 
 
 def _check_bias(bias: Any) -> None:
