@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "tokenspeed"
 ORDER = (
-    "errors config kernels spmd layers models planner execution engine text llm gateway cli".split()
-)
+    "errors config kernels spmd layers models planner execution engine simulation"
+    " text llm gateway bench cli"
+).split()
 # Used from these folders upwards.
 COMPILED = {
     "_scheduler": "execution",
@@ -55,6 +56,11 @@ def test_imports_go_down(path: Path) -> None:
         lowest_user = COMPILED.get(other, other)
         assert lowest_user in ORDER, f"{path} imports unknown part {other}"
         assert ORDER.index(lowest_user) <= ORDER.index(me), f"{path.name} imports upwards: {other}"
+
+
+def test_the_benchmark_is_a_client_and_nothing_else() -> None:
+    for path in sorted((PACKAGE / "bench").rglob("*.py")):
+        assert imports_of(path) <= {"bench", "errors"}, path
 
 
 def test_no_two_folders_import_each_other() -> None:
