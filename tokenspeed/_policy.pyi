@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 # What a step's time is made of, in this order: 1; rows that sample and are no prefill; drafts to
 # verify; prefill tokens; tokens of KV read / 1000; distinct experts touched (`experts_touched`);
-# tokens that a drafter with weights proposes.
+# tokens that a drafter with weights proposes; whether any row verifies; most tokens proposed for a
+# row. F of them.
 FEATURES: tuple[str, ...]
 MAX_DEPTH: int  # of a row; deeper limits mean this one
 
@@ -24,9 +25,9 @@ class StepTimeModel:
 
     def __init__(
         self,
-        prior: NDArray[np.float64] | None = None,  # [7] seconds for one of each; 0: free for ever
+        prior: NDArray[np.float64] | None = None,  # [F] seconds for one of each; 0: free for ever
         *,
-        forgetting: float = 0.96,
+        forgetting: float = 0.92,
         prior_weight: float = 1e-4,  # steps that the prior counts for
     ) -> None: ...
     def observe(self, features: NDArray[np.float64], seconds: float) -> bool:
@@ -35,7 +36,7 @@ class StepTimeModel:
     def predict(self, features: NDArray[np.float64]) -> tuple[float, float]:
         """Seconds and their standard deviation, the noise of steps included."""
     @property
-    def coefficients(self) -> NDArray[np.float64]: ...  # [7] seconds for one of each
+    def coefficients(self) -> NDArray[np.float64]: ...  # [F] seconds for one of each
     @property
     def relative_error(self) -> float: ...  # median of |error| / predicted time, of the last 32
     @property
@@ -87,7 +88,7 @@ class DepthPolicy:
     ) -> None: ...
     def choose(
         self,
-        base: NDArray[np.float64],  # [7] the coming step without these drafts
+        base: NDArray[np.float64],  # [F] the coming step without these drafts
         request_ids: NDArray[np.uint64],  # [n]
         drafters: NDArray[np.int32],  # [n]
         match_lens: NDArray[np.int32],  # [n] tokens that matched; 0 for drafters with weights
@@ -99,7 +100,7 @@ class DepthPolicy:
 
 def choose_depths(
     times: StepTimeModel,
-    base: NDArray[np.float64],  # [7]
+    base: NDArray[np.float64],  # [F]
     rates: NDArray[np.float64],  # [n, d] of each draft, if those before it are accepted
     max_depths: NDArray[np.int32],  # [n]
     proposes: NDArray[np.bool_],  # [n]

@@ -26,8 +26,11 @@ double leant(double hits, double drafts, double rate, double weight) {
 void settle(Tries* tries, int hits, bool missed) {
     const int place = std::exchange(tries->place, -1);
     if (place < 0 || (hits <= place && !(missed && hits == place))) return;
-    const bool surprise = hits > place && tries->expected < kSurprise;
-    tries->interval = surprise ? 1 : std::min(2 * tries->interval, kLongestInterval);
+    if (hits <= place) {
+        tries->interval = std::min(2 * tries->interval, kLongestInterval);
+    } else if (tries->expected < kSurprise) {
+        tries->interval = 1;
+    }
 }
 
 }  // namespace

@@ -14,11 +14,7 @@ constexpr int kMostRounds = 50;  // each but the last raises the rate; four are 
 
 struct Draft {
     double gain;
-    int32_t row;
-};
-
-struct Count {
-    int verified = 0, proposed = 0;
+    int32_t row, place;
 };
 
 using Lists = std::array<std::vector<Draft>, 2>;  // of drafts in hand, of drafts to be proposed
@@ -30,47 +26,64 @@ Lists sorted(const DraftCosts& costs, std::span<const DraftRow> rows, double rat
     for (size_t i = 0; i < rows.size(); ++i) {
         double least = rate * costs.coefficients[kVerifyTokens];
         if (rows[i].proposes) least += rate * costs.coefficients[kProposeTokens];
+        int32_t place = 0;
         for (const double gain : rows[i].probabilities) {
             if (gain <= least) break;
-            lists[rows[i].proposes].push_back({gain, static_cast<int32_t>(i)});
+            lists[rows[i].proposes].push_back({gain, static_cast<int32_t>(i), place++});
         }
     }
-    for (auto& list : lists) std::ranges::sort(list, std::greater(), &Draft::gain);
+    for (auto& list : lists) {
+        std::ranges::stable_sort(list, std::greater(), &Draft::gain);
+    }
     return lists;
 }
 
 struct Best {
-    Count count;
-    double tokens;  // beyond the rows' own
+    Drafted drafts;
+    double tokens = 0;  // beyond the rows' own
+    double value = 0;   // less what their time is worth
 };
 
-// The best number of drafts if a second were worth `rate` tokens.
-Best best_at(const DraftCosts& costs, const Lists& lists, double rate, int64_t max_drafts) {
+// The best number of drafts if a second were worth `rate` tokens and the drafter ran `deepest`
+// times.
+Best best_of(const DraftCosts& costs, const Lists& lists, double rate, int64_t max_drafts,
+             int deepest) {
     const double proposing = rate * costs.coefficients[kProposeTokens];
     const double verifying = rate * costs.coefficients[kVerifyTokens];
     const double expert = rate * costs.coefficients[kExperts];
     const auto& [in_hand, proposals] = lists;
-    const size_t size = in_hand.size() + proposals.size();
-    const int most = static_cast<int>(std::min<int64_t>(static_cast<int64_t>(size), max_drafts));
     double untouched = costs.experts.count - costs.experts.touched(costs.num_tokens);
     const double touching = costs.experts.count > 0
                                 ? static_cast<double>(costs.experts.per_token) / costs.experts.count
                                 : 0.0;
-    double tokens = 0, value = 0, best_value = 0;
-    Best best{{}, 0};
+    double tokens = 0, value = -rate * costs.coefficients[kProposeDepth] * deepest;
+    if (!costs.verifies) value -= rate * costs.coefficients[kVerifies];
+    Best best;
     size_t a = 0, b = 0;
-    for (int n = 1; n <= most; ++n) {
+    int num_proposed = 0;
+    for (int n = 1; n <= max_drafts; ++n) {
+        while (b < proposals.size() && proposals[b].place >= deepest) ++b;
+        if (a == in_hand.size() && b == proposals.size()) break;
         const bool propose =
             b < proposals.size() &&
             (a == in_hand.size() || proposals[b].gain - proposing > in_hand[a].gain);
         const double gain = propose ? proposals[b++].gain : in_hand[a++].gain;
+        num_proposed += propose;
         tokens += gain;
         value += gain - verifying - (propose ? proposing : 0) - expert * untouched * touching;
         untouched *= 1 - touching;
-        if (value > best_value) {
-            best_value = value;
-            best = {{n, static_cast<int>(b)}, tokens};
-        }
+        if (value > best.value) best = {{n, num_proposed, deepest}, tokens, value};
+    }
+    return best;
+}
+
+Best best_at(const DraftCosts& costs, const Lists& lists, double rate, int64_t max_drafts) {
+    int32_t most = 0;
+    for (const Draft& draft : lists[1]) most = std::max(most, draft.place + 1);
+    Best best;
+    for (int deepest = 0; deepest <= most; ++deepest) {
+        const Best found = best_of(costs, lists, rate, max_drafts, deepest);
+        if (found.value > best.value) best = found;
     }
     return best;
 }
@@ -78,27 +91,30 @@ Best best_at(const DraftCosts& costs, const Lists& lists, double rate, int64_t m
 }  // namespace
 
 DraftCosts::DraftCosts(const StepTimeModel& times, const Features& base, Experts of_a_layer)
-    : coefficients(times.coefficients()), experts(of_a_layer), rows(base[kDecodeRows]) {
+    : coefficients(times.coefficients()),
+      experts(of_a_layer),
+      rows(base[kDecodeRows]),
+      verifies(base[kVerifies] > 0) {
     num_tokens = base[kDecodeRows] + base[kVerifyTokens] + base[kPrefillTokens];
     Features decode = base;
     decode[kPrefillTokens] = 0;
     base_seconds = std::max(times.seconds(decode), 1e-9);
 }
 
-Features DraftCosts::added(int num_verified, int num_proposed) const {
-    Features drafts{};
-    drafts[kVerifyTokens] = num_verified;
-    drafts[kProposeTokens] = num_proposed;
-    drafts[kExperts] = experts.touched(num_tokens + num_verified) - experts.touched(num_tokens);
-    return drafts;
+Features DraftCosts::added(const Drafted& drafts) const {
+    Features more{};
+    more[kVerifyTokens] = drafts.verified;
+    more[kProposeTokens] = drafts.proposed;
+    more[kExperts] = experts.touched(num_tokens + drafts.verified) - experts.touched(num_tokens);
+    more[kVerifies] = drafts.verified > 0 && !verifies;
+    more[kProposeDepth] = drafts.deepest;
+    return more;
 }
 
-double DraftCosts::seconds(int num_verified, int num_proposed) const {
+double DraftCosts::seconds(const Drafted& drafts) const {
     double sum = base_seconds;
-    const Features drafts = added(num_verified, num_proposed);
-    for (const Feature i : {kVerifyTokens, kProposeTokens, kExperts}) {
-        sum += coefficients[i] * drafts[i];
-    }
+    const Features more = added(drafts);
+    for (int i = 0; i < kNumFeatures; ++i) sum += coefficients[i] * more[i];
     return sum;
 }
 
@@ -107,20 +123,24 @@ DepthChoice choose_depths(const DraftCosts& costs, std::span<const DraftRow> row
     double rate = costs.rows / costs.base_seconds;
     DepthChoice choice{costs.rows, costs.base_seconds};
     const Lists lists = sorted(costs, rows, rate);
-    Count count;
+    Drafted chosen;
     for (int round = 0; round < kMostRounds; ++round) {
         const Best best = best_at(costs, lists, rate, max_drafts);
         const double tokens = costs.rows + best.tokens;
-        const double seconds = costs.seconds(best.count.verified, best.count.proposed);
+        const double seconds = costs.seconds(best.drafts);
         if (!(tokens > rate * seconds * (1 + 1e-12))) break;
         rate = tokens / seconds;
         choice = {tokens, seconds};
-        count = best.count;
+        chosen = best.drafts;
     }
     std::ranges::fill(depths, 0);
-    const int num_in_hand = count.verified - count.proposed;
+    const int num_in_hand = chosen.verified - chosen.proposed;
     for (int i = 0; i < num_in_hand; ++i) ++depths[lists[0][i].row];
-    for (int i = 0; i < count.proposed; ++i) ++depths[lists[1][i].row];
+    for (int i = 0, left = chosen.proposed; left > 0; ++i) {
+        if (lists[1][i].place >= chosen.deepest) continue;
+        ++depths[lists[1][i].row];
+        --left;
+    }
     return choice;
 }
 

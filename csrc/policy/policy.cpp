@@ -2,7 +2,6 @@
 #include "policy/policy.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 namespace tokenspeed::policy {
@@ -61,13 +60,14 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
 
 DepthPolicy::Option DepthPolicy::counted(const DraftCosts& costs,
                                          std::span<const int32_t> depths) const {
-    Option option{0, 0, costs.rows, 0};
+    Drafted drafts;
     for (size_t i = 0; i < depths.size(); ++i) {
-        option.num_verified += depths[i];
-        if (rows_[i].proposes) option.num_proposed += depths[i];
+        drafts.verified += depths[i];
+        if (!rows_[i].proposes) continue;
+        drafts.proposed += depths[i];
+        drafts.deepest = std::max(drafts.deepest, depths[i]);
     }
-    option.seconds = costs.seconds(option.num_verified, option.num_proposed);
-    return option;
+    return {drafts, costs.rows, costs.seconds(drafts)};
 }
 
 // Overwrites probabilities_.
@@ -86,8 +86,8 @@ DepthPolicy::Option DepthPolicy::expected(const DraftCosts& costs, const Candida
 // give more tokens a second than the best.
 bool DepthPolicy::could_win(const DraftCosts& costs, const Option& other,
                             const Option& best) const {
-    Features difference = costs.added(other.num_verified, other.num_proposed);
-    const Features own = costs.added(best.num_verified, best.num_proposed);
+    Features difference = costs.added(other.drafts);
+    const Features own = costs.added(best.drafts);
     for (int i = 0; i < kNumFeatures; ++i) difference[i] -= own[i];
     const double doubt = times_->stddev_of_difference(difference, best.seconds);
     if (doubt < kDoubt * best.seconds) return false;
@@ -118,7 +118,7 @@ bool DepthPolicy::compare(const DraftCosts& costs, const Option& best, const Can
 bool DepthPolicy::look(const DraftCosts& costs, const Option& best, const Candidates& candidates,
                        std::span<int32_t> depths) {
     const auto able = std::ranges::find_if(candidates.max_depths, [](int d) { return d > 0; });
-    if (std::exchange(looked_, false) || best.num_verified > 0) return false;
+    if (std::exchange(looked_, false) || best.drafts.verified > 0) return false;
     if (able == candidates.max_depths.end()) return false;
     other_.assign(depths.size(), 0);
     other_[able - candidates.max_depths.begin()] = 1;
@@ -129,24 +129,29 @@ bool DepthPolicy::look(const DraftCosts& costs, const Option& best, const Candid
 
 void DepthPolicy::try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
                              int64_t max_drafts, std::span<int32_t> depths) {
-    auto drafts = std::accumulate(depths.begin(), depths.end(), int64_t{0});
+    Drafted drafts = counted(costs, depths).drafts;
     for (const size_t i : due_) {
         const int place = depths[i];
-        if (drafts >= max_drafts || place >= std::min(candidates.max_depths[i], kMostDepth)) {
+        if (drafts.verified >= max_drafts ||
+            place >= std::min(candidates.max_depths[i], kMostDepth)) {
             continue;
         }
         probabilities_.clear();
         Tries& tries = expect(candidates, i, place + 1, 0);
         const double before = place > 0 ? probabilities_[place - 1] : 1;
-        const int verified = static_cast<int>(drafts);
-        const double cost =
-            costs.seconds(verified + 1, rows_[i].proposes ? 1 : 0) - costs.seconds(verified, 0);
+        Drafted more = drafts;
+        ++more.verified;
+        if (rows_[i].proposes) {
+            ++more.proposed;
+            more.deepest = std::max(more.deepest, place + 1);
+        }
+        const double cost = costs.seconds(more) - costs.seconds(drafts);
         if (!afford(cost - probabilities_[place] / rate)) return;
         tries.waited = 0;
         tries.place = place;
         tries.expected = static_cast<float>(probabilities_[place] / before);
         ++depths[i];
-        ++drafts;
+        drafts = more;
     }
 }
 

@@ -49,7 +49,7 @@ class DepthPolicy {
   private:
     // Depths of a step, all told.
     struct Option {
-        int num_verified = 0, num_proposed = 0;
+        Drafted drafts;
         double tokens, seconds;  // expected
     };
 

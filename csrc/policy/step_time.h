@@ -25,6 +25,8 @@ enum Feature : int {
     kContextThousands,  // tokens of KV that the step reads, in thousands
     kExperts,           // distinct experts touched in a layer, as far as can be said
     kProposeTokens,     // tokens that a drafter with weights proposes
+    kVerifies,          // 1 if any row carries drafts
+    kProposeDepth,      // most tokens proposed for a row: as often is the drafter run
     kNumFeatures,
 };
 
@@ -42,8 +44,8 @@ struct Experts {
 
 struct StepTimeOptions {
     // Seconds for one of each. 0: costs nothing for ever, whatever is observed.
-    Features prior = {1e-3, 5e-5, 2e-5, 2e-5, 1e-5, 2e-5, 1e-4};
-    double forgetting = 0.96;    // of what a step tells about, this much of the old is kept
+    Features prior = {1e-3, 5e-5, 2e-5, 2e-5, 1e-5, 2e-5, 2e-5, 5e-5, 1e-4};
+    double forgetting = 0.92;    // of what a step tells about, this much of the old is kept
     double prior_weight = 1e-4;  // steps that the prior counts for
 };
 

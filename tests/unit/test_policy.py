@@ -17,16 +17,20 @@ from tokenspeed._policy import (
     experts_touched,
 )
 
-COSTS = np.array([2e-3, 1e-4, 5e-5, 3e-5, 2e-5, 4e-5, 2e-4])
+COSTS = np.array([2e-3, 1e-4, 5e-5, 3e-5, 2e-5, 4e-5, 2e-4, 3e-4, 4e-4])
 EXPERTS = (64, 4)
 
 
 def features(**amounts: float) -> NDArray[np.float64]:
+    """Of one row that proposes, if any does."""
+    amounts.setdefault("verifies", amounts.get("verify_tokens", 0) > 0)
+    amounts.setdefault("propose_depth", amounts.get("propose_tokens", 0))
     return np.array([amounts.get(name, name == "step") for name in FEATURES], np.float64)
 
 
 def random_features(rng: np.random.Generator) -> NDArray[np.float64]:
-    return np.concatenate(([1.0], rng.integers(0, [64, 64, 512, 100, 60, 64]))).astype(np.float64)
+    most = [64, 64, 512, 100, 60, 64, 2, 8]
+    return np.concatenate(([1.0], rng.integers(0, most))).astype(np.float64)
 
 
 def known(costs: NDArray[np.float64]) -> StepTimeModel:
@@ -53,11 +57,14 @@ def observe(acceptance: Acceptance, hits: int, missed: bool, request_id: int = 1
 
 def test_coefficients_are_found() -> None:
     rng, model = np.random.default_rng(0), StepTimeModel()
-    for _ in range(400):
+    for _ in range(2000):
         x = random_features(rng)
         assert model.observe(x, float(x @ COSTS))
-    np.testing.assert_allclose(model.coefficients, COSTS, rtol=0.01)
-    assert model.num_observed == 400
+    whether = FEATURES.index("verifies")  # hardly any step tells: they nearly all do
+    assert model.coefficients[whether] == pytest.approx(COSTS[whether], rel=0.05)
+    others = np.arange(len(COSTS)) != whether
+    np.testing.assert_allclose(model.coefficients[others], COSTS[others], rtol=0.01)
+    assert model.num_observed == 2000
     x = random_features(rng)
     seconds, stddev = model.predict(x)
     assert seconds == pytest.approx(float(x @ COSTS), rel=1e-3)
@@ -105,9 +112,10 @@ def test_what_changes_is_learnt_anew() -> None:
         for _ in range(600):
             x = random_features(rng)
             model.observe(x, float(x @ costs) * float(rng.lognormal(0, 0.1)))
-        for _ in range(20):
-            x = random_features(rng)
-            assert model.predict(x)[0] == pytest.approx(float(x @ costs), rel=0.15)
+        steps = [random_features(rng) for _ in range(100)]
+        errors = [abs(model.predict(x)[0] / float(x @ costs) - 1) for x in steps]
+        assert np.median(errors) < 0.1
+        assert max(errors) < 0.4
 
 
 def test_what_does_not_occur_is_remembered() -> None:
@@ -144,12 +152,12 @@ def test_errors_are_counted() -> None:
     exact = float(x @ COSTS)
     for error in [0.1] * 150 + [0.3] * 106:
         model.observe(x, exact * (1 + error))
-    assert model.median_relative_error == pytest.approx(0.1, rel=1e-3)
-    assert model.relative_error == pytest.approx(0.3, rel=1e-3)
+    assert model.median_relative_error == pytest.approx(0.1, rel=1e-2)
+    assert model.relative_error == pytest.approx(0.3, rel=1e-2)
 
 
 def test_a_prior_of_zero_is_for_ever() -> None:
-    model = StepTimeModel(np.array([1e-3, 0, 0, 0, 0, 0, 0]))
+    model = StepTimeModel(features() * 1e-3)
     for rows in range(50):
         model.observe(features(decode_rows=rows), 1e-3 + rows)
     assert np.count_nonzero(model.coefficients) == 1
@@ -161,7 +169,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="features"):
         StepTimeModel().predict(features(decode_rows=math.nan))
     with pytest.raises(ValueError, match="prior"):
-        StepTimeModel(np.zeros(7))
+        StepTimeModel(np.zeros(len(FEATURES)))
     with pytest.raises(ValueError, match="forgetting"):
         StepTimeModel(forgetting=0)
     with pytest.raises(ValueError, match="num_drafters"):
@@ -289,7 +297,10 @@ def step_s(depths: tuple[int, ...], proposes: NDArray[np.bool_], base: NDArray[n
     x[2] += sum(depths)
     x[5] += experts_touched(num_tokens + sum(depths), *EXPERTS)
     x[5] -= experts_touched(num_tokens, *EXPERTS)
-    x[6] += sum(d for d, p in zip(depths, proposes, strict=True) if p)
+    proposed = [d for d, p in zip(depths, proposes, strict=True) if p]
+    x[6] += sum(proposed)
+    x[7] = max(x[7], sum(depths) > 0)
+    x[8] += max(proposed, default=0)
     return float(x @ COSTS)
 
 
@@ -325,7 +336,7 @@ def test_depths_are_those_of_brute_force(seed: int) -> None:
 
 def test_depths_by_hand() -> None:
     """A step of 10 ms that gives a token; drafts give 0.9, 0.81 and 0.729, and cost 3 ms each."""
-    costs = np.array([10e-3, 0, 3e-3, 0, 0, 0, 3e-3])
+    costs = np.array([10e-3, 0, 3e-3, 0, 0, 0, 3e-3, 0, 0])
     rates = np.full((1, 3), 0.9)
     base, model = features(decode_rows=1), known(costs)
 

@@ -13,7 +13,7 @@ from tests.drafted_run import CPU, DraftedRun, Row, request
 from tests.fake_model import FakeModel
 from tests.unit.test_execution_batch import batcher, plan
 from tokenspeed.execution import plan_view as pv
-from tokenspeed.execution.batch import Batcher
+from tokenspeed.execution.batch import MAX_VERIFY_ROW, Batcher
 from tokenspeed.execution.kv_cache import KVCache
 from tokenspeed.execution.sampler import Sampled, Sampler, kept
 from tokenspeed.execution.speculation.drafter import DraftWork
@@ -29,7 +29,7 @@ PROMPTS = [[5, 6, 7], [9] * 11, [1, 2, 3, 4, 5, 6, 7]]
 class Dice:
     """Proposes by the sampler's noise over flat logits, two tokens at most, the last row one."""
 
-    name, max_depth = "dice", 3
+    name, max_depth, num_slow = "dice", 3, 0
 
     def __init__(self) -> None:
         self.cache_specs: list[Any] = []
@@ -267,7 +267,7 @@ def test_memory_of_steps_that_verify_stays() -> None:
         assert torch.equal(got.forward.logits_index, want.forward.logits_index)
         assert torch.equal(got.places, want.places)
         assert torch.equal(got.logits_start, want.logits_start)
-        assert want.forward.max_q_len <= got.forward.max_q_len == len(view.tokens) - len(rows) + 1
+        assert want.forward.max_q_len <= got.forward.max_q_len == MAX_VERIFY_ROW
         memory.append(got.forward.token_ids.data_ptr())
     assert len(set(memory)) == 1
     long = pv.PlanView(plan([(0, pv.ROW_SAMPLE, 0, 65, 64, 0)], [1] * 65))

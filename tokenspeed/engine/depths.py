@@ -91,7 +91,7 @@ class Depths:
     def choose(self, offers: Offers, num_rows: int, num_verify: int, num_context: int) -> list[int]:
         """How much of each offer to take, in a step of `num_rows` decoding rows over `num_context`
         tokens that verifies `num_verify` tokens in any case."""
-        base = self._features(num_rows, num_verify, 0, num_context, 0)
+        base = self._features(num_rows, num_verify, 0, num_context, 0, 0)
         chosen: list[int] = self._policy.choose(
             base,
             np.array(offers.request_ids, np.uint64),
@@ -104,7 +104,7 @@ class Depths:
 
     def features(self, plans: list[PlanView]) -> Features | None:
         """Of the step that these plans are; None: there is nothing to learn from this one."""
-        rows = verify = prefill = context = propose = 0
+        rows = verify = prefill = context = propose = deepest = 0
         if self._times.num_observed >= WELL_KNOWN and all(map(_only_decodes, plans)):
             self._num_plain += 1
             if self._num_plain % PLAIN_INTERVAL:
@@ -116,8 +116,9 @@ class Depths:
             rows += int(((plan.flags & (ROW_SAMPLE | ROW_PREFILL)) == ROW_SAMPLE).sum())
             verify += int(plan.num_draft.sum())
             propose += int(plan.num_propose.sum())
+            deepest = max(deepest, int(plan.num_propose.max(initial=0)))
             context += int(plan.starts.sum() + plan.num_tokens.sum())
-        return self._features(rows, verify, prefill, context, propose)
+        return self._features(rows, verify, prefill, context, propose, deepest)
 
     def observe(self, features: Features, seconds: float) -> None:
         """A step with these features took so long."""
@@ -144,13 +145,15 @@ class Depths:
         self._acceptance.forget(request_id)
 
     def _features(
-        self, rows: int, verify: int, prefill: int, context: int, propose: int
+        self, rows: int, verify: int, prefill: int, context: int, propose: int, deepest: int
     ) -> Features:
         touched = 0.0
         if self._experts.count:
             tokens = rows + verify + prefill
             touched = experts_touched(tokens, self._experts.count, self._experts.per_token)
-        return np.array([1.0, rows, verify, prefill, context / 1000, touched, propose])
+        verifies = verify > 0
+        counts = [1.0, rows, verify, prefill, context / 1000, touched, propose, verifies, deepest]
+        return np.array(counts)
 
 
 def _only_decodes(plan: PlanView) -> bool:

@@ -210,11 +210,13 @@ class Engine:
         outputs: list[TokenOutput] = []
         while len(self._in_flight) > (self._depth if plans is not None else 0):
             self.num_steps += 1
+            is_typical = True
             for index, step in enumerate(self._in_flight.popleft().result()):
                 if step is not None:
                     outputs += self._commit(index, step)
+                    is_typical = is_typical and step.is_typical
             if speculator is not None:
-                speculator.committed(time.monotonic())
+                speculator.committed(time.monotonic(), is_typical=is_typical)
             if plans is None:
                 break  # pages came back: there may be a plan now
         return outputs

@@ -229,11 +229,12 @@ class Speculator:
     def _arrived(self, live: _Live) -> None:
         live.in_flight -= self._ahead and live.in_flight > 0
 
-    def committed(self, now_s: float) -> None:
-        """The oldest step in flight is over, and all that it gave was told."""
+    def committed(self, now_s: float, *, is_typical: bool = True) -> None:
+        """The oldest step in flight is over, and all that it gave was told. `is_typical`: others
+        like it will take as long."""
         flight = self._flights.popleft()
         if self._depths is not None:
-            if flight.features is not None:
+            if flight.features is not None and is_typical:
                 began_s = max(flight.launched_s, self._committed_s)
                 self._depths.observe(flight.features, now_s - began_s)
             self._depths.learn()

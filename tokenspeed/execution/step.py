@@ -27,6 +27,7 @@ class StepOutput:
     logprobs: dict[int, list[TokenLogprobs]]  # request id -> of the ids it keeps of this step
     prompt_logprobs: dict[int, PromptLogprobs]  # request id -> what this step read of its prompt
     drafts: dict[int, list[int]] = field(default_factory=dict)  # request id -> ids proposed
+    is_typical: bool = True  # took as long as others like it will: nothing was captured on the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class Begun:
     results: Results
     logprobs: dict[int, list[TokenLogprobs]]  # by row
     prompt_logprobs: dict[int, PromptLogprobs]  # by request id
+    is_typical: bool = True
 
     def finish(self) -> StepOutput:
         """Waits for the step. Any thread may; others may begin meanwhile."""
@@ -110,7 +112,7 @@ class Begun:
         logprobs = {owners[row]: entries[: counts[row]] for row, entries in self.logprobs.items()}
         drafts = {} if found.drafts is None else _proposed(found.drafts, counts, owners)
         words = plan.result(kept, counts, failed)
-        return StepOutput(words, logprobs, self.prompt_logprobs, drafts)
+        return StepOutput(words, logprobs, self.prompt_logprobs, drafts, self.is_typical)
 
 
 def num_kept(plan: PlanView, sampled: Sampled) -> NDArray[np.int32]:

@@ -48,6 +48,7 @@ class StepGraphs:
         self._captured: OrderedDict[_Key, Graph] = OrderedDict()  # by tokens and rows
         self._replayed: set[_Key] = set()
         self.num_replays = self.num_captured = 0
+        self.num_slow = 0  # runs that took longer than others like them will
 
     def size_for(self, num_rows: int, num_tokens: int) -> int | None:
         """How many rows such a step is filled up to; None: it is not to be captured."""
@@ -64,6 +65,7 @@ class StepGraphs:
         if graph is None or not graph.serves(num_tokens, num_rows):
             graph = self._captured.get(size)
             if graph is None:
+                self.num_slow += 1
                 return self._capture(size, batch)
             self._captured.move_to_end(size)
         self.num_replays += 1
@@ -92,6 +94,7 @@ class StepGraphs:
 
     def _check(self, replayed: Outputs, batch: ForwardBatch) -> Outputs:
         """After a replay: computes the same step as if there were no graph, and compares."""
+        self.num_slow += 1
         outputs = self._compute(batch)
         if not all(map(_same_bits, replayed, outputs)):
             self._give_up("a replay gave other numbers than the model")

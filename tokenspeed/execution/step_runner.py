@@ -160,11 +160,13 @@ class StepRunner:
         logits = self._logits(hidden, batch.forward.logits_index)
         sampled = self._sample(plan, batch, logits)
         prompts = self._prompt_logprobs(step, plan, hidden)
+        num_slow = self._num_slow()
         drafts = self._draft(plan, batch, hidden, aux, sampled)
         if self._sampler is None:
             return None
         results = Results(sampled, hidden.sum(dim=-1), drafts)
-        return Begun(step, plan, results, sampled.logprobs, prompts)
+        is_typical = num_slow == self._num_slow()
+        return Begun(step, plan, results, sampled.logprobs, prompts, is_typical)
 
     def _captured_size(self, plan: PlanView) -> int | None:
         """Rows of the captured step that serves this plan; None: it is run as it is."""
@@ -186,6 +188,7 @@ class StepRunner:
             batch = self._batcher.build_verify(plan)
         else:
             batch = self._batcher.build_decode(plan, size)
+        num_slow = self._num_slow()
         outputs = self._graphs.run(batch.forward)
         if size > count:
             outputs = tuple(output[:num_tokens] for output in outputs)
@@ -194,7 +197,13 @@ class StepRunner:
         sampled = self._sample(plan, batch, logits)
         drafts = self._draft(plan, batch, hidden, aux, sampled)
         # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
-        return Begun(step, plan, Results(sampled, None, drafts), sampled.logprobs, {})
+        results = Results(sampled, None, drafts)
+        return Begun(step, plan, results, sampled.logprobs, {}, num_slow == self._num_slow())
+
+    def _num_slow(self) -> int:
+        """Captures and checks so far, of the model's steps and the drafter's."""
+        found = 0 if self._graphs is None else self._graphs.num_slow
+        return found if self._drafter is None else found + self._drafter.num_slow
 
     def _logits(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
         """Of the tokens at `index`, which rises; None without any."""

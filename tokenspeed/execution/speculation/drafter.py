@@ -82,6 +82,10 @@ class ModelDrafter(Protocol):
     max_depth: int
     cache_specs: list[CacheSpec]  # its layers' KV, in the same pages as the model's
 
+    @property
+    def num_slow(self) -> int:
+        """Calls so far that took longer than others like them will."""
+
     def bind(self, slots: NDArray[np.int32]) -> None:
         """These slots begin anew."""
 

@@ -83,6 +83,11 @@ class Feeder:
             self._beside = torch.zeros(shape, dtype=net.dtype, device=self._device)
             self._batches: dict[tuple[int, int], ForwardBatch] = {}
 
+    @property
+    def num_slow(self) -> int:
+        """Batches that were captured or checked."""
+        return 0 if self._graphs is None else self._graphs.num_slow
+
     def feed(self, ids: Tensor, beside: Tensor, fed: Fed, table: Tensor) -> Tensor:
         """ids [n], beside [n, W] -> [n, W], valid until the next call."""
         num_tokens, num_rows = len(ids), len(fed.slots)

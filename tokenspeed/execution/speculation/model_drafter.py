@@ -103,6 +103,10 @@ class ChainDrafter:
             recorder=recorder,
         )
 
+    @property
+    def num_slow(self) -> int:
+        return self._feeder.num_slow
+
     def bind(self, slots: NDArray[np.int32]) -> None:
         """These slots begin anew."""
         self._backlog.forget(slots)
