@@ -9,7 +9,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,6 +39,7 @@ from tokenspeed.engine.messages import (
 )
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.engine.speculator import Speculator
+from tokenspeed.engine.step_counts import StepCounts
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.grammars import VOCABULARY, News
@@ -111,6 +112,7 @@ class Engine:
         self._balance, self._speculator = balance, speculator
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
+        self._counts = StepCounts()
         self._live: dict[int, _Live] = {}
         self._grammars: Counter[str] = Counter()  # who has added a key that requests may name
         self._death: RankDiedError | None = None  # of another rank: nothing can run any more
@@ -198,7 +200,8 @@ class Engine:
             raise
 
     def _step(self) -> list[TokenOutput]:
-        self._schedulers.advance(time.monotonic())
+        began_s = time.monotonic()
+        self._schedulers.advance(began_s)
         speculator = self._speculator
         if speculator is not None:
             speculator.prepare(self._schedulers)
@@ -206,6 +209,7 @@ class Engine:
         if plans is not None:
             if speculator is not None:
                 speculator.launched(plans, time.monotonic())
+            self._counts.planned(plans)
             self._in_flight.append(self._runner.launch(plans))
         outputs: list[TokenOutput] = []
         while len(self._in_flight) > (self._depth if plans is not None else 0):
@@ -219,6 +223,7 @@ class Engine:
                 speculator.committed(time.monotonic(), is_typical=is_typical)
             if plans is None:
                 break  # pages came back: there may be a plan now
+        self._counts.busy_s += time.monotonic() - began_s
         return outputs
 
     def has_work(self) -> bool:
@@ -228,7 +233,8 @@ class Engine:
     def stats(self) -> EngineStats:
         """The scheduler's counts, as the gateway's metrics show them."""
         drafts = None if self._speculator is None else self._speculator.stats()
-        stats = EngineStats(**self._schedulers.stats(), speculation=drafts)
+        made = self._schedulers.stats() | asdict(self._counts)
+        stats = EngineStats(**made, speculation=drafts)
         if self._balance is None:
             return stats
         balance = self._balance()

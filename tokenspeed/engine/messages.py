@@ -118,6 +118,12 @@ class EngineStats:
     expert_load_slots_moved: int = 0
     num_retained_pages: int = 0  # under retention, in use or not
     num_pinned_pages: int = 0
+    num_cached_pages: int = 0  # that wait for a hit: no request uses them
+    num_steps: int = 0  # these are of `engine/step_counts.py`
+    busy_s: float = 0.0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_draft_tokens: int = 0
     speculation: SpeculationStats | None = None
 
 

@@ -125,7 +125,7 @@ class Schedulers:
         each = [scheduler.stats() for scheduler in self._all]
         names = (
             *("num_running", "num_waiting", "num_preemptions", "prefix_queries", "prefix_hits"),
-            *("num_retained_pages", "num_pinned_pages"),
+            *("num_retained_pages", "num_pinned_pages", "num_cached_pages"),
         )
         used = sum(s.num_pages - s.num_free_pages - s.num_cached_pages for s in each)
         sums = {name: sum(getattr(s, name) for s in each) for name in names}
