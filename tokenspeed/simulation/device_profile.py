@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""How long a step takes on some device: what a profile is, and the one that was measured.
+
+Knows counts of tokens, no requests; draws nothing at random.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenspeed._policy import FEATURES, experts_touched
+from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """What one scheduler's plan asks of its device. Prefill rows stand one by one."""
+
+    decode_rows: int
+    decode_context: int  # tokens that decoding rows read, their own included
+    prefill_starts: NDArray[np.int32]
+    prefill_counts: NDArray[np.int32]
+    sampled_rows: int
+
+    @property
+    def prefill_tokens(self) -> int:
+        return int(self.prefill_counts.sum())
+
+    @property
+    def only_decodes(self) -> bool:
+        return len(self.prefill_counts) == 0
+
+    def later(self, steps: int) -> "StepShape":
+        """The same decoding rows so many tokens later."""
+        return replace(self, decode_context=self.decode_context + steps * self.decode_rows)
+
+
+NO_ROWS = np.empty(0, np.int32)
+NOTHING = StepShape(0, 0, NO_ROWS, NO_ROWS, 0)
+
+
+def shape_of(plan: PlanView) -> StepShape:
+    """Of a plan, its drafts left out."""
+    ends = plan.starts + plan.num_tokens - plan.num_draft
+    sampled = int(np.count_nonzero(plan.flags & ROW_SAMPLE))
+    is_prefill = plan.flags & ROW_PREFILL != 0
+    if not is_prefill.any():
+        return StepShape(plan.num_rows, int(ends.sum()), NO_ROWS, NO_ROWS, sampled)
+    starts, counts = plan.starts[is_prefill], plan.num_tokens[is_prefill]
+    rows = plan.num_rows - len(starts)
+    return StepShape(rows, int(ends[~is_prefill].sum()), starts, counts, sampled)
+
+
+class DeviceProfile(Protocol):
+    """Seconds of steps. One shape for each scheduler of the engine."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def host_s(self) -> float:
+        """Of a step, spent on the host while the device waits, unless steps overlap."""
+
+    @property
+    def request_s(self) -> float:
+        """From a request's sending until the scheduler knows it."""
+
+    def step_s(self, shapes: Sequence[StepShape]) -> float:
+        """Of one step on the device."""
+
+    def growth_s(self, shapes: Sequence[StepShape]) -> float:
+        """By which the same decoding rows take longer a token later."""
+
+
+@dataclass(frozen=True)
+class LinearProfile:
+    """Seconds as a sum of coefficient x feature, as `_policy.StepTimeModel` learns them.
+
+    `ValueError`: a coefficient of no known feature, or one that is negative or not finite, or a
+    step that takes no time.
+    """
+
+    name: str
+    coefficients: dict[str, float]  # seconds for one of each of `_policy.FEATURES`
+    num_experts: int = 0  # of a layer; 0: a dense model
+    experts_per_token: int = 0
+    host_s: float = 0.0
+    request_s: float = 0.0
+    noise: float = 0.0  # standard deviation of a step's relative error
+    machine: dict[str, Any] = field(default_factory=dict)  # where it was measured, and with what
+
+    def __post_init__(self) -> None:
+        unknown = sorted(self.coefficients.keys() - set(FEATURES))
+        if unknown:
+            raise ValueError(f"profile {self.name}: no feature {', '.join(unknown)}")
+        numbers = [*self.coefficients.values(), self.host_s, self.request_s, self.noise]
+        if not all(0 <= number < math.inf for number in numbers):
+            raise ValueError(f"profile {self.name}: numbers must be finite and not negative")
+        if not self.coefficients.get("step", 0) > 0:
+            raise ValueError(f"profile {self.name}: a step takes no time: coefficient `step` is 0")
+        if not 0 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(f"profile {self.name}: more experts_per_token than num_experts")
+
+    def step_s(self, shapes: Sequence[StepShape]) -> float:
+        rows = sum(shape.decode_rows for shape in shapes)
+        prefill = sum(shape.prefill_tokens for shape in shapes)
+        read = prefill + sum(s.decode_context + int(s.prefill_starts.sum()) for s in shapes)
+        of = self.coefficients.get
+        seconds = of("step", 0.0) + of("decode_rows", 0.0) * rows
+        seconds += of("prefill_tokens", 0.0) * prefill + of("context_thousands", 0.0) * read / 1000
+        if self.num_experts:
+            touched = experts_touched(rows + prefill, self.num_experts, self.experts_per_token)
+            seconds += of("experts", 0.0) * touched
+        return seconds
+
+    def growth_s(self, shapes: Sequence[StepShape]) -> float:
+        rows = sum(shape.decode_rows for shape in shapes)
+        return self.coefficients.get("context_thousands", 0.0) * rows / 1000
+
+
+def read_profile(path: Path) -> LinearProfile:
+    """A profile that was measured and written as JSON. `ValueError`: it is none."""
+    try:
+        return LinearProfile(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
