@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: MIT
+"""One-second windows over a stream's tokens: what rate its reader saw. Knows no requests.
+
+     first token                                                     last token
+         |-------- window 0: 1 s --------|                                |
+         |   |-------- window 1 --------|    0.1 s later                  |
+         |                          ...  |------- the last one: ends here |
+
+A window takes in what arrives after its beginning up to its end. The last one ends at the last
+token, so no part of a stream is outside; a stream of less than a second is one window.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+WINDOW_US, SLIDE_US = 1_000_000, 100_000
+
+Array = npt.NDArray[np.float64]
+
+
+def window_rates(times: npt.ArrayLike, counts: npt.ArrayLike) -> Array:
+    """Tokens per second of each window of one stream; none if it has no two moments.
+
+    `times`: when events arrived, seconds, [num_events], ascending; `counts`: their tokens.
+    Times are taken as whole microseconds: a token on a window's edge is on it, not near it.
+    """
+    at = np.rint(np.asarray(times, dtype=np.float64) * 1e6).astype(np.int64)
+    if at.size < 2 or at[-1] == at[0]:
+        return np.empty(0)
+    at -= at[0]
+    length = int(min(at[-1], WINDOW_US))
+    last = int(at[-1]) - length
+    starts = np.arange(0, last + 1, SLIDE_US)
+    if starts[-1] != last:
+        starts = np.append(starts, last)
+    so_far = np.concatenate([[0.0], np.cumsum(np.asarray(counts, dtype=np.float64))])
+    arrived = so_far[np.searchsorted(at, starts + length, side="right")]
+    before = so_far[np.searchsorted(at, starts, side="right")]
+    return np.asarray((arrived - before) * (1e6 / length), dtype=np.float64)
+
+
+def worst_rate(rates: Array) -> float:
+    """The rate that 99% of a stream's windows are at or above (numpy's linear method)."""
+    return float(np.percentile(rates, 1))
+
+
+def weighted_percentile(values: Array, weights: Array, percent: float) -> float:
+    """The least value at or below which `percent` of the weight lies."""
+    order = np.argsort(values, kind="stable")
+    reached = np.cumsum(weights[order])
+    place = int(np.searchsorted(reached, reached[-1] * percent / 100 * (1 - 1e-12)))
+    return float(values[order[place]])
