@@ -70,6 +70,10 @@ class DeviceProfile(Protocol):
     def request_s(self) -> float:
         """From a request's sending until the scheduler knows it."""
 
+    @property
+    def noise(self) -> float:
+        """Standard deviation of a step's relative error."""
+
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         """Of one step on the device."""
 

@@ -5,7 +5,8 @@ Reads nothing: what the benchmark measures of real runs it measures of these.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenspeed.simulation.simulate import Outcome, Simulation
@@ -13,6 +14,7 @@ from tokenspeed.simulation.simulate import Outcome, Simulation
 ENDPOINT = "simulation"
 DIALECT = "none"
 DIGITS = 6  # microseconds
+DURATION_ROOM = 32  # for the digits of a duration
 
 
 def header(simulation: Simulation, duration_s: float) -> dict[str, Any]:
@@ -86,9 +88,28 @@ def _events(times_s: Iterable[float], event_s: float) -> tuple[list[float], list
     return times, counts
 
 
-def lines(simulation: Simulation, event_s: float = 0.0) -> Iterator[str]:
-    """Plays the simulation. The header comes first in the file, but is known last: it is the last
-    line here."""
-    for outcome in simulation.outcomes():
-        yield json.dumps(record(outcome, event_s), separators=(",", ":")) + "\n"
-    yield json.dumps(header(simulation, simulation.machine.now_s), separators=(",", ":")) + "\n"
+class RawFile:
+    """Writes outcomes as they come; `close` puts the header in place, which is known last.
+
+    `event_s` as in `record`.
+    """
+
+    def __init__(self, path: Path, simulation: Simulation, event_s: float = 0.0) -> None:
+        self._simulation, self._event_s = simulation, event_s
+        self._file = path.open("w", encoding="utf-8")
+        self._room = len(_line(header(simulation, 0.0))) + DURATION_ROOM
+        self._file.write(" " * self._room + "\n")
+
+    def write(self, outcome: Outcome) -> None:
+        self._file.write(_line(record(outcome, self._event_s)) + "\n")
+
+    def close(self) -> None:
+        self._file.seek(0)
+        line = _line(header(self._simulation, self._simulation.machine.now_s))
+        self._file.write(line.ljust(self._room))
+        self._file.close()
+
+
+def _line(fields: dict[str, Any]) -> str:
+    """In ASCII: as many bytes as characters."""
+    return json.dumps(fields, separators=(",", ":"), allow_nan=False)

@@ -29,15 +29,14 @@ class RooflineProfile:
         if found.mesh.pp > 1:
             raise ValueError(f"mesh {found.mesh}: pipeline stages are not simulated")
         self.name = f"{found.workload.planned.name} on {found.mesh.num_ranks} x {found.device.name}"
-        self.host_s, self.request_s = host_s, request_s
-        self.num_dp = found.mesh.dp
+        self.host_s, self.request_s, self.noise = host_s, request_s, 0.0
         workload, device = found.workload, found.device
         self._attention = [
             (entry.counts[0], _Attention(entry.op, device))
             for entry in workload.entries
             if entry.op.kind == "attention"
         ]
-        self._base, self._logits = _tables(workload, device, found.load.step_tokens, self.num_dp)
+        self._base, self._logits = _tables(workload, device, found.load.step_tokens, found.mesh.dp)
         slope = sum(count * attention.decode_s for count, attention in self._attention)
         self._decode_s = float(slope)  # of a token of context that a decoding row reads
 

@@ -7,7 +7,7 @@ Joins clients and machine by one queue of events in virtual time. Knows no files
 import math
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.engine.schedulers import Schedulers, user_key
@@ -15,49 +15,11 @@ from tokenspeed.simulation.clients import Clients, Sending
 from tokenspeed.simulation.device_profile import DeviceProfile
 from tokenspeed.simulation.idle_cache import IdleCache
 from tokenspeed.simulation.machine import Live, Machine
+from tokenspeed.simulation.options import SimulationOptions
 from tokenspeed.simulation.sessions import Session, Workload
 
 HASH_KEY = bytes(16)  # of prefixes: nobody can attack a simulation, and runs are alike
 OK, INVALID, OVERLOADED = 200, 400, 503  # as the gateway answers
-
-ZERO_IS_FINE = ("overlap_depth", "seed")
-
-
-@dataclass(frozen=True)
-class SimulationOptions:
-    """The engine's options as far as they matter here, and how the workload is played."""
-
-    num_pages: int  # of each data-parallel index
-    max_model_len: int
-    page_size: int = 64
-    max_num_seqs: int = 64
-    max_num_batched_tokens: int = 8192
-    max_num_partial_prefills: int = 4
-    overlap_depth: int = 0
-    num_dp: int = 1
-    enable_prefix_caching: bool = True
-    max_queue_len: int = 1024  # requests that may wait; more are refused
-    concurrency: int | None = None  # sessions at once; None: they begin when they say
-    time_scale: float = 1.0  # of gaps and starts
-    duration_s: float = math.inf  # nothing is sent later
-    forced: bool = False  # answers are what the session's next prompt goes on with
-    idle_s: float | None = None  # how long what nobody uses stays in the cache; None: for ever
-    noise: float = 0.0  # standard deviation of a step's relative error
-    seed: int = 0  # of the noise
-    stretches: bool = True  # one call for many steps that are alike; no figure depends on it
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 1 if field.type in (int, int | None) and field.name not in ZERO_IS_FINE else 0
-            if value is not None and not value >= least:
-                raise ValueError(f"{field.name} must be at least {least}: {value}")
-        if self.overlap_depth > 1:
-            raise ValueError(f"overlap_depth must be 0 or 1: {self.overlap_depth}")
-        if not self.time_scale < math.inf:
-            raise ValueError(f"time_scale must be finite: {self.time_scale}")
-        if not self.noise < 1:
-            raise ValueError(f"noise must be below 1: {self.noise}")
 
 
 @dataclass(slots=True)
@@ -76,30 +38,43 @@ class Outcome:
 
 
 class Simulation:
-    """One run; `outcomes` plays it. The counts are of the steps so far."""
+    """One run; `outcomes` plays it, once."""
 
     def __init__(
-        self, workload: Workload, profile: DeviceProfile, options: SimulationOptions
+        self,
+        workload: Workload,
+        profile: DeviceProfile,
+        options: SimulationOptions,
+        *,
+        num_dp: int = 1,
     ) -> None:
+        """`num_dp`: groups of devices with requests of their own, each with `num_pages`.
+
+        `ValueError`: options that are impossible together, or no `num_pages` or `max_model_len`.
+        """
+        if options.num_pages is None or options.max_model_len is None:
+            raise ValueError("num_pages and max_model_len: a run needs both")
         self.workload, self.profile, self.options = workload, profile, options
         self._sessions = workload.sessions
         self._clients = Clients(
             workload.sessions,
             concurrency=options.concurrency,
             time_scale=options.time_scale,
-            duration_s=options.duration_s,
+            duration_s=math.inf if options.duration_s is None else options.duration_s,
             request_s=profile.request_s,
             forced=options.forced,
         )
-        self._schedulers = Schedulers([_scheduler(options) for _ in range(options.num_dp)])
+        self._schedulers = Schedulers(
+            [_scheduler(options, options.num_pages, options.max_model_len) for _ in range(num_dp)]
+        )
         self.machine = Machine(
             self._schedulers,
             profile,
             overlap_depth=options.overlap_depth,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=options.max_model_len,
-            noise=options.noise,
-            seed=options.seed,
+            noise=profile.noise if options.noise is None else options.noise,
+            seed=options.noise_seed,
             stretches=options.stretches,
         )
         self._idle = None
@@ -184,13 +159,13 @@ class Simulation:
         )
 
 
-def _scheduler(options: SimulationOptions) -> Scheduler:
+def _scheduler(options: SimulationOptions, num_pages: int, max_model_len: int) -> Scheduler:
     return Scheduler(
-        num_pages=options.num_pages,
+        num_pages=num_pages,
         page_size=options.page_size,
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=options.max_model_len,
+        max_model_len=max_model_len,
         max_num_partial_prefills=options.max_num_partial_prefills,
         overlap_depth=options.overlap_depth,
         enable_prefix_caching=options.enable_prefix_caching,

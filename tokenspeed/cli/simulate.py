@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: MIT
+"""`tokenspeed simulate`: a workload on devices that need not be here, in virtual time.
+
+Knows flags and files; no scheduler and no step times.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from tokenspeed.cli.options import add_options, options_of
+from tokenspeed.planner.devices import DEVICES, find_device
+from tokenspeed.simulation.options import SimulationOptions
+from tokenspeed.spmd.mesh import Mesh
+
+if TYPE_CHECKING:  # they need torch, which no other command should wait for
+    from tokenspeed.simulation.device_profile import DeviceProfile
+    from tokenspeed.simulation.sessions import Workload
+    from tokenspeed.simulation.simulate import Simulation
+
+MADE = ("generated", "published", "traces")  # workloads that are made here, see bench/workloads
+AXES = {"tp": "share each layer", "ep": "share the experts", "dp": "have requests of their own"}
+
+
+def add_parser(subparsers: Any) -> None:
+    parser = subparsers.add_parser("simulate", help="predict what a workload meets on devices")
+    parser.add_argument(
+        "workload", help=f"a file of sessions (docs/simulation.md), or one of {', '.join(MADE)}"
+    )
+    box = parser.add_argument_group("workload that is made")
+    box.add_argument("--sessions", type=int, metavar="N", help="how many")
+    box.add_argument("--seed", type=int, metavar="N")
+    box.add_argument("--scale", type=float, metavar="X", help="divides lengths")
+    box.add_argument("--span-s", type=float, metavar="X", help="in which sessions begin")
+    box.add_argument("--write-workload", type=Path, metavar="FILE", help="keep the sessions")
+    box = parser.add_argument_group("devices")
+    box.add_argument("--profile", type=Path, metavar="FILE", help="step times that were measured")
+    box.add_argument("--model", help="folder, cached hub id, or a shipped shape; or --profile")
+    box.add_argument("--gpu", choices=[*DEVICES, "cpu"], help="kind of device (default: h200)")
+    for axis, text in AXES.items():
+        box.add_argument(f"--{axis}", type=int, metavar="N", help=f"devices that {text}")
+    box.add_argument("--host-s", type=float, metavar="X", help="of a step, on the host")
+    box.add_argument("--request-s", type=float, metavar="X", help="until the engine knows of one")
+    add_options(parser, SimulationOptions)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the run's raw file")
+    text = "tokens so near to each other are one event of the raw file (default: 0)"
+    parser.add_argument("--event-s", type=float, default=0.0, metavar="X", help=text)
+    parser.add_argument("--json", action="store_true", help="print values for programs")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from tokenspeed.simulation.sessions import write_workload
+    from tokenspeed.simulation.simulate import Simulation
+
+    if not 0 <= args.event_s < math.inf:
+        raise ValueError(f"--event-s must be finite and not negative: {args.event_s}")
+    options = SimulationOptions(**options_of(args, SimulationOptions))
+    workload = _workload(args)
+    if args.write_workload:
+        write_workload(args.write_workload, workload)
+    profile, options, mesh = _devices(args, options)
+    simulation = Simulation(workload, profile, options, num_dp=mesh.dp)
+    figures = _play(args, simulation, mesh.num_ranks)
+    print(json.dumps(figures) if args.json else "\n".join(_lines(figures)))
+    return 0
+
+
+def _workload(args: argparse.Namespace) -> "Workload":
+    from tokenspeed.simulation.sessions import condense, read_workload
+
+    names = ("sessions", "seed", "scale", "span_s")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.workload in MADE:
+        made = import_module(f"tokenspeed.bench.workloads.{args.workload}").make(**given)
+        return condense(made)
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags}: only for {', '.join(MADE)}, not for a file")
+    return read_workload(Path(args.workload))
+
+
+def _devices(
+    args: argparse.Namespace, options: SimulationOptions
+) -> tuple["DeviceProfile", SimulationOptions, Mesh]:
+    """The profile, the options with nothing left open, and how many devices there are."""
+    if (args.profile is None) == (args.model is None):
+        raise ValueError("give either --model or --profile")
+    names = ("gpu", *AXES, "host_s", "request_s")
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.model:
+        return _roofline(args.model, given, options)
+    from tokenspeed.simulation.device_profile import read_profile
+
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"{flags}: --profile says all of a device")
+    if options.num_pages is None or options.max_model_len is None:
+        raise ValueError("--profile does not say what fits: give --num-pages and --max-model-len")
+    return read_profile(args.profile), options, Mesh()
+
+
+def _roofline(
+    model: str, given: dict[str, Any], options: SimulationOptions
+) -> tuple["DeviceProfile", SimulationOptions, Mesh]:
+    from tokenspeed.planner.catalog import open_model
+    from tokenspeed.planner.estimate import Load, estimate
+    from tokenspeed.simulation.roofline import RooflineProfile
+
+    mesh = Mesh(**{axis: given[axis] for axis in AXES if axis in given})
+    device = find_device(given.get("gpu", "h200"), mesh.num_ranks)
+    load = Load(page_size=options.page_size, step_tokens=options.max_num_batched_tokens)
+    found = estimate(open_model(model), mesh, device, load)
+    found.room.check(1, 1)
+    times = {name: given[name] for name in ("host_s", "request_s") if name in given}
+    pages = options.num_pages or found.room.num_pages
+    longest = min(pages * options.page_size, found.workload.planned.model.max_position)
+    options = replace(options, num_pages=pages, max_model_len=options.max_model_len or longest)
+    return RooflineProfile(found, **times), options, mesh
+
+
+def _play(args: argparse.Namespace, simulation: "Simulation", num_devices: int) -> dict[str, Any]:
+    from tokenspeed.simulation.raw_file import RawFile
+    from tokenspeed.simulation.tally import Tally
+
+    tally = Tally()
+    turns = sum(len(session.turns) for session in simulation.workload.sessions)
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(total=turns, unit="request", disable=None))
+        raw = RawFile(args.output, simulation, args.event_s) if args.output else None
+        if raw is not None:
+            stack.callback(raw.close)
+        for outcome in simulation.outcomes():
+            tally.add(outcome)
+            if raw is not None:
+                raw.write(outcome)
+            bar.update()
+    stats = simulation.stats()
+    counts = {name: stats[name] for name in ("num_steps", "num_calls", "num_preemptions")}
+    return {
+        "profile": simulation.profile.name,
+        "num_devices": num_devices,
+        "duration_s": stats["now_s"],
+        **tally.figures(stats["now_s"], num_devices),
+        **counts,
+    }
+
+
+def _lines(figures: dict[str, Any]) -> Iterator[str]:
+    for name, value in figures.items():
+        if isinstance(value, float):
+            value = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+        yield f"{name.replace('_', ' '):40} {value if isinstance(value, str) else f'{value:,}'}"
