@@ -64,7 +64,9 @@ class Echo:
         self._seen.add(key)
         room = self._max_model_len - len(prompt)
         max_tokens = min(request.params.max_tokens or room, room)
-        answer = None if self._said is None else self._answer(max_tokens, **self._said)
+        answer = request.params.forced_output_ids
+        if answer is None and self._said is not None:
+            answer = self._answer(max_tokens, **self._said)
         self.waiting[request.request_id] = _Running(request, cached, max_tokens, answer=answer)
 
     def _answer(self, max_tokens: int, answer: list[int], words: list[int]) -> list[int]:

@@ -201,7 +201,8 @@ class EngineConfig:
 class ServerOptions:
     """How the gateway is reached, how long it waits, and how conversations become prompts.
 
-    `canonical_rules` and `history_bytes` change prompts; the others never change answers.
+    `canonical_rules` and `history_bytes` change prompts, and `enable_forced_output` lets requests
+    change answers; the others never do.
     """
 
     host: str = option("127.0.0.1", "address to listen on")
@@ -224,6 +225,9 @@ class ServerOptions:
     num_gateways: int = option(1, "processes that share the port and the work of HTTP", low=1)
     keepalive_s: float = option(5.0, "seconds between SSE comments while nothing comes", low=0.01)
     drain_timeout_s: float = option(30.0, "seconds that open requests get after SIGTERM", low=0)
+    enable_forced_output: bool = option(
+        False, "requests may dictate their answers, so that replays are exact; not in production"
+    )
     watchdog_timeout_s: float = option(
         60.0, "seconds without a step before readiness ends", low=0.1
     )

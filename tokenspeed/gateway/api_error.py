@@ -8,6 +8,7 @@ import msgspec
 
 from tokenspeed.errors import EngineDeadError, RequestError
 
+OVERLOADED = "overloaded"  # the code where there is no room, for a while
 _MAX_MESSAGE = 600
 _STATUS_OF_CODE = {"model_not_found": 404, "template_limit": 400}
 

@@ -89,7 +89,7 @@ class Keys:
             limiter = Limiter(spec.limits)
         else:
             limiter.set(spec.limits)
-        return Tenant(spec.name, spec.roles, salt, limiter)
+        return Tenant(spec.name, spec.roles, salt, limiter, spec.standing)
 
 
 def check_role(tenant: Tenant, roles: tuple[Role, ...]) -> None:

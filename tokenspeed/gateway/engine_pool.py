@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from tokenspeed.config import EngineConfig, ServerOptions
 from tokenspeed.engine import messages as m
 from tokenspeed.engine.routing import PrefixRouter, Route
+from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.gateway.api_error import ApiError, overloaded
 from tokenspeed.gateway.engine_client import ENGINE_COMMAND, EngineClient
 from tokenspeed.gateway.mailbox import TICK_S, Mailbox
 from tokenspeed.gateway.metrics import Metrics
+from tokenspeed.gateway.urgency import Urgency
 
 ORDER_TIMEOUT_S = 10.0
 _WORST_FIRST = ("dead", "draining", "loading", "hung", "ready")
@@ -44,6 +46,7 @@ class Sent:
     salt: bytes = b""
     user: str = ""
     retention: m.Retention = field(default_factory=m.Retention)
+    urgency: Urgency = Urgency()
 
 
 class EnginePool:
@@ -62,7 +65,7 @@ class EnginePool:
         self.draining = False
         self.dead = asyncio.Event()  # set once any engine process has ended
         self.clients = make_clients(config, options, metrics, command)
-        self._keepalive_s = options.keepalive_s
+        self._keepalive_s, self._forces = options.keepalive_s, options.enable_forced_output
         self._number = number
         self._ids = itertools.count(secrets.randbits(m.GATEWAY_SHIFT - 1))
         self._mailboxes: set[Mailbox] = set()
@@ -167,9 +170,12 @@ class EnginePool:
         """Sends the answers wanted to one prompt, all to one engine; returns their request ids.
 
         Outputs arrive in the mailbox as (index of the choice, output). Raises 503 if no engine has
-        room for all; what had been sent is aborted with the mailbox.
+        room for all; what had been sent is aborted with the mailbox. `RequestError`: an answer is
+        dictated, and this server's are its own.
         """
         self.check_room(len(choices))
+        if not self._forces and any(params.forced_output_ids for _, params in choices):
+            raise _not_forced()
         route = self._route(prompt_ids, sent.salt, len(choices))
         client = self.clients[route.target]
         uncached = len(prompt_ids) - route.matched
@@ -177,7 +183,16 @@ class EnginePool:
         for index, params in choices:
             request_id = self._next_id()
             request = m.GenerateRequest(
-                request_id, prompt_ids, params, stop_ids, sent.salt, sent.user, sent.retention
+                request_id,
+                prompt_ids,
+                params,
+                stop_ids,
+                sent.salt,
+                sent.user,
+                sent.retention,
+                sent.urgency.tps_floor,
+                sent.urgency.priority,
+                sent.urgency.max_wait_s,
             )
             if not client.submit(mailbox, index, request, uncached):
                 raise self._refusal("full")
@@ -274,6 +289,12 @@ class EnginePool:
                 if not mailbox.tick(self._keepalive_s) and mailbox.task is not None:
                     log.warning("a client that does not read was dropped")
                     mailbox.task.cancel()
+
+
+def _not_forced() -> RequestError:
+    field = "forced_output_ids"
+    why = f"{field}: this server takes none; start it with --enable-forced-output"
+    return RequestError(why, field=field, code="unsupported_parameter")
 
 
 def make_clients(

@@ -6,6 +6,7 @@ stream is one write for each wake-up, whatever arrived in between; it begins wit
 (or the first sign of life), so that an error before it is still an HTTP status.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -15,7 +16,7 @@ from tokenspeed.engine.messages import CacheReceipt, TokenOutput
 from tokenspeed.errors import ContextLengthError, RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
 from tokenspeed.gateway.answer import Answer
-from tokenspeed.gateway.api_error import ApiError, of_exception
+from tokenspeed.gateway.api_error import ApiError, of_exception, overloaded
 from tokenspeed.gateway.app import Call
 from tokenspeed.gateway.engine_pool import EnginePool, Sent
 from tokenspeed.gateway.mailbox import Mailbox
@@ -138,7 +139,10 @@ class Choice:
 
 
 def _failure(output: TokenOutput, params: SamplingParams) -> ApiError:
-    """A request that leaves the model no token is its own mistake."""
+    """A request that leaves the model no token is its own mistake; one without room comes back."""
+    if output.code is not None:
+        why, wait_s = output.error or "there is no room", output.retry_after_s or 0.0
+        return overloaded(why, output.code, max(1, math.ceil(wait_s)))
     if params.grammar or params.allowed_token_ids or params.bad_words_token_ids:
         why = "what the request allows left no token to go on with, or takes too long to follow"
         return ApiError(400, why, code="no_token_left")
@@ -215,6 +219,8 @@ class Generation(AbstractContextManager["Generation"]):
         except BaseException as error:
             self.__exit__(type(error), error, error.__traceback__)
             raise
+        self._record.num_choices = len(self.choices)
+        self._record.tps_floor = self._sent.urgency.tps_floor
         self._record.submit([choice.prompt_ids for choice in self.firsts], self._sent.salt)
         return self
 
@@ -244,6 +250,8 @@ class Generation(AbstractContextManager["Generation"]):
             if choice.finish_reason is not None:
                 continue
             record.feed(index, output)
+            if output.code is not None:
+                self._pool.metrics.rejections[output.code] += 1
             finished = choice.feed(output)
             if not record.first_call and choice.answer is not None and choice.answer.has_calls:
                 record.call_seen()

@@ -19,6 +19,7 @@ from tokenspeed.engine.messages import Retention
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.request_log import RequestRecord
 from tokenspeed.gateway.tenants import Tenant
+from tokenspeed.gateway.urgency import Urgency, urgency_of
 
 MAX_SESSION = 128  # characters; a longer name, or one of other characters, is hashed
 MAX_PARENTS = 4096  # subagents' sessions whose owner is remembered
@@ -49,7 +50,7 @@ class Hints:
     """What a request's body says of its sender, as it was sent; what has another type is nothing.
 
     `metadata` is Anthropic's object, of which `user_id` counts; `conversation` a text, or an object
-    with an `id`.
+    with an `id`. `priority` and `service_tier` have been checked for their types.
     """
 
     user: Any = None
@@ -57,6 +58,8 @@ class Hints:
     metadata: Any = None
     prompt_cache_key: Any = None
     conversation: Any = None
+    priority: int | None = None
+    service_tier: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class Caller:
     session: str | None = None
     tenant: str = ""
     retention: Retention | None = None  # that a header asks for
+    urgency: Urgency = Urgency()
     client: str = ""  # the user agent's first word
     traceparent: str = ""  # as it was sent
     record: RequestRecord = field(default_factory=RequestRecord, compare=False)
@@ -98,7 +102,7 @@ class Owners:
 def caller_of(
     headers: Headers, tenant: Tenant, hints: Hints, owners: Owners, pseudonym: Pseudonym
 ) -> Caller:
-    """Who asks. Raises `RequestError` for a retention header that says nothing known.
+    """Who asks. Raises `RequestError` for headers and hints that say nothing known.
 
     `pseudonym` makes texts into one that tells nothing of them. Who gives no user is known by the
     session's root, and else by the tenant.
@@ -116,6 +120,7 @@ def caller_of(
         session=session,
         tenant=tenant.name,
         retention=retention_of(given.get(b"x-tokenspeed-retention")),
+        urgency=urgency_of(given, tenant.standing, hints.priority, hints.service_tier),
         client=_client(given.get(b"user-agent", b"")),
         traceparent=given.get(b"traceparent", b"")[:128].decode("latin-1"),
     )

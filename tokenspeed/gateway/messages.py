@@ -11,9 +11,10 @@ import msgspec
 from tokenspeed.engine.messages import Retention
 from tokenspeed.errors import ContextLengthError
 from tokenspeed.execution.sampling_params import SamplingParams
+from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.app import Call, check_depth, encode_json, log
 from tokenspeed.gateway.identity import Hints
-from tokenspeed.gateway.messages_error import too_long
+from tokenspeed.gateway.messages_error import busy, too_long
 from tokenspeed.gateway.messages_input import Input
 from tokenspeed.gateway.messages_output import Message
 from tokenspeed.gateway.messages_schema import (
@@ -26,17 +27,27 @@ from tokenspeed.gateway.messages_schema import (
     template_options,
 )
 from tokenspeed.gateway.messages_tools import Tools, tool_choice
+from tokenspeed.gateway.openai_schema import check_token_ids
 from tokenspeed.gateway.receipt import wants_receipt
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.turn import TurnRequest, open_turn
 from tokenspeed.text.conversation import Conversation
 
 _DECODER = msgspec.json.Decoder(MessagesRequest)
-_SAME_NAME = ("temperature", "top_p", "top_k")
+_SAME_NAME = ("temperature", "top_p", "top_k", "forced_output_ids")
 
 
 async def messages(service: Service, call: Call) -> None:
     """The handler of /v1/messages."""
+    try:
+        await _answer(service, call)
+    except ContextLengthError as error:
+        raise too_long(error) from None
+    except ApiError as error:
+        raise busy(error) from None
+
+
+async def _answer(service: Service, call: Call) -> None:
     request = await call.decode(_DECODER)
     if request.max_tokens is None:
         refuse("max_tokens", "field required")
@@ -46,23 +57,21 @@ async def messages(service: Service, call: Call) -> None:
     if notes.ignored:
         log.info("ignored of a request: %s", call.headers["x-tokenspeed-ignored"])
     limits = service.pool.check_room()
-    try:
-        async with open_turn(service, asked) as turn:
-            message = Message(
-                turn,
-                request.model,
-                page_size=limits.page_size,
-                kept_s=math.inf if asked.kept.pinned else asked.kept.seconds,
-                silent=request.max_tokens == 0,
-                omit=(request.thinking or {}).get("display") == "omitted",
-            )
-            if request.stream:
-                await turn.generation.stream(call, message)
-            else:
-                await turn.generation.finish()
-                await call.reply(message.whole())
-    except ContextLengthError as error:
-        raise too_long(error) from None
+    check_token_ids(asked.params, limits.vocab_size)
+    async with open_turn(service, asked) as turn:
+        message = Message(
+            turn,
+            request.model,
+            page_size=limits.page_size,
+            kept_s=math.inf if asked.kept.pinned else asked.kept.seconds,
+            silent=request.max_tokens == 0,
+            omit=(request.thinking or {}).get("display") == "omitted",
+        )
+        if request.stream:
+            await turn.generation.stream(call, message)
+        else:
+            await turn.generation.finish()
+            await call.reply(message.whole())
 
 
 async def count_tokens(service: Service, call: Call) -> None:
@@ -100,7 +109,13 @@ def _turn_request(request: MessagesRequest, call: Call, notes: Notes) -> TurnReq
             stop=stop_sequences(request.stop_sequences),
             **{name: value for name, value in given.items() if value is not None},
         ),
-        caller=call.caller(Hints(metadata=request.metadata)),
+        caller=call.caller(
+            Hints(
+                metadata=request.metadata,
+                priority=request.priority,
+                service_tier=request.service_tier,
+            )
+        ),
         tool_choice=tool_choice(request.tool_choice, (*tools.shown, *tools.loaded), tools.hosted),
         output_format=output,
         output_field=field,

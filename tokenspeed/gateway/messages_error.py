@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Errors in Anthropic's shape. Knows statuses, no requests.
 
-Load is shed with 503, as in every dialect, and not with Anthropic's 529: SDKs retry both alike and
-honour Retry-After, but agents take several 529 for a reason to change to another model.
+A request for which there is no room is answered 529, as Anthropic answers it. A server that takes
+none at all, because it loads or ends, says 503, as in every dialect. SDKs retry both alike.
 """
 
 import re
 import secrets
 
 from tokenspeed.errors import ContextLengthError
-from tokenspeed.gateway.api_error import ApiError
+from tokenspeed.gateway.api_error import OVERLOADED, ApiError
 from tokenspeed.gateway.app import encode_json
 
 _TYPES = {
@@ -38,6 +38,13 @@ def failure(error: ApiError) -> bytes:
     request_id = error.headers.setdefault("request-id", f"req_{secrets.token_hex(12)}")
     about = {"type": kind, "message": message}
     return encode_json({"type": "error", "error": about, "request_id": request_id})
+
+
+def busy(error: ApiError) -> ApiError:
+    """With Anthropic's own status, if there is no room; else as it is."""
+    if error.code == OVERLOADED:
+        error.status = 529
+    return error
 
 
 def too_long(error: ContextLengthError) -> ApiError:

@@ -133,6 +133,7 @@ class Message:
         hour = self._kept_s >= 3600
         num_tokens = 0 if self._silent else choice.num_tokens
         num_thinking = 0 if self._silent else choice.num_reasoning
+        tier = self._turn.request.caller.urgency.tier
         usage: dict[str, Any] = {
             "input_tokens": num_prompt - num_read - num_written,
             "cache_creation_input_tokens": num_written,
@@ -143,7 +144,7 @@ class Message:
             },
             "output_tokens": num_tokens,
             "output_tokens_details": {"thinking_tokens": num_thinking},
-            "service_tier": "standard",
+            "service_tier": "priority" if tier == "priority" else "standard",
         }
         if (receipt := self._turn.receipt) is not None:
             usage["cache_receipt"] = receipt

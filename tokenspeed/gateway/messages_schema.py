@@ -44,6 +44,10 @@ class MessagesRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     cache_control: dict[str, Any] | None = None
     cache_receipt: bool | None = None
+    service_tier: str | None = None
+    # Not Anthropic's, but served as they are in /v1/chat/completions:
+    priority: int | None = None
+    forced_output_ids: list[int] | None = None
     # Of Anthropic's own hosts. Ignored, and the answer's headers say so:
     mcp_servers: list[Any] | None = None
     container: Any = None

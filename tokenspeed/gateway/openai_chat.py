@@ -98,6 +98,8 @@ class _Chat(OpenAIStream):
             "created": int(time.time()),
             "model": model,
         }
+        if request.service_tier is not None:
+            self._head["service_tier"] = turn.request.caller.urgency.tier
         options = request.stream_options
         self._usage_at_end = bool(options and options.include_usage)
         self._usage_always = bool(options and options.continuous_usage_stats)

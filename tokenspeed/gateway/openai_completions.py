@@ -73,7 +73,7 @@ async def completions(service: Service, call: Call) -> None:
         )
         params = params.replace(grammar=grammar)
     salt = service.keys.salt(caller.salt, request.cache_salt)
-    sent = Sent(salt, caller.user, caller.retention or Retention())
+    sent = Sent(salt, caller.user, caller.retention or Retention(), caller.urgency)
     with Generation(
         service.pool, service.tokenizer, prompts, params, sent, record=caller.record
     ) as generation:

@@ -84,6 +84,9 @@ class Sampling(msgspec.Struct, kw_only=True):
     safety_identifier: Any = None
     metadata: Any = None
     prompt_cache_key: Any = None
+    priority: int | None = None
+    service_tier: str | None = None
+    forced_output_ids: list[int] | None = None
     # Refused while they are not served:
     best_of: int | None = None
     use_beam_search: bool | None = None
@@ -107,6 +110,8 @@ class Sampling(msgspec.Struct, kw_only=True):
             safety_identifier=self.safety_identifier,
             metadata=self.metadata,
             prompt_cache_key=self.prompt_cache_key,
+            priority=self.priority,
+            service_tier=self.service_tier,
         )
 
     def refusals(self) -> dict[str, bool]:
@@ -210,6 +215,7 @@ _SAME_NAME = (
     "skip_special_tokens",
     "seed",
     "prompt_logprobs",
+    "forced_output_ids",
 )
 
 
@@ -237,6 +243,12 @@ def sampling_params(
     if tokenizer is None and "stop" in given:
         raise RequestError("stop: this server has no tokenizer", field="stop")
     params = SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **given)
+    check_token_ids(params, vocab_size)
+    return params
+
+
+def check_token_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raises `RequestError` naming the first field that has an id which the model does not know."""
     for name, ids in params.token_ids().items():
         if ids and not (min(ids) >= 0 and max(ids) < vocab_size):
             raise RequestError(
@@ -244,7 +256,6 @@ def sampling_params(
                 field=name,
                 code="invalid_token_id",
             )
-    return params
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:

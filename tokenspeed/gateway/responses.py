@@ -35,6 +35,8 @@ async def create_response(service: Service, call: Call) -> None:
         user=request.user,
         safety_identifier=request.safety_identifier,
         prompt_cache_key=request.prompt_cache_key,
+        priority=request.priority,
+        service_tier=request.service_tier,
     )
     receipt = wants_receipt(call.scope["headers"], request.cache_receipt)
     store, caller = service.responses, call.caller(hints)

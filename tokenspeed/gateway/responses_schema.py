@@ -105,6 +105,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     cache_salt: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     cache_receipt: bool | None = None
+    priority: int | None = None
+    forced_output_ids: list[int] | None = None
     # Refused while they are not served:
     conversation: Refused = None
     prompt: Refused = None
@@ -190,7 +192,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
 
 _SAMPLING = (
     "temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop"
-    " ignore_eos cache_salt"
+    " ignore_eos cache_salt forced_output_ids"
 ).split()
 
 

@@ -123,7 +123,9 @@ def read_request(
         receipt=receipt,
         limit_field="input",
     )
-    output = Output(_head(request, model), conversation, request.seals_reasoning)
+    output = Output(
+        _head(request, model, caller.urgency.tier), conversation, request.seals_reasoning
+    )
     given = [_stored(item) for item in items] if request.kept else []
     return Asked(request, turn, output, given, parent, ignored, store)
 
@@ -161,7 +163,7 @@ def as_input() -> Iterator[None]:
         raise RequestError(str(error), field="input", code=error.code) from None
 
 
-def _head(request: ResponsesRequest, model: str) -> dict[str, Any]:
+def _head(request: ResponsesRequest, model: str, tier: str) -> dict[str, Any]:
     """The fields of the response that do not change. What is large is encoded once."""
     reasoning, asked = msgspec.to_builtins((request.reasoning, request.text))
     text = {"format": {"type": "text"}} | {k: v for k, v in (asked or {}).items() if v}
@@ -180,7 +182,7 @@ def _head(request: ResponsesRequest, model: str) -> dict[str, Any]:
         "prompt": None,
         "prompt_cache_retention": (request.prompt_cache_retention or "in_memory").replace("-", "_"),
         "reasoning": reasoning or {"effort": None, "summary": None},
-        "service_tier": "default",
+        "service_tier": tier,
         "store": request.kept,
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": text,

@@ -3,7 +3,7 @@
 
     {"tenants": [{"name": "web", "keys": ["sha256:9f86..."], "roles": ["inference"],
                   "max_concurrency": 8, "requests_per_minute": 600, "tokens_per_minute": 2000000,
-                  "share_cache": false}]}
+                  "priority": 0, "tps_floor": 70, "share_cache": false}]}
 
 A key is given as its SHA-256 in hex or as it is; either way only the digest is kept, and no error
 repeats one. `share_cache` is false for a prefix cache of the tenant's own, a name for one that all
@@ -20,6 +20,13 @@ from typing import Literal
 import msgspec
 
 from tokenspeed.gateway.limits import Limiter, Limits
+from tokenspeed.gateway.urgency import (
+    MAX_FLOOR,
+    MAX_PRIORITY,
+    Standing,
+    is_floor,
+    is_priority,
+)
 
 Role = Literal["inference", "metrics", "admin"]
 ROLES: tuple[Role, ...] = ("inference", "metrics", "admin")
@@ -37,6 +44,7 @@ class Tenant:
     roles: tuple[Role, ...] = ROLES
     salt: bytes = b""
     limiter: Limiter = field(default_factory=lambda: Limiter(Limits()), compare=False)
+    standing: Standing = Standing()
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class TenantSpec:
     roles: tuple[Role, ...] = ROLES
     limits: Limits = Limits()
     group: str | None = None  # whose prefix cache it shares; None: nobody's
+    standing: Standing = Standing()
 
 
 class _Entry(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -57,6 +66,8 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_concurrency: int | None = None
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
+    priority: int | None = None
+    tps_floor: float | None = None
     share_cache: bool | str = False
 
 
@@ -127,12 +138,24 @@ def _spec(entry: _Entry, where: str) -> TenantSpec:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"{where}.{name} must be at least 1: {value}")
+    standing = _standing(entry, where)
     group = "shared" if entry.share_cache is True else entry.share_cache or None
     if group is not None and not _NAME.fullmatch(group):
         raise ValueError(f"{where}.share_cache is no name of a group: {group[:80]!r}")
     roles = tuple(role for role in ROLES if role in entry.roles)
     digests = tuple(_key_digest(key) for key in entry.keys)
-    return TenantSpec(entry.name, digests, roles, Limits(**numbers), group)
+    return TenantSpec(entry.name, digests, roles, Limits(**numbers), group, standing)
+
+
+def _standing(entry: _Entry, where: str) -> Standing:
+    priority, floor = entry.priority, entry.tps_floor
+    if priority is not None and not is_priority(priority):
+        why = f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]: {priority}"
+        raise ValueError(f"{where}.priority {why}")
+    if floor is not None and not is_floor(floor):
+        why = f"must be above 0 and at most {MAX_FLOOR:.0f} tokens per second: {floor}"
+        raise ValueError(f"{where}.tps_floor {why}")
+    return Standing(priority, floor)
 
 
 def _key_digest(key: str) -> bytes:

@@ -103,6 +103,7 @@ async def open_turn(service: Service, request: TurnRequest) -> AsyncIterator[Tur
         salt=service.keys.salt(request.caller.salt, request.cache_salt),
         user=request.caller.user,
         retention=request.kept,
+        urgency=request.caller.urgency,
     )
     generation = Generation(
         service.pool,
