@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The three dialects as a client sees them: a request's body, what an event says, how usage counts.
+"""The dialects as a client sees them: a request's body, what an event says, how usage counts.
 
 Knows shapes of JSON. Knows no HTTP, no clock and no records.
 """
@@ -107,6 +107,22 @@ class Chat:
         return Usage(given.get("prompt_tokens"), cached, given.get("completion_tokens"))
 
 
+class Completions(Chat):
+    """OpenAI's text completions: the messages' texts are the prompt, nobody said them."""
+
+    path = "/v1/completions"
+
+    def body(self, ask: Ask) -> Json:
+        body = super().body(ask)
+        body["prompt"] = "\n".join(one["content"] for one in body.pop("messages"))
+        return body
+
+    def read(self, event: Json) -> Delta:
+        choices = event.get("choices") or ()
+        shaped = [one | {"delta": {"content": one.get("text")}} for one in choices]
+        return super().read(event | {"choices": shaped})
+
+
 class Responses:
     """OpenAI's Responses."""
 
@@ -191,7 +207,12 @@ class Messages:
         return Usage(prompt, cached, given.get("output_tokens"))
 
 
-DIALECTS: dict[str, Dialect] = {"chat": Chat(), "responses": Responses(), "messages": Messages()}
+DIALECTS: dict[str, Dialect] = {
+    "chat": Chat(),
+    "responses": Responses(),
+    "messages": Messages(),
+    "completions": Completions(),
+}
 
 
 def dialect_of(name: str) -> Dialect:

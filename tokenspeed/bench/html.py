@@ -23,11 +23,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An `<svg>` element, trusted as it is; `ValueError` for anything else."""
+    """An `<svg>` element, trusted as it is; `ValueError` for anything else.
+
+    `folded`: shown when its title is clicked, for one of many of a kind.
+    """
 
     title: str
     svg: str
     caption: str = ""
+    folded: bool = False
 
     def __post_init__(self) -> None:
         if not self.svg.startswith("<svg "):
@@ -85,7 +89,10 @@ def _table(table: Table) -> str:
 def _picture(picture: Picture) -> str:
     name, caption = html.escape(picture.title), html.escape(picture.caption)
     svg = picture.svg.replace("<svg ", f'<svg aria-label="{name}" ', 1)
-    return f"<h2>{name}</h2>\n<figure>\n{svg}\n<figcaption>{caption}</figcaption></figure>"
+    figure = f"<figure>\n{svg}\n<figcaption>{caption}</figcaption></figure>"
+    if picture.folded:
+        return f"<details><summary>{name}</summary>\n{figure}</details>"
+    return f"<h2>{name}</h2>\n{figure}"
 
 
 def _warnings(warnings: Warnings) -> str:

@@ -56,6 +56,11 @@ class Cloud:
     uncached_tokens: tuple[int, ...]
     ttft_s: tuple[float, ...]
 
+    def joined(self, other: "Cloud") -> "Cloud":
+        """With the requests of another run of the endpoint."""
+        tokens = self.uncached_tokens + other.uncached_tokens
+        return Cloud(self.name, tokens, self.ttft_s + other.ttft_s)
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -70,7 +75,13 @@ class Timeline:
     refused_s: Sequence[float] = ()  # when requests were refused or failed
 
 
-def pareto(curves: Sequence[Curve], *, floor: float | None, what: str = "output tokens") -> str:
+def pareto(
+    curves: Sequence[Curve],
+    *,
+    floor: float | None,
+    what: str = "output tokens",
+    ident: str = "pareto",
+) -> str:
     """TPS that a user sees (x) against tokens per minute of a device (y); a number is a load."""
     figure = _figure(HEIGHT)
     axes = figure.add_subplot()
@@ -91,7 +102,7 @@ def pareto(curves: Sequence[Curve], *, floor: float | None, what: str = "output 
     axes.set_xlabel("tokens per second that each user sees (median stream)")
     axes.set_ylabel(f"{what} per minute and device")
     _floor_line(axes, floor, vertical=True)
-    return _svg(figure, "pareto", {axes: labels}, beside=False)
+    return _svg(figure, ident, {axes: labels}, beside=False)
 
 
 def ttft(clouds: Sequence[Cloud]) -> str:

@@ -4,11 +4,11 @@
 import os
 import sys
 
-from tokenspeed.cli import chat, env, generate, kernels, plan, serve, simulate
+from tokenspeed.cli import bench, chat, env, generate, kernels, plan, serve, simulate
 from tokenspeed.cli.options import Parser
 from tokenspeed.errors import TokenSpeedError
 
-COMMANDS = (serve, chat, generate, kernels, plan, simulate, env)
+COMMANDS = (serve, chat, generate, bench, kernels, plan, simulate, env)
 
 
 def build_parser() -> Parser:

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""A workload at one load after another, on endpoints that take turns. Prints and draws nothing.
+
+A load's prompts are of its own words: shape and lengths repeat, but no cache holds them from the
+load before.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import httpx
+
+from tokenspeed.bench.client import Endpoint
+from tokenspeed.bench.load import LoadOptions, Observe, run_load
+from tokenspeed.bench.measure import Price, Summary, summary
+from tokenspeed.bench.prompts import Prompts, server_count, tokens_per_word
+from tokenspeed.bench.records import Run
+from tokenspeed.bench.session import Workload
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What runs are measured by."""
+
+    floors: tuple[float, ...] = ()
+    price: Price | None = None
+    devices: int = 1
+
+    def of(self, run: Run) -> Summary:
+        return summary(run, self.floors, self.price, self.devices)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is asked of whom. `stop` ends the load that runs, and with it all others."""
+
+    endpoints: tuple[Endpoint, ...]
+    workload: Workload
+    options: LoadOptions
+    words: float  # tokens that the endpoints make of a word
+    sessions_per_stream: int = 1  # of the workload, where a load is so many streams at once
+    observe: Observe | None = None
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> list[Run]:
+        """A run of each endpoint with the whole workload, as the options say."""
+        return await self._run(self.workload, self.options)
+
+    async def at(self, streams: int, place: int = 0) -> list[Run]:
+        """A run of each endpoint with `streams` at once.
+
+        Runs of another `place` say the same in other words. Raises ValueError where the workload
+        has fewer sessions.
+        """
+        workload = replace(self.part(streams), seed=self.workload.seed + place)
+        return await self._run(workload, replace(self.options, concurrency=streams))
+
+    async def sweep(self, loads: Sequence[int]) -> list[Run]:
+        """The runs at each number of streams at once; those of one load are neighbours."""
+        runs: list[Run] = []
+        for place, streams in enumerate(loads):
+            if self.stop.is_set():
+                break
+            runs += await self.at(streams, place)
+        return runs
+
+    def part(self, streams: int) -> Workload:
+        """What of the workload is for so many streams."""
+        sessions = self.workload.sessions[: streams * self.sessions_per_stream]
+        if len(sessions) < streams:
+            raise ValueError(f"{streams} streams at once, but the workload has {len(sessions)}")
+        return replace(self.workload, sessions=sessions)
+
+    async def _run(self, workload: Workload, options: LoadOptions) -> list[Run]:
+        texts = Prompts(workload.seed, self.words)
+        return await run_load(
+            self.endpoints, workload, texts, options, observe=self.observe, stop=self.stop
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Whether so many streams held a floor, for `find_capacity`."""
+
+    run: Run
+    found: Summary
+    held: bool
+
+
+async def try_floor(bench: Bench, judge: Judge, share: float, streams: int, place: int) -> Trial:
+    """Held: `share` of all stream-seconds at or above the judge's first floor, and every request
+    answered. What a user meant to cancel counts as answered."""
+    run = (await bench.at(streams, place))[0]
+    found = judge.of(run)
+    unanswered = sum(found.statuses.get(status, 0) for status in ("refused", "error"))
+    whole = run.died is None and found.num_requests > 0 and not unanswered
+    return Trial(run, found, whole and found.floors[0].attainment >= share)
+
+
+def calibrate(endpoints: Sequence[Endpoint]) -> tuple[float, str | None]:
+    """Tokens of a word by the first endpoint that tokenizes; 1.0 and the reason where none does."""
+    reasons = []
+    for endpoint in endpoints:
+        try:
+            return tokens_per_word(server_count(endpoint.root, endpoint.model)), None
+        except (httpx.HTTPError, ValueError) as error:
+            reasons.append(f"{endpoint.name}: {type(error).__name__}: {error}")
+    return 1.0, "; ".join(reasons)
