@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tokenspeed.cli.options import add_options, options_of
+from tokenspeed.cli.options import add_options, flag_of, options_of
 from tokenspeed.planner.devices import DEVICES, find_device
 from tokenspeed.simulation.options import SimulationOptions
 from tokenspeed.spmd.mesh import Mesh
@@ -47,6 +47,9 @@ def add_parser(subparsers: Any) -> None:
     box.add_argument("--gpu", choices=[*DEVICES, "cpu"], help="kind of device (default: h200)")
     for axis, text in AXES.items():
         box.add_argument(f"--{axis}", type=int, metavar="N", help=f"devices that {text}")
+    formats, kinds = ("auto", "fp32", "bf16", "fp8", "int4", "fp4"), ("auto", "bf16", "fp8")
+    box.add_argument("--weight-dtype", choices=formats, help="auto: as the checkpoint says")
+    box.add_argument("--kv-cache-dtype", choices=kinds, help="of keys and values")
     box.add_argument("--host-s", type=float, metavar="X", help="of a step, on the host")
     box.add_argument("--request-s", type=float, metavar="X", help="until the engine knows of one")
     add_options(parser, SimulationOptions)
@@ -77,14 +80,12 @@ def run(args: argparse.Namespace) -> int:
 def _workload(args: argparse.Namespace) -> "Workload":
     from tokenspeed.simulation.sessions import condense, read_workload
 
-    names = ("sessions", "seed", "scale", "span_s")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = _given(args, ("sessions", "seed", "scale", "span_s"))
     if args.workload in MADE:
         made = import_module(f"tokenspeed.bench.workloads.{args.workload}").make(**given)
         return condense(made)
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags}: only for {', '.join(MADE)}, not for a file")
+        raise ValueError(f"{_flags(given)}: only for {', '.join(MADE)}, not for a file")
     return read_workload(Path(args.workload))
 
 
@@ -94,15 +95,13 @@ def _devices(
     """The profile, the options with nothing left open, and how many devices there are."""
     if (args.profile is None) == (args.model is None):
         raise ValueError("give either --model or --profile")
-    names = ("gpu", *AXES, "host_s", "request_s")
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    given = _given(args, ("gpu", *AXES, "weight_dtype", "kv_cache_dtype", "host_s", "request_s"))
     if args.model:
         return _roofline(args.model, given, options)
     from tokenspeed.simulation.device_profile import read_profile
 
     if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"{flags}: --profile says all of a device")
+        raise ValueError(f"{_flags(given)}: --profile says all of a device")
     if options.num_pages is None or options.max_model_len is None:
         raise ValueError("--profile does not say what fits: give --num-pages and --max-model-len")
     return read_profile(args.profile), options, Mesh()
@@ -118,13 +117,26 @@ def _roofline(
     mesh = Mesh(**{axis: given[axis] for axis in AXES if axis in given})
     device = find_device(given.get("gpu", "h200"), mesh.num_ranks)
     load = Load(page_size=options.page_size, step_tokens=options.max_num_batched_tokens)
-    found = estimate(open_model(model), mesh, device, load)
+    planned = open_model(
+        model,
+        weight_dtype=given.get("weight_dtype", "auto"),
+        kv_dtype=given.get("kv_cache_dtype", "auto"),
+    )
+    found = estimate(planned, mesh, device, load)
     found.room.check(1, 1)
     times = {name: given[name] for name in ("host_s", "request_s") if name in given}
     pages = options.num_pages or found.room.num_pages
-    longest = min(pages * options.page_size, found.workload.planned.model.max_position)
+    longest = min(pages * options.page_size, planned.model.max_position)
     options = replace(options, num_pages=pages, max_model_len=options.max_model_len or longest)
     return RooflineProfile(found, **times), options, mesh
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def _flags(given: dict[str, Any]) -> str:
+    return ", ".join(map(flag_of, given))
 
 
 def _play(args: argparse.Namespace, simulation: "Simulation", num_devices: int) -> dict[str, Any]:

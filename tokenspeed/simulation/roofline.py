@@ -6,6 +6,7 @@ slower of memory and arithmetic. Knows no requests. Overlap of anything with any
 as the planner does (`planner/roofline.py`).
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,11 +24,17 @@ GROWTH = 1.08  # from one entry to the next above
 
 
 class RooflineProfile:
-    """Step times of a compiled model on a mesh of devices. `ValueError`: it has several stages."""
+    """Step times of a compiled model on a mesh of devices. Steps are of at most the load's tokens.
+
+    `ValueError`: the mesh has several stages, or a time is negative or not finite.
+    """
 
     def __init__(self, found: Estimate, *, host_s: float = 0.0, request_s: float = 0.0) -> None:
         if found.mesh.pp > 1:
             raise ValueError(f"mesh {found.mesh}: pipeline stages are not simulated")
+        for name, value in {"host_s": host_s, "request_s": request_s}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be finite and not negative: {value}")
         self.name = f"{found.workload.planned.name} on {found.mesh.num_ranks} x {found.device.name}"
         self.host_s, self.request_s, self.noise = host_s, request_s, 0.0
         workload, device = found.workload, found.device

@@ -25,7 +25,7 @@ Blocks = NDArray[np.int64]
 MOST_BLOCK_ID = 2**30  # ids above stand for what no prompt contains
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Turn:
     """One request. The prompt is `keep` blocks of the one before, `added`, and a tail."""
 
