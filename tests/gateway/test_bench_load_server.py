@@ -78,6 +78,26 @@ async def _kill(s) -> None:
     assert all(record.error for record in run.records)
 
 
+async def test_a_request_is_sent_when_its_last_byte_is():
+    async def answer(reader, writer):
+        await asyncio.sleep(0.3)  # while the client waits for room in the socket
+        length = int((await reader.readuntil(b"\r\n\r\n")).lower().split(b"length: ")[1].split()[0])
+        await reader.readexactly(length)
+        writer.write(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\ndata: " + LAST + b"\n\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listener:
+        port = listener.sockets[0].getsockname()[1]
+        endpoint = Endpoint("slow", f"http://127.0.0.1:{port}", "m", extra={"x": "x" * (1 << 24)})
+        (run,) = await run_load([endpoint], workload(1, 1, 1), TEXTS, LoadOptions(1))
+    (record,) = run.records
+    assert (record.status, record.error) == ("ok", None)
+    assert 0.25 < record.sent_s <= record.first_token_s
+
+
+LAST = b'{"choices":[{"delta":{"content":"x"},"finish_reason":"stop"}]}'
+
+
 @pytest.mark.full
 async def test_many_streams_at_once():
     with server("--step-s", "0.02") as s:

@@ -31,13 +31,14 @@ class Replay:
         self.session, self._texts = session, texts
         self._echoes = history == "answers"
         self._came: dict[str, str] = {}  # by the recorded answer
+        self._said: dict[int, list[tuple[str, str]]] = {}  # of the turn at hand and the next one
 
     def messages(self, index: int) -> tuple[dict[str, Any], ...]:
         """The prompt of a turn."""
         if not self._echoes:
             said = [("user", self._texts.text(self.session, index))]
         else:
-            said = self._texts.conversation(self.session, index)
+            said = self._conversation(index)
         return tuple(
             {"role": role, "content": self._came.get(text, text) if role == "assistant" else text}
             for role, text in said
@@ -47,13 +48,18 @@ class Replay:
         """What the endpoint said to a turn."""
         if not self._echoes or index + 1 == len(self.session.turns):
             return
-        before = self._texts.conversation(self.session, index)
-        after = self._texts.conversation(self.session, index + 1)
+        before, after = self._conversation(index), self._conversation(index + 1)
+        del self._said[index]
         # A prompt that does not go on from this one holds no answer to it.
         if after[: len(before)] == before and after[len(before) :]:
             role, recorded = after[len(before)]
             if role == "assistant":
                 self._came[recorded] = text if text.strip() else _SILENCE
+
+    def _conversation(self, index: int) -> list[tuple[str, str]]:
+        if index not in self._said:
+            self._said[index] = self._texts.conversation(self.session, index)
+        return self._said[index]
 
     def dictated(self, index: int) -> str:
         """The text that the recording holds for the answer."""
