@@ -168,7 +168,7 @@ async def gateway(
         service.keys,
         loopback=True,
         max_body=settings.max_body_bytes,
-        journal=Journal("null", [service.sessions, RequestLog(), *observers]),
+        journal=Journal("null", [service.sessions, service.watch, RequestLog(), *observers]),
     )
     transport = httpx.ASGITransport(app, raise_app_exceptions=True)
     await pool.start()

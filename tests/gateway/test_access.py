@@ -15,7 +15,7 @@ from tokenspeed.gateway.server import _listener, _unix_listener
 from tokenspeed.gateway.serving import _public_name, _servers
 
 KEYS = ("first-key", "second-key")
-OPEN = {"/health", "/ready"}
+OPEN = {"/health", "/ready", "/dashboard"}
 TEXT = {"prompt": "hello " * 100, "max_tokens": 1}
 
 
@@ -23,7 +23,7 @@ def url(path: str) -> str:
     return path.replace("{model:path}", "null")
 
 
-async def test_every_route_but_two_needs_a_key():
+async def test_every_route_but_three_needs_a_key():
     async with gateway(keys=KEYS) as g:
         seen = set()
         for spec in g.app.table:
@@ -153,8 +153,9 @@ async def test_admin_routes_move_to_their_own_listener():
     apps = [server.config.app for server in (one, *both)]
     assert all(isinstance(app, Application) for app in apps)
     paths = [{spec.path for spec in app.table} for app in apps]
-    assert paths[1] == paths[0] - {"/metrics", "/flush_cache"}
-    assert paths[2] == {"/metrics", "/flush_cache", "/health", "/ready"}
+    moved = {"/metrics", "/flush_cache", "/dashboard", "/dashboard/events"}
+    assert paths[1] == paths[0] - moved
+    assert paths[2] == moved | {"/health", "/ready"}
 
 
 async def test_an_unforeseen_failure_tells_nothing(monkeypatch, caplog):

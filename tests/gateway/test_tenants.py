@@ -133,6 +133,7 @@ async def test_roles_decide_on_every_route():
     async with gateway(tenants=tenants) as g:
         for route, (roles, key) in itertools.product(g.app.table, everything().items()):
             path = route.path.replace("{model:path}", "null").replace("{", "").replace("}", "")
+            path += "?count=0" * (path == "/dashboard/events")  # else it has no end
             reply = await g.http.request(route.method, path, headers={"x-api-key": key})
             refused = reply.status_code == 403 and "missing_role" in reply.text
             if route.path.startswith("/v1/messages"):
@@ -146,7 +147,7 @@ async def test_what_routes_need():
     async with gateway() as g:
         table = g.app.table
     for route in table:
-        if route.path in ("/health", "/ready"):
+        if route.path in ("/health", "/ready", "/dashboard"):
             assert route.open
         elif route.path == "/metrics":
             assert route.roles == ("metrics",)

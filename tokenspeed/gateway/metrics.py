@@ -80,6 +80,8 @@ class Metrics:
         self.model_name = model_name
         self.engines = [EngineMetrics() for _ in range(num_engines)]
         self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words
+        # Stream-seconds of all gateways, counted by the first: `seconds`, `floored`, `below`.
+        self.streams: Counter[str] = Counter()
 
     def counted(self) -> dict[str, Any]:
         """What this gateway has counted itself, as JSON has it."""

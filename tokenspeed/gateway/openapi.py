@@ -85,6 +85,10 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
     anything: dict[str, Any] = {"application/json": {"schema": {}}}
     if spec.path == "/metrics":
         anything = {"text/plain": {"schema": {"type": "string"}}}
+    if spec.path == "/dashboard":
+        anything = {"text/html": {"schema": {"type": "string"}}}
+    if spec.path == "/dashboard/events":
+        anything = {"text/event-stream": {"schema": {}}}
     if spec.metered or "{response_id}" in path:
         anything["text/event-stream"] = {"schema": {}}
     made: dict[str, Any] = {

@@ -46,7 +46,10 @@ class RequestRecord:
     num_expected: int = 0  # prompt tokens that the session had before
     num_cached: int = 0
     num_host: int = 0  # of those cached, in host memory
-    num_output: int = 0
+    num_output: int = 0  # so far; what counts of it is known at the end
+    num_first: int = 0  # of these, with the first output
+    num_choices: int = 1
+    tps_floor: float | None = None  # None: the server's, 0: none
     num_steps: int = 0  # outputs that brought tokens
     num_drafted: int = 0  # tokens of drafts that were verified
     num_accepted: int = 0  # of these
@@ -71,7 +74,10 @@ class RequestRecord:
         """Tokens have come for a choice."""
         if output.token_ids:
             self.last = time.monotonic()
-            self.first = self.first or self.last
+            if not self.first:
+                self.first, self.num_first = self.last, len(output.token_ids)
+                self.num_cached = output.num_cached_tokens
+            self.num_output += len(output.token_ids)
             self.num_steps += 1
             if index == 0 and self.session is not None:
                 self.output_ids += output.token_ids

@@ -4,7 +4,7 @@
 from functools import partial
 from typing import Any
 
-from tokenspeed.gateway import responses
+from tokenspeed.gateway import dashboard, responses
 from tokenspeed.gateway import sessions_routes as sessions
 from tokenspeed.gateway import small_routes as small
 from tokenspeed.gateway.app import RouteSpec
@@ -29,6 +29,7 @@ def route_table(service: Service) -> list[RouteSpec]:
     one, own = "/v1/sessions/{session}", {"roles": ("inference", "admin")}
     rule: dict[str, Any] = {"admin": True, "roles": ("admin",), "home": "first"}
     watch = rule | {"roles": ("metrics",)}
+    seen: dict[str, Any] = {"admin": True, "open": True}  # it is the same for every server
     one_of: dict[str, Any] = own | {"home": "session"}
     all_of: dict[str, Any] = own | {"home": "first"}
     pin = one_of | {"body": sessions.PinRequest}
@@ -60,6 +61,8 @@ def route_table(service: Service) -> list[RouteSpec]:
         on("GET", "/health", small.health, "Liveness", open=True),
         on("GET", "/ready", small.readiness, "Readiness and loading progress", open=True),
         on("GET", "/metrics", small.metrics, "Prometheus metrics", **watch),
+        on("GET", "/dashboard", dashboard.page, "What the server does, as a page", **seen),
+        on("GET", "/dashboard/events", dashboard.events, "The same as events", **rule),
         on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", **rule),
     ]
     return [*table, openapi_route(table)]

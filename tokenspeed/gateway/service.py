@@ -14,6 +14,7 @@ from tokenspeed.config import ServerOptions
 from tokenspeed.errors import RequestError
 from tokenspeed.gateway.api_error import ApiError
 from tokenspeed.gateway.auth import Keys
+from tokenspeed.gateway.dashboard_snapshot import Show, Watch
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.grammars import Grammars
 from tokenspeed.gateway.identity import Caller
@@ -50,6 +51,7 @@ class Service:
 
     def __post_init__(self) -> None:
         self.sessions = Sessions(self.keys.pseudonym)
+        self.watch, self.show = Watch(self.pool, self.metrics, self.sessions), Show()
         self.siblings: Siblings | None = None  # if there are several gateways
         added = set() if self.tokenizer is None else set(self.tokenizer.added_tokens.values())
         self.markers = frozenset(self.format.markers)

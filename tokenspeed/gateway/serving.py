@@ -28,6 +28,7 @@ from tokenspeed.gateway import request_log
 from tokenspeed.gateway.api_error import ApiError, overloaded
 from tokenspeed.gateway.app import Application, RouteSpec
 from tokenspeed.gateway.auth import Keys
+from tokenspeed.gateway.dashboard import look_on
 from tokenspeed.gateway.engine_client import ENGINE_COMMAND
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.family import Family, Hello, Stops, obey
@@ -113,6 +114,7 @@ async def run(
     service.warm_up()
     family = Family(pool, options)
     link: Link | None = None
+    watching: asyncio.Task[None] | None = None
     try:
         if further is not None:
             link = further.link()
@@ -127,15 +129,19 @@ async def run(
                 link = await family.start(config, keys.secret, sockets[0])
         gc.collect()
         gc.freeze()  # what exists now stays: later collections need not look at it
-        journal = Journal(names[0], [service.sessions, RequestLog(), *parts.tracing])
+        journal = Journal(names[0], [service.sessions, service.watch, RequestLog(), *parts.tracing])
         if link is not None:
             service.siblings = Siblings(link, functools.partial(has, service))
         servers = _servers(options, keys, route_table(service), journal, service.siblings)
         del servers[len(sockets) :]  # only the first gateway has a listener for administration
         if link is not None:
             _hear(link, service, servers[0])
+        if further is None:
+            watching = asyncio.create_task(look_on(service))
         return await _until_the_end(pool, options, servers, sockets, stops, family, announce)
     finally:
+        if watching is not None:
+            watching.cancel()
         if link is not None:
             link.close()
         if further is not None:

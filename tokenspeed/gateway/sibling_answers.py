@@ -4,6 +4,7 @@
 Questions come from gateways alone and are as `siblings.py` and the handlers make them.
 """
 
+import time
 from typing import Any
 
 from tokenspeed.gateway.service import Service
@@ -17,6 +18,8 @@ def answer(service: Service, number: int, question: dict[str, Any]) -> Any:
             return has(service, question), number
         case "metrics":
             return service.metrics.counted()
+        case "watch":
+            return service.watch.own(time.monotonic())
         case "sessions":
             return sessions_of(service, question["scope"])
     raise ValueError("another gateway asks what is unknown here")

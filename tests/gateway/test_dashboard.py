@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""The page and its snapshots: who may read them, what they say, and that nothing is loaded."""
+
+import asyncio
+import base64
+import hashlib
+import json
+import re
+from dataclasses import replace
+from importlib.resources import files
+from typing import Any
+
+import pytest
+
+from tests.gateway.harness import gateway
+from tests.gateway.test_tenants import spec
+from tokenspeed.engine import messages as m
+from tokenspeed.gateway.dashboard import MAX_VIEWERS, look
+from tokenspeed.gateway.dashboard_snapshot import COLUMNS, HISTORY, Watch
+from tokenspeed.gateway.request_log import RequestRecord
+
+PAGE = files("tokenspeed.gateway").joinpath("dashboard.html").read_text()
+TEXT = "/v1/completions"
+
+
+def parsed(text: str) -> list[tuple[str, Any]]:
+    blocks = [re.fullmatch(r"event: (\w+)\ndata: (.*)", b) for b in text.split("\n\n") if b]
+    return [(found[1], json.loads(found[2])) for found in blocks]
+
+
+def second(snapshot: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(COLUMNS, snapshot["second"], strict=True))
+
+
+# The page.
+
+
+async def test_the_page_needs_no_key_and_tells_nothing():
+    async with gateway(keys=("k",)) as g:
+        reply = await g.http.get("/dashboard")
+        assert reply.status_code == 200
+        assert reply.headers["content-type"] == "text/html; charset=utf-8"
+        assert reply.text == PAGE  # whatever is served, however it is called
+
+
+def test_the_page_is_small():
+    assert len(PAGE.encode()) < 40_000
+
+
+def loads(page: str) -> list[str]:
+    """Everything in a page that a browser would fetch, but for what its own server tells it."""
+    found = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']?([^"'\s>]+)""", page)
+    found += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", page)
+    found += re.findall(
+        r"""(?:fetch|import|Worker|EventSource|WebSocket)\(\s*["'`]([^"'`]+)""", page
+    )
+    found += re.findall(r"https?://[^\"'\s]+", page)
+    namespace = "http://www.w3.org/2000/svg"  # a name, which nobody fetches
+    return [one for one in found if one not in ("data:,", namespace, "dashboard/events")]
+
+
+def test_the_page_loads_nothing():
+    assert loads(PAGE) == []
+    assert re.findall(r"<(?:script|style|link|img|iframe|object)\b[^>]*>", PAGE) == [
+        '<link rel="icon" href="data:,">',
+        "<style>",
+        "<script>",
+    ]
+    for hostile in (
+        '<script src="https://cdn.example/x.js">',
+        "<style>@import 'x.css'",
+        "fetch('//a/b')",
+    ):
+        assert loads(PAGE + hostile) != []
+
+
+def test_no_text_of_a_client_becomes_markup():
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", PAGE)
+
+
+async def test_the_policy_allows_the_pages_own_script_and_nothing_else():
+    async with gateway() as g:
+        policy = (await g.http.get("/dashboard")).headers["content-security-policy"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert rules["connect-src"] == "'self'"
+    for kind in ("script", "style"):
+        (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", PAGE, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert rules[f"{kind}-src"] == f"'sha256-{digest}'"
+
+
+# The events.
+
+
+async def test_snapshots_are_for_admins():
+    roles = {"all": ("inference", "metrics", "admin"), "admin": ("admin",)}
+    others = {"worker": ("inference",), "scraper": ("metrics",), "both": ("inference", "metrics")}
+    tenants = [spec(name, name, roles=role) for name, role in (roles | others).items()]
+    async with gateway(tenants=tenants) as g:
+        url = "/dashboard/events?count=0"
+        assert (await g.http.get(url)).status_code == 401
+        for name in others:
+            reply = await g.http.get(url, headers={"x-api-key": name})
+            assert reply.status_code == 403, name
+            assert "history" not in reply.text
+        for name in roles:
+            reply = await g.http.get(url, headers={"x-api-key": name})
+            assert reply.status_code == 200, name
+
+
+async def test_history_comes_first_then_a_snapshot_a_look():
+    async with gateway() as g:
+        for _ in range(HISTORY + 3):
+            g.service.watch.look()
+        watching = asyncio.create_task(g.http.get("/dashboard/events?count=2"))
+        for _ in range(2):
+            while g.service.show.num_viewers == 0:
+                await asyncio.sleep(0)
+            for _ in range(20):
+                await asyncio.sleep(0)
+            await look(g.service)
+        reply = await watching
+        assert reply.headers["content-type"] == "text/event-stream; charset=utf-8"
+        (first, past), *rest = parsed(reply.text)
+        assert (first, len(past["rows"])) == ("history", HISTORY)
+        assert past["columns"] == list(COLUMNS)
+        assert [kind for kind, _ in rest] == ["snapshot", "snapshot"]
+        assert rest[0][1]["state"] == "ready"
+        assert g.service.show.num_viewers == 0
+
+
+async def test_who_watches_is_told_of_the_end():
+    async with gateway() as g:
+        watching = asyncio.create_task(g.http.get("/dashboard/events"))
+        while g.service.show.num_viewers == 0:
+            await asyncio.sleep(0)
+        g.pool.draining = True
+        while not watching.done():
+            await look(g.service)
+            await asyncio.sleep(0)
+        assert parsed((await watching).text)[-1][1]["state"] == "draining"
+
+
+async def test_bad_counts_and_too_many_viewers():
+    async with gateway() as g:
+        for given in ("-1", "x", "1e3", "1234567"):
+            reply = await g.http.get(f"/dashboard/events?count={given}")
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "count"), given
+        g.service.show.num_viewers = MAX_VIEWERS
+        reply = await g.http.get("/dashboard/events?count=0")
+        assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")
+        g.service.show.num_viewers = 0
+
+
+# What they say.
+
+
+class Clock:
+    """A watch over a gateway that is not asked anything, and a stream that is fed by hand."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.now = watch, 100.0
+        watch._looked = self.now
+
+    def stream(self, **known: Any) -> RequestRecord:
+        record = RequestRecord(arrived=self.now, identified=True, **known)
+        self.watch.begin(record)
+        self.watch._live[id(record)].at = self.now
+        return record
+
+    def give(self, record: RequestRecord, count: int, at: float) -> None:
+        if not record.first:
+            record.first, record.num_first = at, count
+        record.num_output += count
+
+    def look(self, seconds: float = 1.0) -> dict[str, Any]:
+        self.now += seconds
+        return self.watch.look(now=self.now)
+
+
+async def test_a_streams_rate_is_what_came_since_the_last_look():
+    async with gateway() as g:
+        clock = Clock(g.service.watch)
+        record = clock.stream(id="a", tps_floor=12.0)
+        assert clock.look()["streams"][0]["tps"] is None
+        clock.give(record, 3, clock.now + 0.5)  # the first three: half a second before the look
+        clock.give(record, 6, 0)
+        (stream,) = clock.look()["streams"]
+        assert (stream["tps"], stream["state"], stream["output"]) == (12.0, "streaming", 9)
+        assert (stream["first_s"], stream["below"]) == (1.5, False)
+        for tokens, below in ((12, False), (11, True), (11.5, False), (0, True)):
+            record.num_output += tokens
+            (stream,) = clock.look()["streams"]
+            assert (stream["tps"], stream["below"]) == (tokens, below)
+        record.num_output += 30
+        (stream,) = clock.look(2.5)["streams"]
+        assert (stream["tps"], stream["floor"]) == (12.0, 12.0)
+        g.service.watch.finish(record)
+        assert clock.look()["streams"] == []
+
+
+async def test_a_stream_that_has_just_begun_has_no_rate_and_loses_no_token():
+    async with gateway() as g:
+        clock = Clock(g.service.watch)
+        record = clock.stream(id="a")
+        clock.give(record, 1, clock.now + 0.9)
+        assert clock.look()["streams"][0]["tps"] is None
+        record.num_output += 11
+        assert clock.look()["streams"][0]["tps"] == 10.0  # 11 tokens in 1.1 s
+
+
+async def test_floors_are_the_requests_own_or_the_servers():
+    async with gateway() as g:
+        watch = g.service.watch
+        watch.default_floor = 20.0
+        clock = Clock(watch)
+        for name, floor in (("own", 5.0), ("default", None), ("best effort", 0.0)):
+            record = clock.stream(id=name, tps_floor=floor)
+            clock.give(record, 1, clock.now)
+        for seen in watch._live.values():
+            seen.record.num_output += 9
+        found = clock.look()
+        floors = {s["id"]: (s["floor"], s["below"]) for s in found["streams"]}
+        assert floors == {
+            "own": (5.0, False),
+            "default": (20.0, True),
+            "best effort": (None, False),
+        }
+        told = second(found)
+        assert (told["streams"], told["floored"], told["below"]) == (3, 2, 1)
+        assert (told["lowest"], told["middle"]) == (10.0, 10.0)
+        assert g.service.metrics.streams == {"seconds": 3, "floored": 2, "below": 1}
+
+
+async def test_steps_are_told_as_differences():
+    async with gateway() as g:
+        engine = g.service.metrics.engines[0]
+        clock = Clock(g.service.watch)
+        drafters = [m.DrafterStats("suffix", 4, 8, 6)]
+        before = m.EngineStats(
+            num_steps=100,
+            busy_s=4.0,
+            num_prefill_tokens=1000,
+            num_decode_tokens=800,
+            num_draft_tokens=8,
+            prefix_queries=2000,
+            prefix_hits=1000,
+            speculation=m.SpeculationStats(drafters, [1], 10, 0.5, 0.4),
+        )
+        engine.stats = before
+        assert second(clock.look())["decode"] == 0  # what was before anybody looked
+        more = [m.DrafterStats("suffix", 6, 12, 9)]
+        engine.stats = replace(
+            before,
+            num_running=3,
+            num_waiting=2,
+            kv_cache_usage=0.25,
+            num_cached_pages=1 << 14,
+            num_steps=120,
+            busy_s=4.75,
+            num_prefill_tokens=1512,
+            num_decode_tokens=860,
+            num_draft_tokens=12,
+            prefix_queries=3000,
+            prefix_hits=1900,
+            num_preemptions=1,
+            speculation=m.SpeculationStats(more, [1], 15, 0.75, 0.6),
+        )
+        g.service.metrics.rejections["full"] += 2
+        told = clock.look()
+        expected = {
+            "prefill": 512,
+            "decode": 60,
+            "drafted": 4,
+            "accepted": 3,
+            "steps": 20,
+            "busy_s": 0.75,
+            "foretold": 5,
+            "predicted_s": 0.25,
+            "measured_s": 0.2,
+            "running": 3,
+            "waiting": 2,
+            "held": 0.25,
+            "idle": 0.25,
+            "queries": 1000,
+            "hits": 900,
+            "refused": 2,
+            "retracted": 1,
+            "lowest": None,
+        }
+        assert second(told) | expected == second(told)
+        assert told["refused"] == {"full": 2}
+        assert told["drafters"] == [{"name": "suffix", "drafted": 12, "accepted": 9}]
+
+
+async def test_a_real_request_is_seen_from_its_arrival_to_its_end():
+    async with gateway() as g:
+        g.client.paused = True
+        body = {"prompt": "hello world", "max_tokens": 40}
+        headers = {"x-session-id": "<b>one</b>", "user-agent": "agent/1.0"}
+        asked = asyncio.create_task(g.post(TEXT, body, headers=headers))
+        while not g.clients[0]._open:
+            await asyncio.sleep(0)
+        (stream,) = g.service.watch.look()["streams"]
+        assert (stream["state"], stream["tps"], stream["output"]) == ("prefill", None, 0)
+        assert stream["prompt"] > 0
+        assert (stream["client"], stream["route"]) == ("agent", "completions")
+        assert stream["session"].startswith("h:")  # no name that could be markup
+        g.client.paused = False
+        while not g.service.watch.look()["streams"][0]["output"]:
+            await asyncio.sleep(0)
+        assert (await asked).json()["usage"]["completion_tokens"] == 40
+        found = g.service.watch.look()
+        assert found["streams"] == []
+        (session,) = found["sessions"]
+        assert (session["turns"], session["running"]) == (1, 0)
+
+
+async def test_the_other_gateways_streams_are_shown_with_ours():
+    async with gateway() as g:
+        other = g.service.watch.own(1.0)
+        stream = {"id": "far", "tps": 3.0, "floor": 5.0, "below": True, "age_s": 2.0}
+        other |= {"streams": [stream], "refused": {"full": 4}}
+        found = g.service.watch.look([other])
+        assert found["streams"] == [stream]
+        assert found["refused"] == {"full": 4}
+        assert second(found)["below"] == 1
+
+
+@pytest.mark.parametrize("count", [400])
+async def test_of_many_streams_the_worst_off_are_shown(count):
+    async with gateway() as g:
+        clock = Clock(g.service.watch)
+        records = [clock.stream(id=str(i), tps_floor=100.0) for i in range(count)]
+        for i, record in enumerate(records):
+            clock.give(record, 1, clock.now)
+            record.num_output += i
+        found = clock.look()
+        assert found["num_streams"] == count
+        assert sorted(int(s["id"]) for s in found["streams"]) == list(range(256))
