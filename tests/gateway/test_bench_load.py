@@ -331,6 +331,18 @@ def test_an_endpoint_that_never_was_there():
     assert [record.status for record in alive.records] == ["ok"]
 
 
+def test_what_could_not_be_sent_is_recorded_too():
+    sessions = [session(str(i), turn([i], gap_s=i * 1.0)) for i in range(4)]
+    (run,) = load(ScriptedServers(steady(4, 0.5), a=0.5), sessions, concurrency=4)
+    assert [(r.session_id, r.end_s, r.error) for r in run.records] == [
+        ("0", 0.5, "ReadError: connection reset")
+    ]
+    (run,) = load(ScriptedServers(steady(), a=0.0), sessions, concurrency=4)
+    (record,) = run.records
+    assert (record.status, record.http_status, record.input_tokens) == ("error", None, 8)
+    assert record.error == run.died == "ConnectError: connection refused"
+
+
 def test_endpoints_take_turns_and_their_clocks_stand_still_meanwhile():
     servers = ScriptedServers(steady(4, 0.5))
     sessions = [session(str(i), turn([i])) for i in range(4)]

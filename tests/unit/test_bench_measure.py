@@ -56,6 +56,23 @@ def test_tokens_of_an_event_count_and_the_first_event_is_before_the_clock():
     assert window_rates([0.0, 0.5, 1.0], [4, 2, 6]).tolist() == [8.0]
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_windows_are_what_counting_finds(seed):
+    random = np.random.default_rng(seed)
+    at = np.cumsum(random.integers(0, 400_000, random.integers(2, 40))).tolist()  # microseconds
+    counts = random.integers(1, 5, len(at)).tolist()
+    whole = at[-1] - at[0]
+    length = min(whole, 1_000_000)
+    begins = [at[0] + i * 100_000 for i in range(1000) if i * 100_000 + length <= whole]
+    begins += [at[-1] - length] if begins[-1] + length < at[-1] else []
+    expected = [
+        sum(n for t, n in zip(at, counts, strict=True) if begin < t <= begin + length)
+        for begin in begins
+    ]
+    rates = window_rates(np.array(at) / 1e6, counts)
+    assert rates.tolist() == pytest.approx([n * 1e6 / length for n in expected], abs=1e-9)
+
+
 @pytest.mark.parametrize("times", [[], [1.0], [1.0, 1.0]])
 def test_one_moment_is_no_stream(times):
     assert window_rates(times, [1] * len(times)).size == 0

@@ -25,6 +25,8 @@ from tokenspeed.bench.session import Session, Turn, Workload
 Clock = Callable[[], float]
 Observe = Callable[[RequestRecord], None]
 _PATIENCE_S = 1.0  # before a retry that nobody named a time for
+# Servers close idle connections after 5 s or more: a request must not meet that.
+_KEEPALIVE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,9 @@ async def run_load(
         raise ValueError("endpoints: each needs a name of its own, and there must be one")
     if not workload.sessions:
         raise ValueError("workload: has no sessions")
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S
+    )
     stop = stop or asyncio.Event()
     async with httpx.AsyncClient(transport=transport, limits=limits, trust_env=False) as http:
         lanes = [_Lane(one, workload, texts, options, http, clock, observe) for one in endpoints]
