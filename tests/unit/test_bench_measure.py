@@ -123,6 +123,10 @@ def test_what_broke_is_never_held_and_its_seconds_count():
     broken = replace(FAST, status="error", error="gone")
     (found,) = summary(run(broken, SLOW), floors=(4.0,)).floors
     assert (found.attainment, found.num_streams, found.held_streams) == (1.0, 2, 1)
+    left = replace(FAST, status="cancelled")
+    assert summary(run(left, SLOW), floors=(4.0,)).floors[0].held_streams == 2
+    assert summary(run(left, SLOW)).ttft_s.count == 2
+    assert summary(run(left, SLOW)).latency_s.count == 1
 
 
 def test_rates():

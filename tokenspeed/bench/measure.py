@@ -2,8 +2,10 @@
 """`summary`: what a run's records amount to. Knows times and counts; no endpoint and no picture.
 
     floor attainment   of all seconds that streams ran, the share spent in windows at or above it
-    goodput at floor F streams that ended well and were at or above F in 99% of their windows
-    tokens per minute  of every request that got a token, whether or not it ended well
+    goodput at floor F streams that did not break and were at or above F in 99% of their windows;
+                       a client that hangs up breaks nothing
+    tokens per minute  of every request that got a token, whether or not it ended well; times to
+                       first tokens too
 
 Windows are those of `bench.windows`; percentiles are numpy's linear ones.
 """
@@ -163,8 +165,8 @@ def summary(
         num_sessions=len({record.session_id for record in records}),
         num_requests=len(records),
         statuses=_statuses(records),
-        ttft_s=_percentiles(_ttfts(ended)),
-        ttft_by_uncached=_ttft_classes(ended),
+        ttft_s=_percentiles(_ttfts(records)),
+        ttft_by_uncached=_ttft_classes(records),
         inter_token_s=_percentiles(_joined(one.inter_token_s for one in streams)),
         event_gap_s=_percentiles(_joined(one.gaps_s for one in streams)),
         latency_s=_percentiles([record.end_s - record.sent_s for record in ended]),
@@ -194,7 +196,7 @@ class _Stream:
     rates: Array  # [num_windows]
     duration_s: float
     tps: float
-    ended: bool
+    broke: bool
 
 
 def _stream_of(record: RequestRecord) -> _Stream | None:
@@ -212,7 +214,7 @@ def _stream_of(record: RequestRecord) -> _Stream | None:
         rates=rates,
         duration_s=duration_s,
         tps=float(counts[1:].sum()) / duration_s,
-        ended=record.status == "ok",
+        broke=record.status == "error",
     )
 
 
@@ -269,7 +271,7 @@ def _window_tps(streams: Sequence[_Stream]) -> Rates | None:
 def _floor(floor: float, streams: Sequence[_Stream], seconds: float) -> FloorResult:
     above = sum(one.duration_s * float(np.mean(one.rates >= floor)) for one in streams)
     whole = sum(one.duration_s for one in streams)
-    held = [one for one in streams if one.ended and worst_rate(one.rates) >= floor]
+    held = [one for one in streams if not one.broke and worst_rate(one.rates) >= floor]
     return FloorResult(
         floor=floor,
         attainment=above / whole if whole else 0.0,
