@@ -19,6 +19,9 @@ from tokenspeed.bench.records import Run
 from tokenspeed.bench.session import Workload
 
 
+FRESH = 1000  # from the seed of one load's words to the next one's
+
+
 @dataclass(frozen=True)
 class Judge:
     """What runs are measured by."""
@@ -53,7 +56,7 @@ class Bench:
         Runs of another `place` say the same in other words. Raises ValueError where the workload
         has fewer sessions.
         """
-        workload = replace(self.part(streams), seed=self.workload.seed + place)
+        workload = replace(self.part(streams), seed=self.workload.seed + FRESH * place)
         return await self._run(workload, replace(self.options, concurrency=streams))
 
     async def sweep(self, loads: Sequence[int]) -> list[Run]:

@@ -92,7 +92,7 @@ def pareto(
         axes.plot(x, y, color=color, marker="o", markersize=5, linewidth=2)
         for point in curve.points:
             at = (point.tps_per_user, point.tokens_per_minute)
-            _text(axes, point.load, at, (0, 6), SOFT, ha="center", size=8)
+            _text(axes, point.load, at, (3, 7), SOFT, size=8)
         if curve.points:
             right = max(curve.points, key=lambda point: point.tps_per_user)
             labels.append(_Label(right.tps_per_user, right.tokens_per_minute, curve.name, color))
@@ -114,7 +114,7 @@ def ttft(clouds: Sequence[Cloud]) -> str:
         x = np.maximum(np.asarray(cloud.uncached_tokens, dtype=float), 1.0)
         y = np.asarray(cloud.ttft_s, dtype=float)
         thin = slice(None, None, math.ceil(len(x) / MOST_DOTS) or 1)
-        axes.scatter(x[thin], y[thin], s=14, color=color, alpha=0.35, linewidth=0)
+        axes.scatter(x[thin], y[thin], s=14, color=color, alpha=0.5, linewidth=0)
         middle = list(_medians(x, y))
         if middle:
             axes.plot(*zip(*middle, strict=True), color=color, linewidth=2)
@@ -140,7 +140,7 @@ def timeline(shown: Timeline, *, floor: float | None, ident: str = "timeline") -
     }
     if len(shown.refused_s):
         top.plot(shown.refused_s, np.zeros(len(shown.refused_s)), "|", color=WARN, markersize=9)
-        name = f"| {len(shown.refused_s)} without an answer"
+        name = f"| {len(shown.refused_s)} unanswered"
         labels[top].append(_Label(time[-1] if len(time) else 0.0, 0.0, name, WARN))
     _floor_line(bottom, floor, vertical=False)
     top.set_ylabel("requests")
@@ -268,9 +268,12 @@ def _svg(
     """
     for axes in figure.axes:
         _style(axes)
-    figure.draw_without_rendering()  # the layout must stand before names can be kept apart
+    layout = figure.get_layout_engine()
+    layout.execute(figure)  # it must stand before names can be kept apart, and then make room
     for axes, named in labels.items():
         _name_lines(axes, named, beside=beside)
+    layout.execute(figure)
+    figure.set_layout_engine("none")
     buffer = io.StringIO()
     import matplotlib
 

@@ -28,7 +28,7 @@ def load_of(one: Summary | Run) -> str:
 
 def label(one: Summary | Run) -> str:
     """A run's name beside others."""
-    return f"{one.endpoint}, {load_of(one)}"
+    return f"{one.endpoint}, {load_of(one)}{' at once' if one.concurrency is not None else ''}"
 
 
 def number(value: float | None, scale: float = 1.0) -> str:
@@ -74,17 +74,23 @@ def ttft_table(summaries: Sequence[Summary]) -> Table:
     )
 
 
-def text(table: Table) -> str:
-    """Plain text: columns padded to their widest cell, all but the first flush right."""
+def text(table: Table, width: int = 120) -> str:
+    """Plain text: the first column, and of the others as many beside one another as fit."""
     lines = [table.header, *table.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-
-    def joined(cells: Sequence[str]) -> str:
-        first, *rest = cells
-        padded = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
-        return "  ".join(["", first.ljust(widths[0]), *padded]).rstrip()
-
-    return "\n".join([table.title, *map(joined, lines), *([table.note] if table.note else [])])
+    said, begin = [table.title], 1
+    while begin < len(widths):
+        end = begin + 1
+        while end < len(widths) and sum(widths[begin : end + 1]) + 2 * (end - begin) <= (
+            width - widths[0] - 4
+        ):
+            end += 1
+        for line in lines:
+            cells = [line[i].rjust(widths[i]) for i in range(begin, end)]
+            said.append("  ".join(["", line[0].ljust(widths[0]), *cells]).rstrip())
+        said += [""] if end < len(widths) else []
+        begin = end
+    return "\n".join([*said, *([table.note] if table.note else [])])
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -93,10 +99,11 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if run.died is not None:
             said.append(f"{label(run)}: the endpoint died after {run.duration_s:.1f} s: {run.died}")
-        failed = [each for each in run.records if each.status == "error"]
-        if failed:
-            first = (failed[0].error or "").strip().replace("\n", " ")[:200]
-            said.append(f"{label(run)}: {len(failed)} of {len(run.records)} failed: {first}")
+        for status, word in (("error", "failed"), ("refused", "were refused")):
+            those = [each for each in run.records if each.status == status]
+            if those:
+                first = " ".join((those[0].error or "").split())[:200]
+                said.append(f"{label(run)}: {len(those)} of {len(run.records)} {word}: {first}")
         if any(each.status == "ok" for each in run.records) and all(
             each.cached_tokens is None for each in run.records
         ):

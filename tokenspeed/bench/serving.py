@@ -84,7 +84,9 @@ def serving_text(result: dict[str, Any], metrics: Sequence[str]) -> str:
 
 
 def _statistics(name: str, values: list[float], percentiles: Sequence[float]) -> dict[str, float]:
-    given = np.asarray(values or [0.0])
+    if not values:
+        return {}
+    given = np.asarray(values)
     found = {
         f"mean_{name}_ms": float(given.mean()),
         f"median_{name}_ms": float(np.median(given)),

@@ -130,7 +130,7 @@ def report(
     from tokenspeed.bench.records import write_runs
 
     summaries = [judge.of(run) for run in runs]
-    facts = facts_of(args)
+    facts = facts_of()
     line = reports.json_line(args.action, summaries, {**facts, **found})
     if args.output is not None:
         write_runs(args.output / "raw.jsonl", runs)
@@ -144,15 +144,17 @@ def report(
     warn(runs)
     print(reports.text(reports.summary_table(summaries)))
     print("\n" + reports.text(reports.ttft_table(summaries)) + "\n")
+    for name, value in found.items():
+        print(f"{name.replace('_', ' ')}: {value}")
     print(line)
     if not any(summary.statuses.get("ok") for summary in summaries):
         raise TokenSpeedError("not one request was answered")
     return 0
 
 
-def facts_of(args: argparse.Namespace) -> dict[str, str]:
+def facts_of() -> dict[str, str]:
     """Under which circumstances: of the machine that asks, not of the one that answers."""
-    words = [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
+    words = ["tokenspeed", *sys.argv[1:]]
     shown = [_hidden(before, word) for before, word in zip(["", *words], words, strict=False)]
     return {
         "command": shlex.join(shown),

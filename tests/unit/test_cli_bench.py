@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: MIT
+"""`tokenspeed bench` against scripted endpoints: what is sent, said, saved and refused."""
+
+import argparse
+import asyncio
+import functools
+import json
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tokenspeed.bench import compare
+from tokenspeed.bench.load import run_load
+from tokenspeed.bench.records import read_runs
+from tokenspeed.cli.main import build_parser, main
+
+ACTIONS = ("serve", "agentic", "pareto", "capacity", "offline", "compare")
+SMALL = ["--workload", "published", "--scale", "64", "--tokens-per-word", "1"]
+
+
+class Stream(httpx.AsyncByteStream):
+    def __init__(self, events: list[dict[str, Any]], pause_s: float) -> None:
+        self._events, self._pause_s = events, pause_s
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for event in self._events:
+            await asyncio.sleep(self._pause_s)
+            yield f"data: {json.dumps(event)}\n\n".encode()
+        yield b"data: [DONE]\n\n"
+
+
+class Server:
+    """Answers each request with as many tokens as it asks for; keeps what it was sent.
+
+    `slow_above`: so many streams at once are fast, more are slow. `dead`: host names whose
+    connections break.
+    """
+
+    def __init__(self) -> None:
+        self.bodies: list[tuple[str, dict[str, Any]]] = []
+        self.headers: list[httpx.Headers] = []
+        self.open = self.most_open = 0
+        self.slow_above = 1000
+        self.dead: set[str] = set()
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.host in self.dead:
+            raise httpx.ConnectError("nobody listens")
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "scripted"}]})
+        if request.method == "GET":
+            return httpx.Response(200)
+        body = json.loads(request.content)
+        self.bodies.append((request.url.path, body))
+        self.headers.append(request.headers)
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        pause_s = 0.05 if self.open > self.slow_above else 0.002
+        await asyncio.sleep(0.002)
+        self.open -= 1
+        return httpx.Response(200, stream=Stream(self._events(request.url.path, body), pause_s))
+
+    def _events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+        count = body["max_tokens"]
+        said = {"text": "w"} if path == "/v1/completions" else {"delta": {"content": "w"}}
+        usage = {"prompt_tokens": 100, "completion_tokens": count}
+        cached = {"prompt_tokens_details": {"cached_tokens": 60}}
+        return [
+            *({"choices": [said]} for _ in range(count)),
+            {"choices": [{"finish_reason": "length"}], "usage": usage | cached},
+        ]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    served = Server()
+    transport = httpx.MockTransport(served)
+    monkeypatch.setattr(compare, "run_load", functools.partial(run_load, transport=transport))
+    monkeypatch.setattr(compare, "calibrate", lambda endpoints: (1.0, None))
+    return served
+
+
+class Reads(argparse.Namespace):
+    """Remembers which flags somebody asked for."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("_"):
+            vars(self).setdefault("_read", set()).add(name)
+        return super().__getattribute__(name)
+
+
+COMMANDS = {
+    "serve": "--num-prompts 2 --random-input-len 8 --random-output-len 2 --save-result "
+    "--result-filename {folder}/r.json",
+    "agentic": "--sessions 1 --time-scale 0 --output {folder} --workload published "
+    "--scale 64 --tokens-per-word 1",
+    "pareto": "--sessions-per-stream 1 --concurrency 1 --scale 64 --tokens-per-word 1",
+    "capacity": "--sessions-per-stream 1 --floor 1 --most 1 --scale 64 --tokens-per-word 1",
+    "compare": "--endpoint a=http://a --endpoint b=http://b --sessions-per-stream 1 "
+    "--concurrency 1 --scale 64 --tokens-per-word 1",
+}
+
+
+@pytest.mark.parametrize("action", COMMANDS)
+def test_every_flag_is_read(action: str, server: Server, tmp_path: Path) -> None:
+    words = COMMANDS[action].format(folder=tmp_path).split()
+    args = build_parser().parse_args(["bench", action, *words], namespace=Reads())
+    flags = {each.dest for each in args.parser._actions} - {"help"}
+    del vars(args)["_read"]
+    assert args.run(args) == 0
+    assert flags - vars(args)["_read"] == set()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("serve --num-promts 3", "did you mean --num-prompts?"),
+        ("serve --dataset-name sonnet", "invalid choice: 'sonnet'"),
+        ("serve --backend vllm", "invalid choice: 'vllm'"),
+        ("serve --goodput ttft:100", "unrecognized arguments: --goodput"),
+        ("agentic --concurrency x", "invalid int value"),
+        ("capacity", "--floor"),
+    ],
+)
+def test_a_flag_that_is_none_is_refused(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", *words.split()])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "serve --endpoint /v1/chat/completions",
+            "--endpoint /v1/chat/completions: backend openai",
+        ),
+        ("serve --dataset-name sharegpt --random-input-len 5", "--dataset-name random only"),
+        (
+            "serve --request-rate 3 --max-concurrency 2",
+            "--max-concurrency needs --request-rate inf",
+        ),
+        ("serve --request-rate nan", "rate: must be finite"),
+        ("serve --result-filename x.json", "--result-filename needs --save-result"),
+        ("serve --percentile-metrics ttft,speed", "percentile-metrics: one of ttft"),
+        ("serve --metric-percentiles 101", "metric-percentiles: must be from 0 to 100"),
+        ("serve --metric-percentiles often", "--metric-percentiles: numbers with commas"),
+        ("serve --num-prompts 0", "requests must be at least 1"),
+        ("agentic --concurrency 2 --rate 1", "--concurrency and --rate exclude"),
+        ("agentic --concurrency 0 --workload published", "concurrency: must be at least 1"),
+        ("agentic --floor 0", "--floor must be finite and positive"),
+        ("agentic --floor nan", "--floor must be finite and positive"),
+        ("agentic --devices 0", "--devices must be at least 1"),
+        ("agentic --price-output -1", "--price-output must not be negative"),
+        ("agentic --workload weka", "--workload weka needs --workload-file"),
+        ("agentic --workload published --workload-file x", "published is made, not read"),
+        ("agentic --workload published --span nan", "--span must be finite"),
+        ("agentic --workload mooncake --workload-file x --span 3", "--span: the lines of a"),
+        ("agentic --workload published --header x", "--header: expected NAME=VALUE"),
+        ("agentic --base-url localhost --workload published", "base_url: must be an http URL"),
+        ("pareto --concurrency 0 2", "--concurrency must be at least 1"),
+        ("pareto --sessions-per-stream 0", "--sessions-per-stream must be at least 1"),
+        ("capacity --floor 20 --share 0", "--share must be above 0"),
+        ("capacity --floor 20 --start 9 --most 8", "--start must be from 1 to --most"),
+        ("compare --endpoint a=http://a", "compare needs two endpoints"),
+        ("compare --endpoint http://a --endpoint b", "--endpoint: expected NAME=VALUE"),
+        ("compare --endpoint a=http://a,modle=m --endpoint b=http://b", "'modle' is none of"),
+        ("compare --endpoint a=http://a,token_counts=1 --endpoint b=http://b", "yes or no"),
+    ],
+)
+def test_refusals_are_one_line(
+    words: str, said: str, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *words.split()]) == 2
+    caught = capsys.readouterr()
+    assert caught.out == ""
+    assert said in caught.err
+    assert caught.err.count("\n") == 1
+    assert server.bodies == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "path"), [("openai", "/v1/completions"), ("openai-chat", "/v1/chat/completions")]
+)
+def test_serve_speaks_its_backend(
+    backend: str,
+    path: str,
+    server: Server,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (
+        f"serve --backend {backend} --base-url http://h --endpoint {path} --model m --seed 3"
+        " --dataset-name random --random-input-len 8 --random-output-len 5 --num-prompts 6"
+        " --request-rate inf --max-concurrency 2 --ignore-eos --save-result"
+        f" --result-filename {tmp_path}/r.json --percentile-metrics ttft,e2el"
+        " --metric-percentiles 50,99"
+    )
+    assert main(["bench", *words.split()]) == 0
+    assert [sent for sent, _ in server.bodies] == [path] * 6
+    assert server.most_open == 2
+    body = server.bodies[0][1]
+    assert (body["model"], body["max_tokens"], body["ignore_eos"]) == ("m", 5, True)
+    asked = body["prompt"] if backend == "openai" else body["messages"][0]["content"]
+    assert len(asked.split()) in (7, 8, 9)
+    saved = json.loads((tmp_path / "r.json").read_text())
+    wanted = {"completed": 6, "failed": 0, "total_output_tokens": 30, "backend": backend}
+    assert wanted.items() <= saved.items()
+    assert {"p50_ttft_ms", "p99_ttft_ms", "mean_e2el_ms"} <= saved.keys()
+    assert "mean_tpot_ms" not in saved
+    text = capsys.readouterr().out
+    assert "Successful requests:                             6" in text
+    assert "P99 E2EL (ms):" in text
+
+
+def test_the_rate_spreads_requests(server: Server) -> None:
+    words = "serve --num-prompts 12 --random-output-len 1 --random-input-len 4 --request-rate 40"
+    assert main(["bench", *words.split()]) == 0
+    assert server.most_open < 6
+
+
+def test_agentic_fills_its_folder(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*SMALL, "--sessions", "3", "--time-scale", "0", "--floor", "5", "900"]
+    words += ["--api-key", "sesame", "--header", "x-tokenspeed-tps-floor=5", "--name", "ours"]
+    assert main(["bench", "agentic", *words, "--output", str(tmp_path)]) == 0
+    (run,) = read_runs(tmp_path / "raw.jsonl")
+    assert len(run.records) == len(server.bodies) > 25
+    assert {record.cached_tokens for record in run.records} == {60}
+    assert server.headers[0]["authorization"] == "Bearer sesame"
+    assert server.headers[0]["x-tokenspeed-tps-floor"] == "5"
+    out = capsys.readouterr().out
+    last = json.loads(out.splitlines()[-1])
+    assert last == json.loads((tmp_path / "summary.json").read_text())
+    assert last["benchmark"] == "agentic"
+    assert [floor["floor"] for floor in last["runs"][0]["floors"]] == [5.0, 900.0]
+    assert "floor 900: goodput: users held at once" in out
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg ") == 2  # first tokens and the timeline: one run is no frontier
+    assert "published, seed 0, lengths divided by" in page
+    for path in tmp_path.iterdir():
+        assert "sesame" not in path.read_text()
+
+
+def test_a_report_shows_no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tokenspeed.cli.bench_run import facts_of
+
+    words = "bench compare --endpoint a=http://a,api_key=S3,model=m --api-key S3 --api-key=S3"
+    words += " --header authorization=S3 --header=x=S3 --seed 3"
+    monkeypatch.setattr("sys.argv", ["/bin/tokenspeed", *words.split()])
+    command = facts_of()["command"]
+    assert "S3" not in command
+    assert command.startswith("tokenspeed bench compare --endpoint a=http://a,api_key=...,model=m")
+    assert command.endswith("--seed 3")
+
+
+def test_without_matplotlib_nothing_is_sent(
+    server: Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    missing: Callable[[str], Any] = lambda name: None if name == "matplotlib" else object()  # noqa: E731
+    monkeypatch.setattr("tokenspeed.cli.bench_run.find_spec", missing)
+    assert main(["bench", "agentic", *SMALL, "--output", str(tmp_path / "x")]) == 2
+    assert "pip install tokenspeed[plot]" in capsys.readouterr().err
+    assert server.bodies == []
+
+
+def test_pareto_runs_each_load_with_words_of_its_own(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*SMALL, "--sessions-per-stream", "1", "--concurrency", "4", "1", "2"]
+    assert main(["bench", "pareto", *words, "--floor", "9", "--output", str(tmp_path)]) == 0
+    runs = read_runs(tmp_path / "raw.jsonl")
+    assert [run.concurrency for run in runs] == [1, 2, 4]
+    assert [len({r.session_id for r in run.records}) for run in runs] == [1, 2, 4]
+    assert server.most_open == 4
+    assert len({run.seed for run in runs}) == 3
+    first = [body["messages"][0]["content"] for _, body in server.bodies]
+    assert first[0] != first[len(runs[0].records)]  # the same session's first prompt
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg ") == 6
+    assert page.count("<details>") == 3  # three timelines are too many to be open
+    assert "tokenspeed, 4 at once" in capsys.readouterr().out
+
+
+def test_capacity_finds_where_streams_get_slow(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.slow_above = 0
+    words = [*SMALL, "--sessions-per-stream", "1", "--most", "4"]
+    assert main(["bench", "capacity", *words, "--floor", "1000"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["streams"], found["capped"], len(found["runs"])) == (0, False, 1)
+    server.slow_above = 1000
+    assert main(["bench", "capacity", *words, "--floor", "2"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["streams"], found["capped"], len(found["runs"])) == (4, True, 3)
+
+
+def test_compare_keeps_what_a_dead_endpoint_left(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    server.dead = {"gone"}
+    words = [*SMALL, "--sessions-per-stream", "2", "--concurrency", "2"]
+    words += ["--endpoint", "ours=http://here,model=m", "--endpoint", "theirs=http://gone"]
+    assert main(["bench", "compare", *words, "--output", str(tmp_path)]) == 0
+    runs = read_runs(tmp_path / "raw.jsonl")
+    assert [(run.endpoint, run.concurrency) for run in runs] == [("ours", 2), ("theirs", 2)]
+    caught = capsys.readouterr()
+    assert "theirs, 2 at once: the endpoint died" in caught.err
+    assert "nobody listens" in (tmp_path / "report.html").read_text()
+    assert "ours, 2 at once" in caught.out
+
+
+def test_nothing_answered_is_a_failure(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    server.dead = {"gone"}
+    words = ["--base-url", "http://gone", "--sessions", "1", *SMALL]
+    assert main(["bench", "agentic", *words]) == 1
+    assert "not one request was answered" in capsys.readouterr().err
+
+
+def test_offline_counts_tokens(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from types import SimpleNamespace
+
+    asked: list[list[int]] = []
+
+    class Engine:
+        def __init__(self, **_: object) -> None: ...
+        def __enter__(self) -> "Engine":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def get_tokenizer(self) -> Any:
+            return SimpleNamespace(encode=lambda text, add_special_tokens: [1, 2, 3])
+
+        def generate(self, prompts: list[Any], params: Any, *, use_tqdm: bool) -> list[Any]:
+            asked.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+            answer = SimpleNamespace(token_ids=[7] * params.max_tokens)
+            return [
+                SimpleNamespace(outputs=[answer], num_cached_tokens=1, **prompt)
+                for prompt in prompts
+            ]
+
+    monkeypatch.setattr("tokenspeed.llm.LLM", Engine)
+    words = "offline --input-len 20 --output-len 4 --num-prompts 3 --prompt-seed 1"
+    assert main(["bench", *words.split()]) == 0
+    assert asked == [[20], [20, 20, 20]]  # the first is for warmth and is not counted
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    wanted = {"requests": 3, "prompt_tokens": 60, "output_tokens": 12, "cached_prompt_tokens": 3}
+    assert wanted.items() <= found.items()
