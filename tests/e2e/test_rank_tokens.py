@@ -24,6 +24,7 @@ OPTIONS: dict[str, Any] = {
 }
 NUM_PROMPTS = 16
 SHARED = list(range(300, 348))  # three pages that half of the prompts begin with
+DICTATED = [(31 * j) % 1000 for j in range(70)]
 
 
 def mesh(**sizes: int) -> dict[str, int]:
@@ -62,7 +63,8 @@ def prompts() -> list[list[int]]:
 
 
 def params(stop: int) -> list[SamplingParams]:
-    """Something else of each: greedy, drawn, penalised, biased, stopped, with log-probabilities."""
+    """Something else of each: greedy, drawn, penalised, biased, stopped, dictated, with
+    log-probabilities."""
     base = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True)
     kinds = [
         base,
@@ -73,6 +75,7 @@ def params(stop: int) -> list[SamplingParams]:
         base.replace(stop_token_ids=[stop], min_tokens=3),
         base.replace(temperature=0.7, seed=3, min_p=0.02, logit_bias={30: 4.0, 40: -100.0}),
         base.replace(prompt_logprobs=0, bad_words_token_ids=[[stop], [20, 30]]),
+        base.replace(temperature=0.9, seed=5, logprobs=1, forced_output_ids=DICTATED),
     ]
     return [kinds[i % len(kinds)].replace(max_tokens=48 + 4 * i) for i in range(NUM_PROMPTS)]
 
@@ -124,6 +127,7 @@ def alone(stop: int) -> list[RequestOutput]:
         assert llm._engine.stats().num_preemptions > 0
     reasons = {reason for _, reason, _ in answers(outputs)}
     assert reasons == {"length", "stop"}
+    assert answers(outputs)[8] == (DICTATED, "length", None)
     return outputs
 
 
