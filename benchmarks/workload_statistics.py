@@ -44,6 +44,7 @@ TABLE = {
 }
 TTLS_S = (10, 30, 60, 120, 300, 600, 1800, 3600, math.inf)
 TABLE_HITS = (0.447, 0.697, 0.774, 0.835, 0.896, 0.923, 0.948, 0.958, 0.963)
+TABLE_EVENTS = {"shrinks": 0.009, "reuses less than half": 0.02, "reuses less than 90%": 0.053}
 
 Floats = npt.NDArray[np.float64]
 
@@ -64,7 +65,8 @@ def columns(workload: Workload) -> dict[str, Floats]:
             kept = shared_blocks(before.prompt_blocks, turn.prompt_blocks) * size
             found["uncached suffix"].append(turn.input_tokens - kept)
             found["prefix share"].append(kept / turn.input_tokens)
-            found["tool gap, s" if turn.kind == "tool" else "user gap, s"].append(turn.gap_s)
+            # Recorded times are whole seconds.
+            found["tool gap, s" if turn.kind == "tool" else "user gap, s"].append(round(turn.gap_s))
         begins = [i for i, turn in enumerate(turns) if turn.kind == "user" or i == 0]
         found["user messages per session"].append(len(begins))
         found["steps per user message"] += [b - a for a, b in pairwise([*begins, len(turns)])]
@@ -125,6 +127,22 @@ def layer_columns() -> dict[str, Floats]:
     }
 
 
+def events(workload: Workload) -> dict[str, float]:
+    """Shares of the steps behind a session's first whose prompt shrinks, or reuses little."""
+    shrinks, reused = [], []
+    for session in workload.sessions:
+        for before, turn in pairwise(session.turns if session.parent is None else ()):
+            kept = shared_blocks(before.prompt_blocks, turn.prompt_blocks) * session.block_size
+            shrinks.append(turn.input_tokens < before.input_tokens)
+            reused.append(kept / turn.input_tokens)
+    half, most = (float(np.mean(np.asarray(reused) < share)) for share in (0.5, 0.9))
+    return {
+        "shrinks": round(float(np.mean(shrinks)), 4),
+        "reuses less than half": round(half, 4),
+        "reuses less than 90%": round(most, 4),
+    }
+
+
 def hits(workload: Workload) -> list[float]:
     return [round(rate, 4) for rate in hit_rates(workload, TTLS_S)]
 
@@ -141,6 +159,10 @@ def show(result: dict[str, Any]) -> None:
     print("\nhit rate by time to live" + "".join(f"{ttl:>8g}" for ttl in TTLS_S))
     for name, rates in result["hit_rates"].items():
         print(f"{name:24}" + "".join(f"{rate:>8.3f}" for rate in rates))
+    for name, shares in result["events"].items():
+        print(
+            f"steps, {name:17}" + ", ".join(f"{what} {share:.2%}" for what, share in shares.items())
+        )
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -167,9 +189,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="the hit rates by time to live")
     args = parser.parse_args()
     path, real, rates = traces.default_path(), None, {"table": list(TABLE_HITS)}
+    shares = {"table": TABLE_EVENTS}
     if path.exists():
         workload, real = recorded(path)
-        rates["recorded"] = hits(workload)
+        rates["recorded"], shares["recorded"] = hits(workload), events(workload)
         del workload
     result: dict[str, Any] = {"benchmark": "workload_statistics", "seed": args.seed}
     others = 710 if real is None else len(real["requests per session"])
@@ -180,9 +203,10 @@ def main() -> None:
             sessions=args.sessions, seed=args.seed, habits=habits, span_s=24 * 3600
         )
         result[name] = compared(columns(made) | layer_columns(), real)
-        rates[name] = hits(made)
+        rates[name], shares[name] = hits(made), events(made)
         del made
     result |= {"ttls_s": [str(ttl) for ttl in TTLS_S], "hit_rates": rates}
+    result["events"] = shares
     show(result)
     if args.plot:
         plot(result, args.plot)

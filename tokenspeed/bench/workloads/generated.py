@@ -22,6 +22,7 @@ from tokenspeed.bench.workloads.sampling import LogNormal
 from tokenspeed.bench.workloads.scaling import scaled
 
 BLOCK_SIZE = 64
+_TRIES, _LARGEST = 16, 66_000
 _AGENT_STEPS = LogNormal(math.log(10), 0.4, 3, 40)
 _AGENT_CONTEXT = LogNormal(math.log(1500), 0.6, 200, 20_000)
 
@@ -99,6 +100,7 @@ class Agent:
             texts.shared(rules, "rules", repository),
         ]
         self.history: list[Segment] = []
+        self.pace = 1.0  # of what a step appends
         self.blocks: tuple[int, ...] = ()
 
     @property
@@ -114,12 +116,21 @@ class Agent:
             window = habits.large_window
         rules = self.head[-1].tokens
         self.begin(max(64, round(first) - rules))
-        wanted = habits.messages.draw(rng) * (habits.resumed_messages if resumed else 1.0)
         found: list[Turn] = []
-        for _ in range(max(1, round(wanted))):
-            for step in range(int(habits.steps.draw(rng))):
+        messages = self._steps(resumed)
+        self.pace = (habits.typical_requests / sum(messages)) ** habits.haste
+        for steps in messages:
+            for step in range(steps):
                 self._step(found, "tool" if step else "user", window)
         return tuple(found)
+
+    def _steps(self, resumed: bool) -> list[int]:
+        """Of each message. Few messages have long runs of steps: of several draws the nearest."""
+        habits, rng = self.habits, self._rng
+        messages = max(1, round(habits.messages.draw(rng)))
+        wanted = (habits.resumed_requests if resumed else habits.requests).draw(rng)
+        drawn = ([int(habits.steps.draw(rng)) for _ in range(messages)] for _ in range(_TRIES))
+        return min(drawn, key=lambda steps: abs(math.log(sum(steps) / max(wanted, messages))))
 
     def steps(self, number: int, context: int) -> tuple[Turn, ...]:
         """A subagent's: one task, then tools."""
@@ -153,7 +164,8 @@ class Agent:
         What of the answer is longer than all that is new was thinking, which is not sent back.
         """
         habits, own = self.habits, self._texts.own
-        new = max(2, round(habits.append.draw(self._rng)) - before.tail_tokens)
+        drawn = min(_LARGEST, self.pace * habits.append.draw(self._rng))
+        new = max(2, round(drawn) - before.tail_tokens)
         answer = min(before.cancel_after or before.output_tokens, new - 1)
         added = [own(answer), own(new - answer)]
         event, kept = self._rng.random(), len(self.blocks)

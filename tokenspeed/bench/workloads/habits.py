@@ -47,7 +47,8 @@ class Habits:
     first_context: Sampler  # of a session's first prompt behind system and tools
     resumed_tokens: int  # a first context from here on is a resumed session's
     messages: Sampler  # that a user writes in a session
-    resumed_messages: float  # times as many in a resumed one
+    requests: Sampler  # of a fresh session: its steps are chosen near that
+    resumed_requests: Sampler
     steps: Sampler  # requests for a message of the user
     append: Sampler  # tokens that the request before does not have
     output: Sampler
@@ -58,7 +59,9 @@ class Habits:
     large_window: int
     large_windows: float  # share of fresh sessions that have it; all resumed ones beyond `window`
     summary: Sampler  # what a compaction leaves behind system and tools
-    compaction: float = 0.010
+    compaction: float = 0.002  # before the window is full; 1% of all steps with those where it is
+    haste: float = 0.4  # sessions of few requests append more: by (typical / requests) ** haste
+    typical_requests: int = 120
     rerender: float = 0.010  # the history is written anew behind system and tools
     tools_change: float = 0.003
     cancel: float = 0.015
@@ -74,21 +77,23 @@ FITTED = Habits(
     ),
     resumed_tokens=40_000,
     messages=LogNormal(math.log(4.6), 1.40, 1, 400),
-    resumed_messages=0.5,
+    requests=Quantiles((0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (2, 12, 28, 65, 118, 195, 400)),
+    resumed_requests=Quantiles((0, 0.1, 0.25, 0.5, 0.75, 0.9, 1), (2, 5, 9, 21, 40, 90, 240)),
     steps=Counts((0.49, 0.15, 0.07, 0.04, 0.03, 0.02), LogNormal(math.log(17), 0.94, 7, 400)),
     append=LogNormal(6.795, 1.210, 8, 66_000),
     output=LogNormal(5.564, 0.895, 1, 18_000),
     tool_gap=LogNormal(2.537, 1.279, 0.1, 7200),
     user_gap=LogNormal(4.906, 1.740, 1.0, 7200),
     rules=Quantiles((0, 0.3, 1), (64, 500, 4000)),
-    window=Quantiles((0, 1), (135_000, 163_000)),
+    window=Quantiles((0, 0.5, 1), (138_000, 154_000, 175_000)),
     large_window=900_000,
-    large_windows=0.10,
+    large_windows=0.17,
     summary=Quantiles((0, 1), (5000, 10_000)),
 )
 
 MEASURED = replace(
     FITTED,
+    summary=Quantiles((0, 0.1, 0.25, 0.5, 0.75, 1), (3000, 7000, 17_000, 45_000, 80_000, 100_000)),
     append=Quantiles(
         (0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98, 1), (90, 230, 372, 705, 1640, 3900, 12_000, 66_000)
     ),
