@@ -81,16 +81,22 @@ class DeviceProfile(Protocol):
         """By which the same decoding rows take longer a token later."""
 
 
+# What a step with prompts costs beside `FEATURES`: that it has any, which no captured step has;
+# thousands of tokens that their rows read; millions of pairs of a new token and one that it sees.
+PREFILL_FEATURES = ("prefills", "prefill_context_thousands", "prefill_pairs_millions")
+
+
 @dataclass(frozen=True)
 class LinearProfile:
-    """Seconds as a sum of coefficient x feature, as `_policy.StepTimeModel` learns them.
+    """Seconds as a sum of coefficient x feature: those of `_policy.StepTimeModel`, and
+    `PREFILL_FEATURES`.
 
     `ValueError`: a coefficient of no known feature, or one that is negative or not finite, or a
     step that takes no time.
     """
 
     name: str
-    coefficients: dict[str, float]  # seconds for one of each of `_policy.FEATURES`
+    coefficients: dict[str, float]  # seconds for one of each
     num_experts: int = 0  # of a layer; 0: a dense model
     experts_per_token: int = 0
     host_s: float = 0.0
@@ -99,7 +105,7 @@ class LinearProfile:
     machine: dict[str, Any] = field(default_factory=dict)  # where it was measured, and with what
 
     def __post_init__(self) -> None:
-        unknown = sorted(self.coefficients.keys() - set(FEATURES))
+        unknown = sorted(self.coefficients.keys() - {*FEATURES, *PREFILL_FEATURES})
         if unknown:
             raise ValueError(f"profile {self.name}: no feature {', '.join(unknown)}")
         numbers = [*self.coefficients.values(), self.host_s, self.request_s, self.noise]
@@ -111,20 +117,41 @@ class LinearProfile:
             raise ValueError(f"profile {self.name}: more experts_per_token than num_experts")
 
     def step_s(self, shapes: Sequence[StepShape]) -> float:
+        tell = self.coefficients.get
+        return sum(tell(name, 0.0) * amount for name, amount in self.amounts(shapes).items())
+
+    def amounts(self, shapes: Sequence[StepShape]) -> dict[str, float]:
+        """How much of each feature a step without drafts has; what is missing is 0."""
         rows = sum(shape.decode_rows for shape in shapes)
-        prefill = sum(shape.prefill_tokens for shape in shapes)
-        read = prefill + sum(s.decode_context + int(s.prefill_starts.sum()) for s in shapes)
-        of = self.coefficients.get
-        seconds = of("step", 0.0) + of("decode_rows", 0.0) * rows
-        seconds += of("prefill_tokens", 0.0) * prefill + of("context_thousands", 0.0) * read / 1000
+        context = sum(shape.decode_context for shape in shapes)
+        found = {"step": 1.0, "decode_rows": float(rows), "context_thousands": context / 1000}
+        prefill = 0
+        for shape in shapes:
+            if not shape.only_decodes:
+                prefill += shape.prefill_tokens
+                _add_prefill(found, shape.prefill_starts, shape.prefill_counts)
         if self.num_experts:
             touched = experts_touched(rows + prefill, self.num_experts, self.experts_per_token)
-            seconds += of("experts", 0.0) * touched
-        return seconds
+            found["experts"] = touched
+        return found
 
     def growth_s(self, shapes: Sequence[StepShape]) -> float:
         rows = sum(shape.decode_rows for shape in shapes)
         return self.coefficients.get("context_thousands", 0.0) * rows / 1000
+
+
+def _add_prefill(
+    found: dict[str, float], starts: NDArray[np.int32], counts: NDArray[np.int32]
+) -> None:
+    """The features of prompts' rows, on top of what is there."""
+    new = counts.astype(np.float64)
+    read = float((starts + new).sum()) / 1000
+    pairs = float((new * (starts + (new + 1) / 2)).sum()) / 1e6
+    values = {"prefill_tokens": float(new.sum()), "context_thousands": read}
+    values |= {"prefill_context_thousands": read, "prefill_pairs_millions": pairs}
+    for name, value in values.items():
+        found[name] = found.get(name, 0.0) + value
+    found["prefills"] = 1.0
 
 
 def read_profile(path: Path) -> LinearProfile:
