@@ -26,6 +26,7 @@ _GAUGES = {  # text, field of the engine's own count
     "vllm:kv_cache_usage_perc": ("Share of pages held, 1 is all", "kv_cache_usage"),
     "tokenspeed:retained_pages": ("Cached pages under retention", "num_retained_pages"),
     "tokenspeed:pinned_pages": ("Cached pages that are pinned", "num_pinned_pages"),
+    "tokenspeed:idle_pages": ("Cached pages that wait for a hit", "num_cached_pages"),
     "tokenspeed:expert_load_imbalance_mean": (
         "Heaviest rank over the mean, mean of the layers; 0 without expert balancing",
         "expert_load_mean",
@@ -45,10 +46,14 @@ _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "vllm:prefix_cache_hits": lambda e: e.stats.prefix_hits,
     "tokenspeed:expert_load_rebalances": lambda e: e.stats.expert_load_rebalances,
     "tokenspeed:expert_load_slots_moved": lambda e: e.stats.expert_load_slots_moved,
+    "tokenspeed:steps": lambda e: e.stats.num_steps,
+    "tokenspeed:step_seconds": lambda e: e.stats.busy_s,
     "tokenspeed:routing_requests": lambda e: e.routing["requests"],
     "tokenspeed:routing_matched_tokens": lambda e: e.routing["matched_tokens"],
     "tokenspeed:routing_overridden": lambda e: e.routing["overridden"],
 }
+_TOKENS = {"prefill": "num_prefill_tokens", "decode": "num_decode_tokens"}
+_TOKENS |= {"draft": "num_draft_tokens"}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "ttft",
     "inter_token_latency_seconds": "itl",
@@ -139,3 +144,23 @@ class _Families(Collector):
         for word, count in self._metrics.rejections.items():
             refused.add_metric([self._metrics.model_name, word], count)
         yield refused
+        computed = CounterMetricFamily(
+            "tokenspeed:step_tokens", "Tokens that steps computed", labels=[*_LABELS, "kind"]
+        )
+        for labels, engine in self._engines:
+            for word, attribute in _TOKENS.items():
+                computed.add_metric([*labels, word], getattr(engine.stats, attribute))
+        yield computed
+        yield self._floors()
+
+    def _floors(self) -> Metric:
+        made = CounterMetricFamily(
+            "tokenspeed:stream_seconds",
+            "Seconds of streams, by whether they were at their floor",
+            labels=["model_name", "floor"],
+        )
+        count = self._metrics.streams
+        kinds = {"held": count["floored"] - count["below"], "missed": count["below"]}
+        for word, value in (kinds | {"none": count["seconds"] - count["floored"]}).items():
+            made.add_metric([self._metrics.model_name, word], value)
+        return made
