@@ -13,6 +13,7 @@ from tokenspeed.bench.report import (
     curves_of,
     json_line,
     number,
+    overview_table,
     summary_table,
     text,
     ttft_table,
@@ -111,6 +112,16 @@ def test_a_frontier_is_of_one_endpoint() -> None:
     assert curves[0].points[0].tps_per_user == pytest.approx(2.0)
     assert curves[0].points[0].tokens_per_minute == pytest.approx(24.0)
     assert curves[0].points[1].tps_per_user == pytest.approx(10.0)
+
+
+def test_the_overview_has_a_row_for_each_run() -> None:
+    runs = [run_of(ANSWERED, REFUSED), run_of(endpoint="silent")]
+    table = overview_table([summary(run, [1.5]) for run in runs])
+    assert table.rows == [
+        ("ours, 2 at once", "2", "2", "24", "624", "500", "500", "40.0%", "1", "100.0%"),
+        ("silent, 2 at once", "–", "–", "0", "0", "–", "–", "–", "0", "–"),
+    ]
+    assert len(table.header) == len(table.rows[0])
 
 
 def test_warnings_say_what_a_figure_hides() -> None:

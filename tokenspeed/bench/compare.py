@@ -18,7 +18,6 @@ from tokenspeed.bench.prompts import Prompts, server_count, tokens_per_word
 from tokenspeed.bench.records import Run
 from tokenspeed.bench.session import Workload
 
-
 FRESH = 1000  # from the seed of one load's words to the next one's
 
 

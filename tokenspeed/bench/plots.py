@@ -144,6 +144,7 @@ def timeline(shown: Timeline, *, floor: float | None, ident: str = "timeline") -
         labels[top].append(_Label(time[-1] if len(time) else 0.0, 0.0, name, WARN))
     _floor_line(bottom, floor, vertical=False)
     top.set_ylabel("requests")
+    top.yaxis.get_major_locator().set_params(integer=True)
     middle.set_ylabel("tokens per second")
     bottom.set_ylabel("tokens per second\nof one stream")
     bottom.set_xlabel("seconds since the run's start; windows of one second")

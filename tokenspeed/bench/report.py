@@ -56,6 +56,33 @@ def summary_table(summaries: Sequence[Summary]) -> Table:
     return Table("Figures", ("", *map(label, summaries)), kept)
 
 
+def overview_table(summaries: Sequence[Summary]) -> Table:
+    """A row a run, with the figures that decide; for more runs than stand beside one another."""
+    floors = [floor.floor for floor in summaries[0].floors] if summaries else []
+    header = [
+        "", "TPS p50", "in 1 s p1", "output/min", "all/min", "TTFT p50, ms", "p99", "hits", "failed"
+    ]  # fmt: skip
+    rows = []
+    for each in summaries:
+        ttft, tps, window = each.ttft_s, each.stream_tps, each.window_tps
+        typical, slowest = (None, None) if ttft is None else (ttft.p50, ttft.p99)
+        unanswered = each.num_requests - each.statuses.get("ok", 0)
+        cells = [
+            number(None if tps is None else tps.p50),
+            number(None if window is None else window.p1),
+            number(each.output_tokens_per_minute),
+            number(each.total_tokens_per_minute),
+            number(typical, 1e3),
+            number(slowest, 1e3),
+            share(each.hit_rate),
+            number(unanswered),
+        ]
+        rows.append((label(each), *cells, *map(_attained, each.floors)))
+    header += [f"at {floor:g} TPS" for floor in floors]
+    note = "Tokens are of one device; the last columns are shares of stream-seconds."
+    return Table("Runs", tuple(header), rows, note if floors else "Tokens are of one device.")
+
+
 def ttft_table(summaries: Sequence[Summary]) -> Table:
     """Seconds to the first token for each class of uncached prompt tokens."""
     classes = sorted({(c.least, c.below) for s in summaries for c in s.ttft_by_uncached})
@@ -133,6 +160,13 @@ def curves_of(summaries: Sequence[Summary], y: Callable[[Summary], float]) -> li
     ]
 
 
+def tables(summaries: Sequence[Summary]) -> list[Table]:
+    """What is to be read first."""
+    if len(summaries) > 1:
+        return [overview_table(summaries)]
+    return [summary_table(summaries), ttft_table(summaries)]
+
+
 def html_report(
     title: str,
     runs: Sequence[Run],
@@ -141,10 +175,12 @@ def html_report(
     floor: float | None,
 ) -> str:
     """The page. Raises `PlotsNeedMatplotlibError`."""
-    parts: list[Part] = [Warnings(warnings(runs)), summary_table(summaries)]
+    parts: list[Part] = [Warnings(warnings(runs)), *tables(summaries)]
     if len(summaries) > 1:
         parts += _frontiers(summaries, floor)
-    parts += [_first_tokens(runs), ttft_table(summaries), *_timelines(runs, floor)]
+        parts += [summary_table(summaries)]
+        parts += [ttft_table(summaries)]
+    parts += [_first_tokens(runs), *_timelines(runs, floor)]
     lead = f"{summaries[0].workload} on {summaries[0].model}" if summaries else ""
     return page(title, lead, facts, parts)
 
@@ -201,6 +237,10 @@ def _rates(found: Rates | None) -> str:
     return " / ".join(number(each) for each in (found.p50, found.p10, found.p1))
 
 
+def _attained(floor: FloorResult) -> str:
+    return share(floor.attainment if floor.num_streams else None)
+
+
 def _refused(each: Summary) -> str:
     found = each.refusals
     if not found.count:
@@ -231,7 +271,7 @@ _ROWS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("cost of a session", lambda s: number(s.cost_per_session)),
 )
 _FLOOR_ROWS: tuple[tuple[str, Callable[[FloorResult], str]], ...] = (
-    ("share of stream-seconds", lambda f: share(f.attainment)),
+    ("share of stream-seconds", _attained),
     ("streams held at p99", lambda f: f"{f.held_streams} of {f.num_streams}"),
     ("goodput: users held at once", lambda f: number(f.held_users)),
 )

@@ -38,7 +38,7 @@ class Progress:
     """A bar over requests, with what went wrong beside it."""
 
     def __init__(self, total: int | None) -> None:
-        self.bar = tqdm(total=total, unit=" requests", smoothing=0.1)
+        self.bar = tqdm(total=total, unit=" requests", mininterval=0.5)
         self._counts = {"refused": 0, "error": 0, "cancelled": 0}
         self._tokens = 0
 
@@ -142,8 +142,8 @@ def report(
         page = reports.html_report(title, runs, summaries, shown, floor)
         (args.output / "report.html").write_text(page, encoding="utf-8")
     warn(runs)
-    print(reports.text(reports.summary_table(summaries)))
-    print("\n" + reports.text(reports.ttft_table(summaries)) + "\n")
+    for table in reports.tables(summaries):
+        print(reports.text(table) + "\n")
     for name, value in found.items():
         print(f"{name.replace('_', ' ')}: {value}")
     print(line)
