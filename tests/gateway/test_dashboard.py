@@ -172,7 +172,7 @@ class Clock:
     def give(self, record: RequestRecord, count: int, at: float) -> None:
         if not record.first:
             record.first, record.num_first = at, count
-        record.num_output += count
+        record.num_come += count
 
     def look(self, seconds: float = 1.0) -> dict[str, Any]:
         self.now += seconds
@@ -190,10 +190,10 @@ async def test_a_streams_rate_is_what_came_since_the_last_look():
         assert (stream["tps"], stream["state"], stream["output"]) == (12.0, "streaming", 9)
         assert (stream["first_s"], stream["below"]) == (1.5, False)
         for tokens, below in ((12, False), (11, True), (11.5, False), (0, True)):
-            record.num_output += tokens
+            record.num_come += tokens
             (stream,) = clock.look()["streams"]
             assert (stream["tps"], stream["below"]) == (tokens, below)
-        record.num_output += 30
+        record.num_come += 30
         (stream,) = clock.look(2.5)["streams"]
         assert (stream["tps"], stream["floor"]) == (12.0, 12.0)
         g.service.watch.finish(record)
@@ -206,7 +206,7 @@ async def test_a_stream_that_has_just_begun_has_no_rate_and_loses_no_token():
         record = clock.stream(id="a")
         clock.give(record, 1, clock.now + 0.9)
         assert clock.look()["streams"][0]["tps"] is None
-        record.num_output += 11
+        record.num_come += 11
         assert clock.look()["streams"][0]["tps"] == 10.0  # 11 tokens in 1.1 s
 
 
@@ -219,7 +219,7 @@ async def test_floors_are_the_requests_own_or_the_servers():
             record = clock.stream(id=name, tps_floor=floor)
             clock.give(record, 1, clock.now)
         for seen in watch._live.values():
-            seen.record.num_output += 9
+            seen.record.num_come += 9
         found = clock.look()
         floors = {s["id"]: (s["floor"], s["below"]) for s in found["streams"]}
         assert floors == {
@@ -335,7 +335,7 @@ async def test_of_many_streams_the_worst_off_are_shown(count):
         records = [clock.stream(id=str(i), tps_floor=100.0) for i in range(count)]
         for i, record in enumerate(records):
             clock.give(record, 1, clock.now)
-            record.num_output += i
+            record.num_come += i
         found = clock.look()
         assert found["num_streams"] == count
         assert sorted(int(s["id"]) for s in found["streams"]) == list(range(256))

@@ -39,7 +39,7 @@ class _Seen:
 
     record: RequestRecord
     at: float = 0.0
-    num_output: int = 0
+    num_come: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +166,14 @@ class Watch:
     def _stream(self, seen: _Seen, now: float, waiting: bool) -> Stream:
         r, choices = seen.record, max(1, seen.record.num_choices)
         since = max(seen.at, r.first)
-        new, passed = r.num_output - seen.num_output, now - since
+        new, passed = r.num_come - seen.num_come, now - since
         if seen.at < r.first:
             new -= r.num_first  # they came when the time that is looked at began
         told = bool(r.first) and passed >= _SHORT_S
         tps = new / passed / choices if told else None
         floor = self.default_floor if r.tps_floor is None else r.tps_floor or None
         if told or not r.first:
-            seen.at, seen.num_output = now, r.num_output
+            seen.at, seen.num_come = now, r.num_come
         return Stream(
             r.id,
             r.tenant,
@@ -186,7 +186,7 @@ class Watch:
             r.num_prompt,
             r.num_expected,
             r.num_cached if r.first else None,
-            r.num_output,
+            r.num_come,
             choices,
             None if tps is None else round(tps, 2),
             floor,

@@ -46,7 +46,8 @@ class RequestRecord:
     num_expected: int = 0  # prompt tokens that the session had before
     num_cached: int = 0
     num_host: int = 0  # of those cached, in host memory
-    num_output: int = 0  # so far; what counts of it is known at the end
+    num_output: int = 0  # as the answer counts them, at the end
+    num_come: int = 0  # so far
     num_first: int = 0  # of these, with the first output
     num_choices: int = 1
     tps_floor: float | None = None  # None: the server's, 0: none
@@ -77,7 +78,7 @@ class RequestRecord:
             if not self.first:
                 self.first, self.num_first = self.last, len(output.token_ids)
                 self.num_cached = output.num_cached_tokens
-            self.num_output += len(output.token_ids)
+            self.num_come += len(output.token_ids)
             self.num_steps += 1
             if index == 0 and self.session is not None:
                 self.output_ids += output.token_ids
