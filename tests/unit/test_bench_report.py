@@ -63,6 +63,11 @@ def texts(svg: str) -> list[str]:
     return re.findall(r"<text[^>]*>([^<]*)</text>", svg)
 
 
+def upright(svg: str) -> list[str]:
+    """What is written along y axes."""
+    return re.findall(r"<text[^>]*rotate\(-90\)[^>]*>([^<]*)</text>", svg)
+
+
 def test_the_faster_user_is_right_and_the_busier_device_is_up() -> None:
     svg = pareto([CURVE], floor=70.0)
     (alone, crowd) = marks(svg)[-2:]
@@ -74,7 +79,7 @@ def test_the_faster_user_is_right_and_the_busier_device_is_up() -> None:
     assert zero, "the axes begin at 0"
     words = texts(svg)
     assert "tokens per second that each user sees (median stream)" in words
-    assert "output tokens per minute and device" in words
+    assert upright(svg) == ["output tokens per minute and device"]
     assert {"ours", "floor 70", "1", "8"} <= set(words)
 
 
@@ -84,6 +89,7 @@ def test_more_uncached_tokens_are_right_and_a_later_token_is_up() -> None:
     (few_x, few_y), (many_x, many_y) = [(float(x), float(y)) for x, y in dots[:2]]
     assert many_x > few_x
     assert many_y < few_y
+    assert upright(svg) == ["seconds to the first token; line: median"]
     assert {"ours", "10", "1,000", "10,000", "1"} <= set(texts(svg))
 
 

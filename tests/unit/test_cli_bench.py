@@ -13,8 +13,12 @@ import httpx
 import pytest
 
 from tokenspeed.bench import compare
-from tokenspeed.bench.load import run_load
+from tokenspeed.bench.client import Endpoint
+from tokenspeed.bench.load import LoadOptions, run_load
+from tokenspeed.bench.measure import Price
 from tokenspeed.bench.records import read_runs
+from tokenspeed.bench.workloads import fixed
+from tokenspeed.cli import bench_options
 from tokenspeed.cli.main import build_parser, main
 
 ACTIONS = ("serve", "agentic", "pareto", "capacity", "offline", "compare")
@@ -112,6 +116,28 @@ def test_every_flag_is_read(action: str, server: Server, tmp_path: Path) -> None
     del vars(args)["_read"]
     assert args.run(args) == 0
     assert flags - vars(args)["_read"] == set()
+
+
+def test_flags_arrive_where_they_belong() -> None:
+    words = (
+        "bench agentic --base-url http://h --name n --model m --api-key k --dialect messages"
+        " --header a=b=c --workload random --sessions 3 --span 5 --scale 2 --seed 9"
+        " --time-scale 0.5 --history answers --forced --stop-at-eos --retry 4 --duration 7"
+        " --rounds 2 --stall 8 --concurrency 6 --floor 70 100 --devices 4"
+        " --price-computed-input 1 --price-cached-input 2 --price-output 3 --price-device-hour 4"
+    )
+    args = build_parser().parse_args(words.split())
+    assert bench_options.load_of(args, args.concurrency) == LoadOptions(
+        concurrency=6, time_scale=0.5, history="answers", forced=True, ignore_eos=False,
+        retries=4, duration_s=7.0, rounds=2, stall_s=8.0,
+    )  # fmt: skip
+    assert bench_options.endpoint_of(args) == Endpoint(
+        "n", "http://h", "m", "messages", "k", headers={"a": "b=c"}
+    )
+    price = Price(computed_input=1.0, cached_input=2.0, output=3.0, device_hour=4.0)
+    assert bench_options.judge_of(args) == compare.Judge((70.0, 100.0), price, 4)
+    wanted = fixed.make(requests=3, seed=9, scale=2.0, span_s=5.0)
+    assert bench_options.workload_of(args, args.sessions, args.span) == wanted
 
 
 @pytest.mark.parametrize(
