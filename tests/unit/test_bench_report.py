@@ -65,7 +65,7 @@ def texts(svg: str) -> list[str]:
 
 def upright(svg: str) -> list[str]:
     """What is written along y axes."""
-    return re.findall(r"<text[^>]*rotate\(-90\)[^>]*>([^<]*)</text>", svg)
+    return re.findall(r"<text[^>]*rotate\(-90[^>]*>([^<]*)</text>", svg)
 
 
 def test_the_faster_user_is_right_and_the_busier_device_is_up() -> None:
