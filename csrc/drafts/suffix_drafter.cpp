@@ -1,9 +1,20 @@
 // SPDX-License-Identifier: MIT
 #include "drafts/suffix_drafter.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace tokenspeed::drafts {
+namespace {
+
+constexpr float kTrailMemory = 0.2F;  // what one guess counts for
+
+// How many leading tokens of the guess came.
+size_t num_right(std::span<const Token> guess, std::span<const Token> tokens) {
+    return static_cast<size_t>(std::ranges::mismatch(guess, tokens).in1 - guess.begin());
+}
+
+}  // namespace
 
 // The kept history that saves most; a new one if none does.
 History SuffixDrafter::take_kept(std::span<const Token> prompt, const std::string& salt) {
@@ -26,13 +37,25 @@ History SuffixDrafter::take_kept(std::span<const Token> prompt, const std::strin
 void SuffixDrafter::add(uint64_t id, std::span<const Token> prompt, const std::string& salt) {
     History history = take_kept(prompt, salt);
     history.begin(prompt);
-    requests_.emplace(id, Request{std::move(history), salt, {}});
+    requests_.emplace(id, Request{.history = std::move(history), .salt = salt, .view = {}});
 }
 
 int32_t SuffixDrafter::extend(uint64_t id, std::span<const Token> tokens) {
-    History& history = requests_.at(id).history;
-    for (const Token token : tokens) history.extend(token);
-    return history.tree().length(history.tree().match());
+    Request& request = requests_.at(id);
+    const SuffixTree& tree = request.history.tree();
+    const auto right = num_right(request.by_match, tokens);
+    const auto right_of_trail = num_right(request.by_trail, tokens);
+    if (right != right_of_trail) {
+        const float won = right_of_trail > right ? 1.0F : 0.0F;
+        request.trust += (won - request.trust) * kTrailMemory;
+    }
+    request.by_match.clear(), request.by_trail.clear();
+    for (const Token token : tokens) {
+        request.history.extend(token);
+        const bool copied = tree.length(tree.match()) >= Trail::kLong;
+        request.trail.extend(tree.text(), copied ? tree.behind(tree.match(), tree.end()) : 0);
+    }
+    return tree.length(tree.match());
 }
 
 // The longest match that goes on, or one that is up to kContext tokens shorter.
@@ -46,7 +69,23 @@ Found SuffixDrafter::find_own(const History& history) const {
     return {};
 }
 
-Draft SuffixDrafter::propose(uint64_t id, size_t max_tokens) {
+// Replaces the longest match's draft where what the request copies from is the better guess.
+void SuffixDrafter::follow_trail(Request& request, Draft& draft, size_t max_tokens) const {
+    const std::span<const Token> text = request.history.tree().text();
+    const Trail::Place place = request.trail.resume(text);
+    if (place.match == 0) return;
+    const auto rest =
+        text.subspan(place.next).first(std::min(max_tokens, text.size() - place.next));
+    const auto separator = std::ranges::find_if(rest, [](Token token) { return token < 0; });
+    std::vector<Token> ids(rest.begin(), separator);
+    if (ids.empty()) return;
+    const bool either = !draft.ids.empty();
+    if (either) request.by_match = draft.ids, request.by_trail = ids;
+    if (either && request.trust < 0.5F) return;
+    draft = {.ids = std::move(ids), .match_len = 1};  // of its own kind: no match is so short
+}
+
+Draft SuffixDrafter::longest(uint64_t id, size_t max_tokens) {
     Request& request = requests_.at(id);
     Found found = find_own(request.history);
     const Found stored = stores_.find(request.salt, request.history, request.view);
@@ -55,6 +94,14 @@ Draft SuffixDrafter::propose(uint64_t id, size_t max_tokens) {
     if (found.match_len < options_.min_match || found.tree == nullptr) return draft;
     draft.match_len = found.match_len;
     found.tree->follow(found.at, request.history.tree().end(), max_tokens, draft.ids);
+    return draft;
+}
+
+Draft SuffixDrafter::propose(uint64_t id, size_t max_tokens) {
+    Draft draft = longest(id, max_tokens);
+    if (draft.match_len < Trail::kLong && max_tokens > 0) {
+        follow_trail(requests_.at(id), draft, max_tokens);
+    }
     return draft;
 }
 

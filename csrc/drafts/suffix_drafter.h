@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Proposes the most frequent continuation of the longest suffix of a request that was seen before:
-// in its own session's history, or in recent outputs of its salt where that matches more. Knows
-// no steps and no acceptance. Not thread-safe.
+// in its own session's history, or in recent outputs of its salt where that matches more. Where
+// that is short, what follows in the text that the request copies with changes (trail.h), if that
+// was the better guess lately. Knows no steps and no acceptance. Not thread-safe.
 //
 // Histories of ended requests are kept, the most recently used first, up to `max_kept_tokens`
 // tokens; the next request of the same salt that begins alike takes one over (history.h).
@@ -15,6 +16,7 @@
 #include "drafts/draft.h"
 #include "drafts/history.h"
 #include "drafts/shared_store.h"
+#include "drafts/trail.h"
 
 namespace tokenspeed::drafts {
 
@@ -37,6 +39,8 @@ class SuffixDrafter {
     // Returns how long a suffix of the request now occurs earlier in its session.
     int32_t extend(uint64_t id, std::span<const Token> tokens);
     Draft propose(uint64_t id, size_t max_tokens);
+    // As propose(), by what is the longest match alone.
+    Draft longest(uint64_t id, size_t max_tokens);
     void remove(uint64_t id);
 
     // Of live requests, histories kept and stores; separators count.
@@ -50,10 +54,16 @@ class SuffixDrafter {
         History history;
         std::string salt;
         StoreView view;
+        Trail trail{};
+        // What comes next by the longest match and by the trail, where both had a say, and how
+        // often the trail was right for longer, of the times that one of them was.
+        std::vector<Token> by_match{}, by_trail{};
+        float trust = 0.5F;
     };
 
     History take_kept(std::span<const Token> prompt, const std::string& salt);
     Found find_own(const History& history) const;
+    void follow_trail(Request& request, Draft& draft, size_t max_tokens) const;
 
     SuffixOptions options_;
     SharedStores stores_;

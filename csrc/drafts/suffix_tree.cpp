@@ -130,6 +130,12 @@ bool SuffixTree::continues(Locus at, const Token* end) const {
     return text_[start(edge->child) + nodes_[at.node].depth + at.len] >= 0;
 }
 
+size_t SuffixTree::behind(Locus at, const Token* end) const {
+    const ChildTable::Edge* edge = settle(at, end);
+    const int32_t first = edge == nullptr ? nodes_[at.node].latest : start(edge->child);
+    return static_cast<size_t>(first) + nodes_[at.node].depth + at.len;
+}
+
 // The child to follow; kNone if there is none.
 int32_t SuffixTree::favourite(int32_t node) const {
     const Node& above = nodes_[node];

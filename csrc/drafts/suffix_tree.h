@@ -58,6 +58,9 @@ class SuffixTree {
     Locus match() const { return active_; }
     int32_t length(Locus at) const { return nodes_[at.node].depth + at.len; }
 
+    // The index behind the latest occurrence of what ends at `end`. REQUIRES: length(at) > 0.
+    size_t behind(Locus at, const Token* end) const;
+
     // `at` was the longest suffix of [.., end - 1) that occurs here, now of [.., end).
     void step(Locus& at, const Token* end) const;
     // Without its first token. REQUIRES: length(at) > 0.

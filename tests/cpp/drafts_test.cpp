@@ -57,13 +57,14 @@ void every_prefix() {
         for (size_t size = 1; size <= text.size(); ++size) {
             drafter.extend(7, std::span(text).subspan(size - 1, 1));
             const Tokens prefix(text.begin(), text.begin() + size);
-            check_equal(drafter.propose(7, 9), own_draft(prefix, 9));
+            check_equal(drafter.longest(7, 9), own_draft(prefix, 9));
         }
     }
 }
 
 struct Counts {
     int64_t continued = 0, diverged = 0, stored = 0, evicted = 0, dropped = 0;
+    int64_t resumed = 0;
 };
 
 class Walk {
@@ -114,7 +115,13 @@ class Walk {
             model_.extend(id, ids);
         } else {
             const size_t max_tokens = random_.below(8);
-            check_equal(drafter_.propose(id, max_tokens), model_.propose(id, max_tokens));
+            const Draft longest = model_.propose(id, max_tokens);
+            check_equal(drafter_.longest(id, max_tokens), longest);
+            const Draft draft = drafter_.propose(id, max_tokens);
+            if (draft.match_len != 1) return check_equal(draft, longest);
+            TS_CHECK(longest.match_len < Trail::kLong);
+            TS_CHECK(draft.ids.size() <= max_tokens);
+            counts_.resumed += longest.match_len > 1;
         }
     }
 
@@ -163,8 +170,8 @@ void walks() {
                 (long long)counts.continued, (long long)counts.diverged, (long long)counts.stored,
                 (long long)counts.evicted, (long long)counts.dropped);
     // A walk that meets nothing proves nothing.
-    for (const int64_t met :
-         {counts.continued, counts.diverged, counts.stored, counts.evicted, counts.dropped}) {
+    for (const int64_t met : {counts.continued, counts.diverged, counts.stored, counts.evicted,
+                              counts.dropped, counts.resumed}) {
         TS_CHECK(met > 20);
     }
 }
@@ -256,6 +263,58 @@ void lifetimes() {
     check_equal(drafter.propose(3, 4), {.ids = {5, 6}, .match_len = 1});
 }
 
+// An edited text goes on behind each change where the original does, although what ends a change
+// also ends every line; lines that begin alike lead nobody astray.
+void edits() {
+    Random random(5);
+    constexpr int kLine = 30, kLines = 40;
+    for (int round = 0; round < 20; ++round) {
+        SuffixDrafter drafter({.min_match = 2});
+        Tokens original;
+        for (int line = 0; line < kLines; ++line) {
+            for (int i = 0; i < 9; ++i) original.push_back(100 + i);
+            while (original.size() % kLine < kLine - 2)
+                original.push_back(1000 + random.below(1000));
+            original.insert(original.end(), {500, 7});
+        }
+        drafter.add(1, original, "");
+        int right = 0;
+        for (int line = 0; line < kLines; ++line) {
+            const auto first = original.begin() + line * kLine;
+            drafter.extend(1, Tokens(first, first + kLine - 2));
+            drafter.extend(1, Tokens{5000 + line, 6000 + line, 500, 7});  // a remark at its end
+            const Draft draft = drafter.propose(1, kLine - 2);
+            const Tokens next(first + kLine, std::min(first + 2 * kLine - 2, original.end()));
+            right += !next.empty() && draft.ids == next;
+            if (!draft.ids.empty()) TS_CHECK(draft.match_len < Trail::kLong);
+        }
+        TS_CHECK(right >= kLines - 6);
+        drafter.remove(1);
+    }
+}
+
+// Whatever is copied, changed and cut short, places stay inside of the text.
+void trails() {
+    Random random(6);
+    for (int round = 0; round < 200; ++round) {
+        Tokens text = random.tokens(1 + random.below(60), 3);
+        Trail trail;
+        for (int i = 0; i < 400; ++i) {
+            text.push_back(random.one_in(9) ? -1 - i : random.token(3));
+            const size_t known =
+                random.one_in(6) ? 1 + random.below(static_cast<int>(text.size()) - 1) : 0;
+            trail.extend(text, known);
+            TS_CHECK(trail.place() < text.size());
+            const Trail::Place place = trail.resume(text);
+            TS_CHECK((place.next == 0) == (place.match == 0));
+            TS_CHECK(place.next < text.size());
+            for (int back = 0; back < place.match; ++back) {
+                TS_CHECK(text[place.next - 1 - back] == text[text.size() - 1 - back]);
+            }
+        }
+    }
+}
+
 }  // namespace
 }  // namespace tokenspeed::drafts
 
@@ -265,6 +324,8 @@ int main() {
     ngrams();
     hostile();
     lifetimes();
+    edits();
+    trails();
     walks();
     return 0;
 }

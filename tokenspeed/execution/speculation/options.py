@@ -16,7 +16,7 @@ MODEL_METHODS: Final = ("mtp", "eagle3", "draft_model")
 METHODS: Final = ("auto", "off", *TOKEN_METHODS, *MODEL_METHODS)
 ALIASES: Final = {"deepseek_mtp": "mtp"}
 _NGRAM_MODELS: Final = ("ngram", "[ngram]")  # how the method was named before there were methods
-LEARNT_DEPTH: Final = 16  # most tokens of a draft, if nobody says
+LEARNT_DEPTH: Final = 32  # most tokens of a draft, if nobody says
 FIXED_DEPTH: Final = 4
 
 _ALL = frozenset(METHODS) - {"off"}
