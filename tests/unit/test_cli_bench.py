@@ -178,6 +178,8 @@ def test_a_flag_that_is_none_is_refused(
         ("serve --metric-percentiles 101", "metric-percentiles: must be from 0 to 100"),
         ("serve --metric-percentiles often", "--metric-percentiles: numbers with commas"),
         ("serve --num-prompts 0", "requests must be at least 1"),
+        ("offline --num-prompts 0", "requests must be at least 1"),
+        ("offline --input-len 0", "input_tokens must be at least 1"),
         ("agentic --concurrency 2 --rate 1", "--concurrency and --rate exclude"),
         ("agentic --concurrency 0 --workload published", "concurrency: must be at least 1"),
         ("agentic --floor 0", "--floor must be finite and positive"),

@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
 
     config = EngineConfig.of(**engine_options(args))
     lengths = {"input_tokens": args.input_len, "output_tokens": args.output_len}
-    workload = fixed.make(requests=args.num_prompts, seed=args.prompt_seed, **lengths)
+    fixed.make(requests=args.num_prompts, **lengths)  # refuses what is no number of requests
+    workload = fixed.make(requests=args.num_prompts + 1, seed=args.prompt_seed, **lengths)
     from tokenspeed.bench.prompts import Prompts
     from tokenspeed.execution.sampling_params import SamplingParams
     from tokenspeed.llm import LLM
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     with LLM(config=config) as llm:
         tokenizer = llm.get_tokenizer()
         prompts = [{"prompt_token_ids": _cut(tokenizer, each, args.input_len)} for each in texts]
-        llm.generate([prompts[0]], SamplingParams(max_tokens=2), use_tqdm=False)
+        llm.generate([prompts.pop()], SamplingParams(max_tokens=2), use_tqdm=False)
         begun = time.perf_counter()
         outputs = llm.generate(prompts, params, use_tqdm=True)
         seconds = time.perf_counter() - begun
