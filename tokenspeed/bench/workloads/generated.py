@@ -89,7 +89,7 @@ class Agent:
     def __init__(
         self, texts: Texts, rng: np.random.Generator, habits: Habits, client: Client, person: int
     ) -> None:
-        self._texts, self._rng, self.habits = texts, rng, habits
+        self.texts, self.rng, self.habits = texts, rng, habits
         # Who works where follows Zipf's law; a person stays in one repository.
         ranks = 1 / np.arange(1, habits.repositories + 1)
         repository = int(np.random.default_rng([person]).choice(len(ranks), p=ranks / ranks.sum()))
@@ -108,7 +108,7 @@ class Agent:
         return sum(segment.tokens for segment in (*self.head, *self.history))
 
     def turns(self) -> tuple[Turn, ...]:
-        habits, rng = self.habits, self._rng
+        habits, rng = self.habits, self.rng
         first = habits.first_context.draw(rng)
         resumed = first >= habits.resumed_tokens
         window = habits.window.draw(rng)
@@ -126,7 +126,7 @@ class Agent:
 
     def _steps(self, resumed: bool) -> list[int]:
         """Of each message. Few messages have long runs of steps: of several draws the nearest."""
-        habits, rng = self.habits, self._rng
+        habits, rng = self.habits, self.rng
         messages = max(1, round(habits.messages.draw(rng)))
         wanted = (habits.resumed_requests if resumed else habits.requests).draw(rng)
         drawn = ([int(habits.steps.draw(rng)) for _ in range(messages)] for _ in range(_TRIES))
@@ -141,18 +141,18 @@ class Agent:
         return tuple(found)
 
     def begin(self, context: int) -> None:
-        self.history = [self._texts.own(context)]
-        self.blocks = self._texts.blocks([*self.head, *self.history])
+        self.history = [self.texts.own(context)]
+        self.blocks = self.texts.blocks([*self.head, *self.history])
 
     def _step(self, found: list[Turn], kind: str, window: float) -> None:
-        habits, rng = self.habits, self._rng
+        habits, rng = self.habits, self.rng
         gap = 0.0
         if found:
             gap = (habits.tool_gap if kind == "tool" else habits.user_gap).draw(rng)
             self._grow(found[-1], window)
         output = round(habits.output.draw(rng))
         cancelled = int(rng.integers(1, output + 1)) if rng.random() < habits.cancel else None
-        tail = self.tokens - len(self.blocks) * self._texts.block_size
+        tail = self.tokens - len(self.blocks) * self.texts.block_size
         turn = Turn(self.blocks, self.tokens, output, gap, kind, tail, cancelled)
         found.append(turn)
         if rng.random() < habits.retry:
@@ -163,15 +163,15 @@ class Agent:
 
         What of the answer is longer than all that is new was thinking, which is not sent back.
         """
-        habits, own = self.habits, self._texts.own
-        drawn = min(_LARGEST, self.pace * habits.append.draw(self._rng))
+        habits, own = self.habits, self.texts.own
+        drawn = min(_LARGEST, self.pace * habits.append.draw(self.rng))
         new = max(2, round(drawn) - before.tail_tokens)
         answer = min(before.cancel_after or before.output_tokens, new - 1)
         added = [own(answer), own(new - answer)]
-        event, kept = self._rng.random(), len(self.blocks)
+        event, kept = self.rng.random(), len(self.blocks)
         events = np.cumsum([habits.compaction, habits.rerender, habits.tools_change])
         if event < events[0] or self.tokens + new > window:
-            self.history = [own(round(habits.summary.draw(self._rng)))]
+            self.history = [own(round(habits.summary.draw(self.rng)))]
             kept = self._head_blocks()
         elif event < events[1]:
             self.history = [own(sum(segment.tokens for segment in self.history))]
@@ -180,10 +180,10 @@ class Agent:
             tools, *rest = self.head
             self.head, kept = [own(tools.tokens + 500), *rest], 0
         self.history += added
-        self.blocks = self._texts.blocks([*self.head, *self.history], self.blocks[:kept])
+        self.blocks = self.texts.blocks([*self.head, *self.history], self.blocks[:kept])
 
     def _head_blocks(self) -> int:
-        return sum(segment.tokens for segment in self.head) // self._texts.block_size
+        return sum(segment.tokens for segment in self.head) // self.texts.block_size
 
 
 def layers(texts: Texts, client: Client, version: int) -> list[Segment]:
@@ -198,7 +198,7 @@ def layers(texts: Texts, client: Client, version: int) -> list[Segment]:
 def _with_children(agent: Agent, main: Session, subagents: float) -> list[Session]:
     """The session, its side calls, and the agents that it waits for once."""
     found = [main]
-    rng, texts, person = agent._rng, agent._texts, int(main.user.partition("-")[2])
+    rng, texts, person = agent.rng, agent.texts, int(main.user.partition("-")[2])
     if rng.random() < agent.habits.side_calls:
         head = texts.shared(300, "title")
         body = texts.own(int(rng.integers(700, 1700)))
