@@ -238,6 +238,12 @@ def test_a_short_stream_has_one_speed() -> None:
     assert known == pytest.approx([10.0] * 5)
 
 
+def test_a_stream_between_two_moments_is_not_seen() -> None:
+    shown = timeline_of(run_of(record(0.0, [1.02, 1.04])))
+    assert np.isnan(shown.lowest_tps).all()
+    assert sum(shown.tokens_per_s) == pytest.approx(2 * 10)  # in ten windows that overlap
+
+
 def test_a_long_run_is_thinned() -> None:
     shown = timeline_of(run_of(record(0.0, [1.0, 9_000.0]), duration=9_000.0))
     assert len(shown.time_s) <= 601

@@ -102,7 +102,8 @@ def _speed(record: RequestRecord, time: Array) -> Iterator[tuple[npt.NDArray[np.
     first = at[0] + (WINDOW_S if length == WINDOW_S else 0.0)
     places = np.flatnonzero((time >= first) & (time <= at[-1]))
     ends = time[places] if length == WINDOW_S else np.full(len(places), at[-1])
-    yield places, _between(at, counts, ends - length, ends) / length
+    if len(places):
+        yield places, _between(at, counts, ends - length, ends) / length
 
 
 def _counts(record: RequestRecord) -> Array:
