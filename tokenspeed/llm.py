@@ -11,12 +11,14 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import build_engine, resolve_folders
+from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import AddGrammar, DropGrammar, GenerateRequest, TokenOutput
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.sampling_params import SamplingParams, TokenLogprobs
@@ -119,7 +121,8 @@ class LLM:
         self._end = weakref.finalize(self, self._engine.close)
         self._ids = itertools.count()
         self._grammars: GrammarCompiler | None = None
-        self._mirror = GrammarMirror(self._tell_grammar)
+        # Holds the engine and not this object, which would else end at some later time.
+        self._mirror = GrammarMirror(partial(_tell_grammar, self._engine))
         self._unread: dict[int, list[TokenOutput]] = {}  # of requests that another call drives
 
     def close(self) -> None:
@@ -266,13 +269,6 @@ class LLM:
         self._mirror.provide(grammar)
         return params.replace(structured_outputs=None, grammar=grammar)
 
-    def _tell_grammar(self, message: AddGrammar | DropGrammar) -> bool:
-        if isinstance(message, AddGrammar):
-            self._engine.add_grammar(message.key, message.data)
-        else:
-            self._engine.drop_grammar(message.key)
-        return True
-
     def _detokenizer(self, params: SamplingParams, prompt_ids: list[int]) -> Detokenizer | None:
         if self._tokenizer is None:
             if params.stop:
@@ -396,3 +392,11 @@ def _one_each(
 
 def _empty(asked: int | None) -> list[Position] | None:
     return None if asked is None else []
+
+
+def _tell_grammar(engine: Engine, message: AddGrammar | DropGrammar) -> bool:
+    if isinstance(message, AddGrammar):
+        engine.add_grammar(message.key, message.data)
+    else:
+        engine.drop_grammar(message.key)
+    return True

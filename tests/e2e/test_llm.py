@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """`LLM`: texts in, texts out, shaped like vLLM's, in one process without a socket."""
 
+import gc
 import itertools
 import signal
 import subprocess
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,18 @@ def test_the_public_surface() -> None:
     ]
     with pytest.raises(AttributeError):
         _ = tokenspeed.Missing
+
+
+def test_it_ends_when_nobody_has_it(folder: Path) -> None:
+    """With its ranks, and not whenever cycles happen to be collected."""
+    gc.disable()
+    try:
+        llm = LLM(str(folder), **OPTIONS)
+        seen = weakref.ref(llm)
+        del llm
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_results_come_in_order_with_text_and_ids(llm: LLM) -> None:
