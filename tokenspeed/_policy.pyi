@@ -98,6 +98,41 @@ class DepthPolicy:
         """[n] depths. What a drafter with weights proposes in this step is verified in the next:
         its depth is chosen, and its verification paid, here."""
 
+class Pacing:
+    """Keeps streams at their floors (csrc/policy/pacing.h); `Scheduler.pace` takes it."""
+
+    def __init__(
+        self,
+        times: StepTimeModel,
+        *,
+        tps_floor: float | None = None,  # of the default class, in (0, 10000]; None: none
+        max_wait_s: float | None = None,  # before a request's first step; None: for ever
+        max_num_seqs: int,
+        num_experts: int = 0,
+        experts_per_token: int = 0,
+    ) -> None: ...
+    def predicted_wait_s(self, request_id: int) -> float:
+        """Until a waiting request runs; 0 for those that run and unknown ones. O(waiting)."""
+    def hopeless(self, request_id: int) -> bool:
+        """Whether its wait is predicted to be longer than it may."""
+    def retry_after_s(self, request_id: int) -> float:
+        """When it may be asked again with better luck; at least 1."""
+    def overdue(self) -> list[int]:
+        """Requests that have waited for their first step longer than they may."""
+    def streams(self) -> list[tuple[int, float, int, float, bool]]:
+        """By request: its number, its floor (0: none), tokens so far, seconds until the next one is
+        due (0 without a floor or before the first), whether it runs."""
+    @property
+    def budget_s(self) -> float: ...  # of the step planned last; infinite: nothing is due
+    @property
+    def num_forced(self) -> int: ...  # chunks of prompts that were taken though they do not fit
+    @property
+    def num_late(self) -> int: ...  # outputs that came after they were due
+    @property
+    def num_unmeetable(self) -> int: ...  # requests whose floor cannot be met even alone
+    @property
+    def last_unmeetable(self) -> float: ...  # such a floor; 0: there was none
+
 def choose_depths(
     times: StepTimeModel,
     base: NDArray[np.float64],  # [F]

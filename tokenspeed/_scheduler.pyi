@@ -4,6 +4,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenspeed._policy import Pacing
+
 FINISH_NONE: int  # 0: still running
 FINISH_STOP: int  # 1: a stop token id
 FINISH_LENGTH: int  # 2: max_tokens or the context
@@ -53,8 +55,15 @@ class Scheduler:
         user: int = 0,  # 64 bits: users take turns by tokens computed; one alone: arrival order
         retention_s: float = 0.0,  # that its pages should stay after its end; at most seven days
         pinned: bool = False,  # ... until nothing else is left to evict
+        tps_floor: float | None = None,  # tokens per second; None: the default, 0: none
+        priority: int = 0,  # lower is sooner
+        max_wait_s: float | None = None,  # for its first step; None: the default
     ) -> None:
-        """Queues a request. `ValueError`: empty, too long, duplicate id, can never fit."""
+        """Queues a request. `ValueError`: empty, too long, duplicate id, can never fit, or a floor
+        or wait though there is no pacing."""
+    def pace(self, pacing: Pacing) -> None:
+        """Asks it from now on what a step may have and who may run. `ValueError`: there have been
+        requests, `num_micro_steps` is above 1, or events are recorded."""
     def abort(self, request_id: int) -> bool:
         """Ends a request in any state; False if it is unknown or over. No update follows it."""
     def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int = 0) -> bool:

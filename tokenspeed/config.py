@@ -20,6 +20,7 @@ DType = Literal["auto", "float32", "bfloat16"]
 CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantizations = Literal["none", "int8", "int4", "fp8", "mxfp4", "nvfp4"]
+MAX_TPS_FLOOR = 10_000
 Launcher = Literal["local", "torchrun", "ray"]
 Communication = Literal["auto", "shm", "gloo", "nccl"]
 
@@ -76,6 +77,22 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True)
+class PacingOptions:
+    """What streams are promised, and who waits for it. They change performance, never tokens."""
+
+    tps_floor: float | None = option(
+        None, "tokens per second that each stream is promised; unset: no pacing", low=0
+    )
+    max_queue_wait_s: float | None = option(
+        None, "seconds that a request may wait; what waits longer, or would, is answered 503", low=0
+    )
+
+    @property
+    def is_on(self) -> bool:
+        return self.tps_floor is not None or self.max_queue_wait_s is not None
+
+
+@dataclass(frozen=True)
 class SpeculationOptions:
     """Drafts of tokens, verified in one step. These options change performance, never tokens."""
 
@@ -123,6 +140,7 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    pacing: PacingOptions = field(default_factory=PacingOptions)
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     parallel: ParallelOptions = field(default_factory=ParallelOptions)
     experts: ExpertOptions = field(default_factory=ExpertOptions)
@@ -178,6 +196,7 @@ class EngineConfig:
                 f" can decode in every step: {scheduler.max_num_batched_tokens}"
                 f" < {scheduler.max_num_seqs}"
             )
+        self._check_pacing()
         if experts.enable_eplb and parallel.expert_parallel_size == 1:
             raise ValueError(
                 "enable_eplb needs expert_parallel_size above 1: experts must have ranks"
@@ -195,6 +214,17 @@ class EngineConfig:
                 "data_parallel_size above 1 needs launcher local: start one server for each engine,"
                 f" or leave launcher {parallel.launcher}"
             )
+
+    def _check_pacing(self) -> None:
+        floor, parallel = self.pacing.tps_floor, self.parallel
+        if floor is not None and not 0 < floor <= MAX_TPS_FLOOR:
+            raise ValueError(f"tps_floor must be in (0, {MAX_TPS_FLOOR}]: {floor}")
+        for name in ("pipeline_parallel_size", "attention_data_parallel_size"):
+            if self.pacing.is_on and getattr(parallel, name) > 1:
+                raise ValueError(
+                    f"tps_floor and max_queue_wait_s need {name} 1: a step's time is foretold for"
+                    " one scheduler and one stage"
+                )
 
 
 @dataclass(frozen=True)
@@ -246,7 +276,8 @@ def check_options(group: Any) -> None:
             raise ValueError(f"{f.name} must be a list of texts: {value!r}")
         if low is None or value is None:
             continue
-        number = isinstance(value, (int, float) if f.type is float else int)
+        kinds = (int, float) if float in (f.type, *get_args(f.type)) else int
+        number = isinstance(value, kinds)
         if isinstance(value, bool) or not number or not low <= value < math.inf:
             raise ValueError(f"{f.name} must be a number of at least {low}: {value!r}")
 

@@ -188,6 +188,8 @@ Owned<int32_t> choose(DepthPolicy& self, const Vector<double>& base,
 
 }  // namespace
 
+void bind_pacing(nb::module_& m);  // pacing.cpp
+
 NB_MODULE(_policy, m) {
     m.attr("FEATURES") = nb::make_tuple("step", "decode_rows", "verify_tokens", "prefill_tokens",
                                         "context_thousands", "experts", "propose_tokens",
@@ -227,6 +229,8 @@ NB_MODULE(_policy, m) {
         .def("choose", choose, "base"_a.noconvert(), "request_ids"_a.noconvert(),
              "drafters"_a.noconvert(), "match_lens"_a.noconvert(), "max_depths"_a.noconvert(),
              "max_drafts"_a);
+
+    bind_pacing(m);
 
     m.def("choose_depths", best_depths, "times"_a, "base"_a.noconvert(), "rates"_a.noconvert(),
           "max_depths"_a.noconvert(), "proposes"_a.noconvert(), "max_drafts"_a, nb::kw_only(),

@@ -98,7 +98,8 @@ Retention retention(double seconds, bool pinned) {
 
 void submit(Scheduler& self, uint64_t request_id, const Words& prompt, int64_t max_tokens,
             int64_t min_tokens, const std::optional<Words>& stop_ids, const nb::bytes& salt,
-            bool read_cache, bool prompt_logprobs, uint64_t user, double retention_s, bool pinned) {
+            bool read_cache, bool prompt_logprobs, uint64_t user, double retention_s, bool pinned,
+            std::optional<double> tps_floor, int32_t priority, std::optional<double> max_wait_s) {
     NewRequest request;
     request.id = request_id;
     request.prompt = view(prompt);
@@ -110,6 +111,11 @@ void submit(Scheduler& self, uint64_t request_id, const Words& prompt, int64_t m
     request.prompt_logprobs = prompt_logprobs;
     request.user = user;
     request.retention = retention(retention_s, pinned);
+    request.terms.tps_floor = tps_floor;
+    request.terms.priority = priority;
+    if (max_wait_s.has_value()) {
+        request.terms.max_wait_us = microseconds(*max_wait_s, "max_wait_s");
+    }
     self.submit(request);
 }
 
@@ -173,7 +179,10 @@ NB_MODULE(_scheduler, m) {
         .def("submit", submit, "request_id"_a, "prompt"_a.noconvert(), nb::kw_only(),
              "max_tokens"_a, "min_tokens"_a = 0, "stop_ids"_a.noconvert().none() = nb::none(),
              "salt"_a = nb::bytes("", 0), "read_cache"_a = true, "prompt_logprobs"_a = false,
-             "user"_a = 0, "retention_s"_a = 0.0, "pinned"_a = false)
+             "user"_a = 0, "retention_s"_a = 0.0, "pinned"_a = false,
+             "tps_floor"_a.none() = nb::none(), "priority"_a = 0,
+             "max_wait_s"_a.none() = nb::none())
+        .def("pace", &Scheduler::pace, "pacing"_a, nb::keep_alive<1, 2>())
         .def("abort", &Scheduler::abort, "request_id"_a)
         .def(
             "speculate",

@@ -22,9 +22,10 @@ Request* Scheduler::admit_next() {
         if (user == nullptr) return nullptr;
         looked_at_.push_back(user);
         int passed_over = 0;
-        for (auto& [arrival, request] : user->waiting) {
+        for (auto& [place, request] : user->waiting) {
             if (slots_.num_free() == 0 || request->refused_at == room_version_) return nullptr;
-            if (held_back(*request)) {
+            if (pacer_ != nullptr && !pacer_->admits(request->id)) return nullptr;
+            if (held_back(*request) || prompts_before(*request)) {
                 if (++passed_over == kMaxPassedOver) break;
                 continue;
             }
@@ -38,7 +39,10 @@ Request* Scheduler::admit_next() {
 
 // Moves an admitted request from those that wait to those that run.
 Request* Scheduler::start(Request& request) {
-    waiting_.admitted(*request.user, request.arrival);
+    waiting_.admitted(*request.user, request.place());
+    if (pacer_ != nullptr) {
+        pacer_->admitted(request.id, request.known() - holdings(request.state)->scheduled);
+    }
     const auto later = [](uint64_t a, const Request* b) { return a < b->arrival; };
     running_.insert(std::upper_bound(running_.begin(), running_.end(), request.arrival, later),
                     &request);

@@ -12,7 +12,7 @@ namespace tokenspeed {
 
 namespace {
 
-constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '4'};
+constexpr char kMagic[8] = {'T', 'S', 'E', 'V', 'E', 'N', 'T', '5'};
 static_assert(std::is_trivially_copyable_v<SchedulerOptions>);
 static_assert(sizeof(SchedulerOptions) == 12 * sizeof(int32_t), "options are int32 words");
 
@@ -61,6 +61,7 @@ void replay_submit(Reader& in, Scheduler& scheduler) {
     request.prompt_logprobs = in.value<uint8_t>() != 0;
     request.user = in.value<uint64_t>();
     request.retention = retention(in);
+    request.terms.priority = in.value<int32_t>();
     const auto prompt = in.array<int32_t>();
     const auto stop_ids = in.array<int32_t>();
     const auto salt = in.array<uint8_t>();
@@ -109,6 +110,7 @@ void EventLog::submit(const NewRequest& request) {
     value(request.user);
     value(request.retention.for_us);
     value<uint8_t>(request.retention.pinned);
+    value(request.terms.priority);
     array(request.prompt);
     array(request.stop_ids);
     array(request.salt);

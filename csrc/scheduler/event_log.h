@@ -2,7 +2,7 @@
 // The event log: everything that was told to a scheduler, in order, so that another one can be told
 // the same. The key of the prefix hashes is not in it: no plan depends on it.
 //
-//   log:    "TSEVENT4", the options as int32 words, then records
+//   log:    "TSEVENT5", the options as int32 words, then records
 //   record: one byte of kind, then its fields, little-endian; arrays with a 32-bit count in front
 #pragma once
 

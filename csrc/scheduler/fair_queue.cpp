@@ -28,32 +28,33 @@ void FairQueue::leave(User& user) {
     parked_.erase(parked_.begin());
 }
 
-void FairQueue::push(User& user, uint64_t arrival, Request* request, bool returns) {
+void FairQueue::push(User& user, const Place& place, Request* request, bool returns) {
     if (user.waiting.empty()) {
         if (!returns) user.tag = std::max(user.tag, virtual_time_);
     } else {
         unrank(user);
     }
-    user.waiting.emplace(arrival, request);
-    all_.emplace(arrival, Entry{request, &user, 0});
-    if (returns) returning_.emplace(arrival, &user);
+    user.waiting.emplace(place, request);
+    all_.emplace(place.arrival, Entry{request, &user, 0, place.priority});
+    if (returns) returning_.emplace(place.arrival, &user);
     rank(user);
 }
 
-void FairQueue::erase(User& user, uint64_t arrival) {
-    if (!user.waiting.contains(arrival)) return;
+void FairQueue::erase(User& user, const Place& place) {
+    if (!user.waiting.contains(place)) return;
     unrank(user);
-    user.waiting.erase(arrival);
-    all_.erase(arrival);
-    returning_.erase(arrival);
+    user.waiting.erase(place);
+    all_.erase(place.arrival);
+    returning_.erase(place.arrival);
     if (!user.waiting.empty()) rank(user);
     // Everybody has what they asked for: nobody owes anything.
     if (all_.empty()) move_time(highest_tag_);
 }
 
-void FairQueue::admitted(User& user, uint64_t arrival) {
+void FairQueue::admitted(User& user, const Place& place) {
+    const uint64_t arrival = place.arrival;
     if (!returning_.contains(arrival)) move_time(std::max(virtual_time_, user.tag));
-    erase(user, arrival);
+    erase(user, place);
     if (!all_.empty() && all_.begin()->first < arrival) ++all_.begin()->second.num_passed;
 }
 
@@ -64,7 +65,9 @@ FairQueue::User* FairQueue::next(std::span<User* const> looked_at) {
     if (!returning_.empty() && fresh(returning_.begin()->second)) return returning_.begin()->second;
     if (all_.empty()) return nullptr;
     const Entry& earliest = all_.begin()->second;
-    if (earliest.num_passed >= kMaxBypass && fresh(earliest.user)) return earliest.user;
+    const bool passed = earliest.num_passed >= kMaxBypass && !ranking_.empty() &&
+                        earliest.priority <= ranking_.begin()->priority;
+    if (passed && fresh(earliest.user)) return earliest.user;
     for (auto at = ranking_.begin(); at != ranking_.end();) {
         User& user = *at->user;
         if (user.tag != user.ranked_tag) {  // it was charged since: it stands further back
@@ -82,11 +85,14 @@ FairQueue::User* FairQueue::next(std::span<User* const> looked_at) {
 
 void FairQueue::rank(User& user) {
     user.ranked_tag = user.tag;
-    ranking_.insert({user.tag, user.waiting.begin()->first, &user});
+    ranking_.insert(ranked(user));
 }
 
-void FairQueue::unrank(User& user) {
-    ranking_.erase({user.ranked_tag, user.waiting.begin()->first, &user});
+void FairQueue::unrank(User& user) { ranking_.erase(ranked(user)); }
+
+FairQueue::Ranked FairQueue::ranked(User& user) {
+    const Place& head = user.waiting.begin()->first;
+    return {head.priority, user.ranked_tag + head.key, head.arrival, &user};
 }
 
 void FairQueue::move_time(uint64_t to) {

@@ -4,18 +4,23 @@
 //
 // Each user has a tag: the tokens that were computed for it. The user with the smallest tag is
 // next, among equals the earlier arrival; within a user, order of arrival. Who comes back after a
-// pause starts where the others are (`virtual_time_`), so that nobody saves up.
+// pause starts where the others are (`virtual_time_`), so that nobody saves up. A request of a
+// lower priority comes first whatever its user's tag. Where a pacer gives keys (pacer.h), tokens
+// too, they count as if its user had had them already, and within a user the smaller key is first.
 //  F1  With one user, this is order of arrival.
 //  F2  A request that was admitted before (retracted) comes before all others, in order of arrival
 //      within its user.
-//  F3  The earliest waiting request is passed at most `kMaxBypass` times; then it is next.
+//  F3  The earliest waiting request is passed at most `kMaxBypass` times; then it is next, unless
+//      others are of a lower priority. With keys its user is next.
 //  F4  Memory: users with live requests, and at most `kMaxParked` that have a debt.
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <map>
 #include <set>
 #include <span>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 
@@ -28,21 +33,33 @@ class FairQueue {
     static constexpr int kMaxBypass = 64;
     static constexpr int kMaxParked = 4096;
 
+    // Of a waiting request, within its user.
+    struct Place {
+        Place(uint64_t arrival_in) : arrival(arrival_in) {}
+        Place(int32_t priority_in, uint64_t key_in, uint64_t arrival_in)
+            : priority(priority_in), key(key_in), arrival(arrival_in) {}
+        auto operator<=>(const Place&) const = default;
+
+        int32_t priority = 0;
+        uint64_t key = 0;
+        uint64_t arrival;
+    };
+
     struct User {
         uint64_t key = 0;
         uint64_t tag = 0;
-        int64_t num_live = 0;                  // requests that are not over
-        std::map<uint64_t, Request*> waiting;  // by arrival
-        uint64_t ranked_tag = 0;               // as `ranking_` has it; tags only rise
+        int64_t num_live = 0;  // requests that are not over
+        std::map<Place, Request*> waiting;
+        uint64_t ranked_tag = 0;  // as `ranking_` has it; tags only rise
     };
 
     // Each live request counts once: `join` when it is submitted, `leave` when it is over.
     User& join(uint64_t key);
     void leave(User& user);
 
-    void push(User& user, uint64_t arrival, Request* request, bool returns);
-    void erase(User& user, uint64_t arrival);     // aborted
-    void admitted(User& user, uint64_t arrival);  // taken out because it runs now
+    void push(User& user, const Place& place, Request* request, bool returns);
+    void erase(User& user, const Place& place);     // aborted
+    void admitted(User& user, const Place& place);  // taken out because it runs now
     void charge(User& user, int64_t num_tokens) {
         user.tag += static_cast<uint64_t>(num_tokens);
         if (user.tag > highest_tag_) highest_tag_ = user.tag;
@@ -57,18 +74,21 @@ class FairQueue {
         Request* request;
         User* user;
         int num_passed;  // admissions of others while it was the earliest
+        int32_t priority;
     };
     const std::map<uint64_t, Entry>& all() const { return all_; }  // by arrival
 
   private:
     friend class Inspector;  // tests/cpp/explore_inspect.h
     struct Ranked {
-        uint64_t tag, head;
+        int32_t priority;
+        uint64_t tag, head;  // with the first request's key; its arrival
         User* user;
         bool operator<(const Ranked& other) const {
-            return std::pair(tag, head) < std::pair(other.tag, other.head);
+            return std::tie(priority, tag, head) < std::tie(other.priority, other.tag, other.head);
         }
     };
+    static Ranked ranked(User& user);
     void rank(User& user);
     void unrank(User& user);
     void move_time(uint64_t to);

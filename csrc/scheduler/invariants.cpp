@@ -169,6 +169,8 @@ uint64_t Scheduler::state_hash() const {
                               uint64_t(request->retractions), uint64_t(request->limit)}) {
             mix.add(word);
         }
+        mix.add(static_cast<uint64_t>(request->priority));
+        mix.add(request->key);
         mix.add(request->tokens);
         mix.add(request->draft);
         mix.add(request->num_propose);

@@ -119,7 +119,12 @@ void Scheduler::plan_drafts() {
 
 // Gives each prefilling request its chunk, in order of arrival, admitting as long as there is room.
 void Scheduler::plan_prefills() {
-    int32_t left = share_budget();
+    int32_t left = 0;
+    if (pacer_ == nullptr) {
+        left = share_budget();
+    } else {
+        pace_prefills();
+    }
     for (Request* request : running_) {
         auto* prefilling = std::get_if<Prefilling>(&request->state);
         if (prefilling == nullptr || request->chunk == 0) continue;
@@ -265,7 +270,8 @@ void Scheduler::retract(Request& request) {
     const bool moved = apply(request.state, Retract{}) == Verdict::kMoved;
     TS_CHECK(moved);
     std::erase(running_, &request);
-    waiting_.push(*request.user, request.arrival, &request, /*returns=*/true);
+    waiting_.push(*request.user, request.place(), &request, /*returns=*/true);
+    if (pacer_ != nullptr) pacer_->retracted(request.id);
     request.draft.clear();
     request.num_propose = 0;
     ++request.retractions;
@@ -316,6 +322,7 @@ std::span<const int32_t> Scheduler::emit() {
     in_flight_.push_back(std::move(step_));
     step_ = Step();
     ++counters_.num_steps;
+    if (pacer_ != nullptr) pacer_->planned();
     return plan_;
 }
 

@@ -12,6 +12,7 @@ void Scheduler::advance(TimeUs now) {
     if (now <= now_) return;
     now_ = now;
     log_.advance(now);
+    if (pacer_ != nullptr) pacer_->advance(now_);
     index_.advance(now);
 }
 

@@ -77,6 +77,7 @@ void Scheduler::submit(const NewRequest& request) {
         taken == live_.end() || apply(taken->second->state, Submit{}) != Verdict::kRejected;
     require(free, "the request id is already in use");
 
+    check_terms(request.terms);
     auto fresh = std::make_unique<Request>();
     fresh->id = request.id;
     fresh->arrival = next_arrival_++;
@@ -94,7 +95,8 @@ void Scheduler::submit(const NewRequest& request) {
                         request.retention.pinned};
     fresh->user = &waiting_.join(request.user);
     log_.submit(request);
-    waiting_.push(*fresh->user, fresh->arrival, fresh.get(), /*returns=*/false);
+    queue(*fresh, request.terms);
+    waiting_.push(*fresh->user, fresh->place(), fresh.get(), /*returns=*/false);
     live_.emplace(request.id, std::move(fresh));
 }
 
@@ -130,7 +132,8 @@ bool Scheduler::speculate(uint64_t request_id, std::span<const int32_t> draft,
 // REQUIRES: the request has just become Draining or Finished.
 void Scheduler::leave(Request& request) {
     if (!mutant(Mutant::kK12RoomUnnoticed)) ++room_version_;
-    waiting_.erase(*request.user, request.arrival);
+    waiting_.erase(*request.user, request.place());
+    if (pacer_ != nullptr) pacer_->left(request.id);
     waiting_.leave(*std::exchange(request.user, nullptr));
     std::erase(running_, &request);
     auto node = live_.extract(request.id);
@@ -144,6 +147,7 @@ const Updates& Scheduler::commit(std::span<const int32_t> result) {
     updates_.clear();
     Step step = std::move(in_flight_.front());
     in_flight_.pop_front();
+    if (pacer_ != nullptr) pacer_->committed();
     const int32_t* word = result.data() + kResultHeaderWords;
     const int32_t* id = word + step.rows.size() * kResultRowWords;
     for (Row& row : step.rows) {
@@ -250,6 +254,7 @@ void Scheduler::settle(Row& row, int32_t status, std::span<const int32_t> ids) {
         return;
     }
     if (ids.empty()) return;
+    if (pacer_ != nullptr) pacer_->emitted(request.id, static_cast<int32_t>(ids.size()));
     waiting_.charge(*request.user, std::ssize(ids));
     if (finish != Finish::kNone) return end_running(request, finish, ids);
     report(request, Finish::kNone, ids);

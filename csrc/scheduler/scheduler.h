@@ -33,6 +33,10 @@
 //      back.
 //  D2  Who speculates ends with the same tokens as who does not: ids are taken one by one, up to a
 //      stop id or the limit, and nothing behind them counts.
+//
+// A pacer (`pace`, pacer.h), if there is one, says how many tokens of prompts a step may have and
+// whether one more request may run; then prompts are computed one after the other, in the order of
+// those that wait (paced.cpp). Without one nothing of this is asked.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +49,7 @@
 
 #include "scheduler/event_log.h"
 #include "scheduler/fair_queue.h"
+#include "scheduler/pacer.h"
 #include "scheduler/plan.h"
 #include "scheduler/prefix_index.h"
 #include "scheduler/states.h"
@@ -85,11 +90,14 @@ struct NewRequest {
     bool prompt_logprobs = false;
     uint64_t user = 0;    // whose share it takes from
     Retention retention;  // of its prompt and output, from its end on
+    Terms terms;          // all but the priority need a pacer
 };
 
 struct Request {
     uint64_t id = 0;
     uint64_t arrival = 0;
+    int32_t priority = 0;
+    uint64_t key = 0;  // the pacer's; 0 without one
     int32_t num_prompt = 0;
     int32_t limit = 0;  // tokens at which it ends: prompt + max_tokens or the context
     int32_t min_tokens = 0;
@@ -115,6 +123,7 @@ struct Request {
     int32_t twin_pages = 0;
     State state;
 
+    FairQueue::Place place() const { return {priority, key, arrival}; }
     int32_t known() const { return static_cast<int32_t>(tokens.size()); }
     int32_t num_outputs() const { return known() - num_prompt; }
     bool wants_prompt_logits() const { return prompt_logprobs && num_outputs() == 0; }
@@ -146,7 +155,12 @@ class Scheduler {
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
 
-    // Throws std::invalid_argument: empty, too long, duplicate id, can never fit. Nothing changed.
+    // Asks `pacer` from now on; it outlives this. Throws std::invalid_argument if there have been
+    // requests, with several micro-steps (a request is not in each), and with a log of events (it
+    // would have to tell step times too).
+    void pace(Pacer* pacer);
+    // Throws std::invalid_argument: empty, too long, duplicate id, can never fit, terms that need a
+    // pacer, or a floor or wait that is no number >= 0. Nothing changed.
     void submit(const NewRequest& request);
     bool abort(uint64_t request_id);
     // For the request's next row that samples: ids to verify, guesses at what follows its tokens as
@@ -215,6 +229,13 @@ class Scheduler {
     void plan_drafts();
     void plan_prefills();
     int32_t share_budget();
+
+    // paced.cpp
+    void check_terms(const Terms& terms) const;
+    void queue(Request& request, const Terms& terms);
+    StepLoad load() const;
+    void pace_prefills();
+    bool prompts_before(const Request& request) const;
 
     // admission.cpp
     Request* admit_next();
@@ -300,13 +321,14 @@ class Scheduler {
     TimeUs now_ = 0;
     uint64_t room_version_ = 1;  // rises when a request that did not fit may fit
     Stats counters_;
+    Pacer* pacer_ = nullptr;
 
     // Of the plan being made; kept to reuse their memory.
     Step step_;
     Sections sections_;
     std::vector<int32_t> plan_;
     std::vector<PageId> hits_;
-    std::vector<Request*> turns_;
+    std::vector<Request*> turns_;  // who may decode, then who prefills
     std::vector<FairQueue::User*> looked_at_;
     int32_t budget_ = 0;
     Request* left_out_ = nullptr;  // to be retracted once its step in flight committed

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.drafting import make_speculator
+from tokenspeed.engine.drafting import experts_of, make_speculator
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest, Ready
+from tokenspeed.engine.pacing import Pacing
 from tokenspeed.engine.part import Part, build_part, check_mesh, mesh_of
 from tokenspeed.engine.ranks.crew import Crew
 from tokenspeed.engine.ranks.muster import muster
@@ -137,5 +138,14 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         depth=depth,
         balance=None if balancer is None else lambda: balancer.stats,
         speculator=make_speculator(config, part),
+        pacing=make_pacing(config, part),
         seed=config.model.seed,
     )
+
+
+def make_pacing(config: EngineConfig, part: Part) -> Pacing | None:
+    """None where nobody asked for floors or for an end of waiting."""
+    if not config.pacing.is_on:
+        return None
+    experts = experts_of(part.model.modules())
+    return Pacing(config.pacing, max_num_seqs=config.scheduler.max_num_seqs, experts=experts)

@@ -37,6 +37,7 @@ from tokenspeed.engine.messages import (
     TokenOutput,
     gateway_of,
 )
+from tokenspeed.engine.pacing import Pacing, check_terms
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.engine.speculator import Speculator
 from tokenspeed.engine.step_counts import StepCounts
@@ -102,6 +103,7 @@ class Engine:
         depth: int,
         balance: Callable[[], BalanceStats] | None = None,
         speculator: Speculator | None = None,
+        pacing: Pacing | None = None,
         seed: int = 0,
     ) -> None:
         self.ready = ready
@@ -109,7 +111,10 @@ class Engine:
         self._schedulers, self._runner = schedulers, runner
         self._limits = Limits(ready.max_model_len, ready.vocab_size, max_logprobs)
         self._depth = depth  # steps that may be in flight beside the one just launched
-        self._balance, self._speculator = balance, speculator
+        self._balance, self._speculator, self._pacing = balance, speculator, pacing
+        if pacing is not None:
+            schedulers.pace(pacing.policy)
+        self._refused: list[TokenOutput] = []  # answers that the next step brings
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._counts = StepCounts()
@@ -121,6 +126,7 @@ class Engine:
         """Queues a request. `RequestError`: it cannot be served as asked; nothing has changed."""
         params = request.params
         prompt = check(request, self._limits)
+        check_terms(request, paced=self._pacing is not None)
         # A tokenizer may name an end that this model has no logit for.
         stop_ids = [token for token in request.stop_ids if token < self._limits.vocab_size]
         if params.grammar is not None:
@@ -139,9 +145,16 @@ class Engine:
                 user=user_key(request.user),
                 retention_s=request.retention.seconds,
                 pinned=request.retention.pinned,
+                tps_floor=request.tps_floor,
+                priority=request.priority,
+                max_wait_s=request.max_wait_s,
             )
         except ValueError as error:
             raise RequestError(str(error)) from None
+        if self._pacing is not None and (refusal := self._pacing.refusal(request.request_id)):
+            self._schedulers.abort(request.request_id)
+            self._refused.append(refusal)
+            return
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(63)
         sequence = Sequence(prompt, params, stop_ids, seed)
         self._live[request.request_id] = _Live(sequence)
@@ -202,6 +215,8 @@ class Engine:
     def _step(self) -> list[TokenOutput]:
         began_s = time.monotonic()
         self._schedulers.advance(began_s)
+        if self._pacing is not None and (refusals := self._refusals(self._pacing)):
+            return refusals  # they shall not wait for a step
         speculator = self._speculator
         if speculator is not None:
             speculator.prepare(self._schedulers)
@@ -209,32 +224,47 @@ class Engine:
         if plans is not None:
             if speculator is not None:
                 speculator.launched(plans, time.monotonic())
+            if self._pacing is not None:
+                self._pacing.launched(plans, began_s)
             self._counts.planned(plans)
             self._in_flight.append(self._runner.launch(plans))
         outputs: list[TokenOutput] = []
         while len(self._in_flight) > (self._depth if plans is not None else 0):
             self.num_steps += 1
             is_typical = True
-            for index, step in enumerate(self._in_flight.popleft().result()):
+            steps = self._in_flight.popleft().result()
+            if self._pacing is not None:
+                self._schedulers.advance(time.monotonic())  # tokens come now
+            for index, step in enumerate(steps):
                 if step is not None:
                     outputs += self._commit(index, step)
                     is_typical = is_typical and step.is_typical
             if speculator is not None:
                 speculator.committed(time.monotonic(), is_typical=is_typical)
+            if self._pacing is not None:
+                self._pacing.committed(time.monotonic(), is_typical=is_typical)
             if plans is None:
                 break  # pages came back: there may be a plan now
         self._counts.busy_s += time.monotonic() - began_s
         return outputs
 
+    def _refusals(self, pacing: Pacing) -> list[TokenOutput]:
+        late = pacing.overdue()
+        for answer in late:
+            self.abort(answer.request_id)
+        refused, self._refused = self._refused, []
+        return refused + late
+
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._live or self._in_flight)
+        return bool(self._live or self._in_flight or self._refused)
 
     def stats(self) -> EngineStats:
         """The scheduler's counts, as the gateway's metrics show them."""
         drafts = None if self._speculator is None else self._speculator.stats()
         made = self._schedulers.stats() | asdict(self._counts)
-        stats = EngineStats(**made, speculation=drafts)
+        pacing = None if self._pacing is None else self._pacing.stats()
+        stats = EngineStats(**made, speculation=drafts, pacing=pacing)
         if self._balance is None:
             return stats
         balance = self._balance()

@@ -103,6 +103,20 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True)
+class PacingStats:
+    """How well floors of tokens per second are held, since the start (see docs/pacing.md)."""
+
+    floor_misses_for_progress: int = 0  # steps that took prompts though a floor may miss for it
+    num_late: int = 0  # outputs that came after they were due
+    num_refused: int = 0  # requests, for lack of room
+    num_unmeetable: int = 0  # requests whose floor could not be met even alone
+    num_steps: int = 0  # whose time was foretold
+    predicted_s: float = 0.0  # of these steps together
+    measured_s: float = 0.0
+    step_time_error: float = 0.0  # median relative error of the latest of these
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """What the gateway's metrics show; sent with outputs at most a few times a second."""
 
@@ -125,6 +139,7 @@ class EngineStats:
     num_decode_tokens: int = 0
     num_draft_tokens: int = 0
     speculation: SpeculationStats | None = None
+    pacing: PacingStats | None = None
 
 
 @dataclass(frozen=True)

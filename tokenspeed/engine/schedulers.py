@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenspeed._policy import Pacing
 from tokenspeed._scheduler import Scheduler, Updates
 from tokenspeed.engine.routing import Load, pick
 from tokenspeed.execution.plan_view import Words
@@ -43,6 +44,13 @@ class Schedulers:
         self._waiting = [0] * len(self._all)
         self._open = [0] * len(self._all)
         self._last = -1
+
+    def pace(self, pacing: Pacing) -> None:
+        """Steps keep streams at their floors from now on. `ValueError`: there are several
+        schedulers, or there was a request already."""
+        if len(self._all) > 1:
+            raise ValueError("pacing is for one scheduler")
+        self._all[0].pace(pacing)
 
     def submit(
         self, request_id: int, prompt: NDArray[np.int32], salt: bytes, **options: Any

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: MIT
+"""`Pacing`: the floor of tokens per second, as the engine keeps it: learns how long steps take, and
+says whom to refuse for lack of room. What a step may have is decided in csrc/policy/pacing.h.
+
+Knows requests' numbers and times that it is told; no tokens, no sockets.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+
+from tokenspeed import _policy
+from tokenspeed.config import MAX_TPS_FLOOR, PacingOptions
+from tokenspeed.engine.depths import Experts
+from tokenspeed.engine.messages import GenerateRequest, PacingStats, TokenOutput
+from tokenspeed.engine.step_times import Features, StepTimes, features_of
+from tokenspeed.errors import RequestError
+from tokenspeed.execution.plan_view import PlanView, Words
+
+OVERLOADED = "overloaded"
+MAX_PRIORITY = 1000
+
+_log = logging.getLogger(__name__)
+
+
+def check_terms(request: GenerateRequest, *, paced: bool) -> None:
+    """What a request asks of time. `RequestError` names the field that cannot be served."""
+    floor, wait = request.tps_floor, request.max_wait_s
+    if floor is not None and not 0 <= floor <= MAX_TPS_FLOOR:  # no NaN either
+        _refuse("tps_floor", f"must be in (0, {MAX_TPS_FLOOR}], or 0 for none: {floor}")
+    if wait is not None and not 0 <= wait < math.inf:
+        _refuse("max_wait_s", f"must be finite and >= 0: {wait}")
+    if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+        _refuse("priority", f"must be in [-{MAX_PRIORITY}, {MAX_PRIORITY}]: {request.priority}")
+    if not paced and (floor or wait is not None):
+        field = "tps_floor" if floor else "max_wait_s"
+        _refuse(field, "no pacing here: the server needs --tps-floor or --max-queue-wait-s")
+
+
+def _refuse(field: str, why: str) -> None:
+    raise RequestError(f"{field}: {why}", field=field)
+
+
+class Pacing:
+    """One per engine, for its one scheduler, on its thread.
+
+    refusal -> [launched -> committed] ..., and overdue before a step
+    """
+
+    def __init__(self, options: PacingOptions, *, max_num_seqs: int, experts: Experts) -> None:
+        self.times = StepTimes(experts)
+        self.policy = _policy.Pacing(
+            self.times.model,
+            tps_floor=options.tps_floor,
+            max_wait_s=options.max_queue_wait_s,
+            max_num_seqs=max_num_seqs,
+            num_experts=experts.count,
+            experts_per_token=experts.per_token,
+        )
+        self._flights: deque[tuple[Features, float]] = deque()
+        self._committed_s = 0.0
+        self._num_refused = 0
+        self._has_warned = False
+
+    def refusal(self, request_id: int) -> TokenOutput | None:
+        """Of a request that the scheduler has just taken: its answer, if it would wait too long."""
+        return self._answer(request_id) if self.policy.hopeless(request_id) else None
+
+    def overdue(self) -> list[TokenOutput]:
+        """Answers to requests that have waited too long for their first step."""
+        return [self._answer(request_id) for request_id in self.policy.overdue()]
+
+    def launched(self, plans: Sequence[Words | None], now_s: float) -> None:
+        """These plans run now."""
+        views = [PlanView(words) for words in plans if words is not None]
+        self._flights.append((features_of(views, self.times.experts), now_s))
+
+    def committed(self, now_s: float, *, is_typical: bool) -> None:
+        """The oldest step in flight is over."""
+        features, launched_s = self._flights.popleft()
+        if is_typical:
+            self.times.observe(features, now_s - max(launched_s, self._committed_s))
+        self._committed_s = now_s
+        if self.policy.num_unmeetable and not self._has_warned:
+            self._has_warned = True
+            floor = self.policy.last_unmeetable
+            _log.warning("a floor of %g tokens per second cannot be met even alone", floor)
+
+    def stats(self) -> PacingStats:
+        """Counts since the start."""
+        return PacingStats(
+            floor_misses_for_progress=self.policy.num_forced,
+            num_late=self.policy.num_late,
+            num_refused=self._num_refused,
+            num_unmeetable=self.policy.num_unmeetable,
+            num_steps=self.times.num_steps,
+            predicted_s=self.times.predicted_s,
+            measured_s=self.times.measured_s,
+            step_time_error=self.times.error,
+        )
+
+    def _answer(self, request_id: int) -> TokenOutput:
+        self._num_refused += 1
+        return TokenOutput(
+            request_id,
+            [],
+            finish_reason="error",
+            error="no room: the request would wait longer than it may",
+            code=OVERLOADED,
+            retry_after_s=self.policy.retry_after_s(request_id),
+        )
