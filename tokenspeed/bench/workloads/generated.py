@@ -56,7 +56,9 @@ def make(
         mine = np.random.default_rng([seed, number])
         client = CLIENTS[names[int(mine.choice(len(names), p=shares))]]
         start_s = starts[person] + float(mine.uniform(0, min(600.0, span_s)))
-        agent = Agent(texts, mine, habits, client, person)
+        head = layers(texts, client, int(mine.integers(len(client.system))))
+        head.append(_rules(texts, habits, seed, person))
+        agent = Agent(texts, mine, habits, head)
         name = f"{client.name}-{number}"
         main = Session(name, agent.turns(), block_size, start_s, f"user-{person}", None)
         found += _with_children(agent, main, subagents)
@@ -87,18 +89,10 @@ class Agent:
     """The prompt of one session while it grows. `history` is behind the shared layers `head`."""
 
     def __init__(
-        self, texts: Texts, rng: np.random.Generator, habits: Habits, client: Client, person: int
+        self, texts: Texts, rng: np.random.Generator, habits: Habits, head: list[Segment]
     ) -> None:
         self.texts, self.rng, self.habits = texts, rng, habits
-        # Who works where follows Zipf's law; a person stays in one repository.
-        ranks = 1 / np.arange(1, habits.repositories + 1)
-        repository = int(np.random.default_rng([person]).choice(len(ranks), p=ranks / ranks.sum()))
-        rules = round(habits.rules.draw(np.random.default_rng([repository, 1])))
-        self.version = int(rng.integers(len(client.system)))
-        self.head = [
-            *layers(texts, client, self.version),
-            texts.shared(rules, "rules", repository),
-        ]
+        self.head = head
         self.history: list[Segment] = []
         self.pace = 1.0  # of what a step appends
         self.blocks: tuple[int, ...] = ()
@@ -195,10 +189,19 @@ def layers(texts: Texts, client: Client, version: int) -> list[Segment]:
     ]
 
 
+def _rules(texts: Texts, habits: Habits, seed: int, person: int) -> Segment:
+    """Of the repository that a person works in: who works where follows Zipf's law."""
+    ranks = 1 / np.arange(1, habits.repositories + 1)
+    rng = np.random.default_rng([seed, person, 1])
+    repository = int(rng.choice(len(ranks), p=ranks / ranks.sum()))
+    tokens = habits.rules.draw(np.random.default_rng([seed, repository, 2]))
+    return texts.shared(round(tokens), "rules", repository)
+
+
 def _with_children(agent: Agent, main: Session, subagents: float) -> list[Session]:
     """The session, its side calls, and the agents that it waits for once."""
     found = [main]
-    rng, texts, person = agent.rng, agent.texts, int(main.user.partition("-")[2])
+    rng, texts = agent.rng, agent.texts
     if rng.random() < agent.habits.side_calls:
         head = texts.shared(300, "title")
         body = texts.own(int(rng.integers(700, 1700)))
@@ -217,8 +220,7 @@ def _with_children(agent: Agent, main: Session, subagents: float) -> list[Sessio
     begun = turn_times(main)[waits - 1][1]
     longest = 0.0
     for number in range(min(8, int(rng.geometric(0.4)))):
-        child = Agent(texts, rng, agent.habits, SUBAGENT, person)
-        child.head.pop()  # it reads no rules of the repository
+        child = Agent(texts, rng, agent.habits, layers(texts, SUBAGENT, 0))
         steps = round(_AGENT_STEPS.draw(rng))
         turns = child.steps(steps, round(_AGENT_CONTEXT.draw(rng)))
         name = f"{main.session_id}/agent-{number}"
