@@ -240,7 +240,7 @@ class LLM:
                 requests.append(request)
                 asked = self._with_grammar(asked)
                 for index, one in enumerate(asked.choices()):
-                    output = CompletionOutput(index, logprobs=_empty(one.logprobs))
+                    output = CompletionOutput(index, logprobs=None if one.logprobs is None else [])
                     request.outputs.append(output)
                     stop_ids = one.all_stop_ids(self._eos_ids)
                     request_id = next(self._ids)
@@ -388,10 +388,6 @@ def _one_each(
     if len(listed) != count:
         raise ValueError(f"{count} prompts, but {len(listed)} sampling_params")
     return listed
-
-
-def _empty(asked: int | None) -> list[Position] | None:
-    return None if asked is None else []
 
 
 def _tell_grammar(engine: Engine, message: AddGrammar | DropGrammar) -> bool:
