@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import functools
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,26 @@ def test_flags_arrive_where_they_belong() -> None:
     assert bench_options.judge_of(args) == compare.Judge((70.0, 100.0), price, 4)
     wanted = fixed.make(requests=3, seed=9, scale=2.0, span_s=5.0)
     assert bench_options.workload_of(args, args.sessions, args.span) == wanted
+
+
+@pytest.mark.parametrize("name", ["generated", "published", "sharegpt", "random"])
+def test_a_workload_is_the_one_named(name: str) -> None:
+    words = f"bench agentic --workload {name} --sessions 2 --scale 8 --seed 4"
+    args = build_parser().parse_args(words.split())
+    workload = bench_options.workload_of(args, args.sessions)
+    assert (workload.name, workload.seed) == (name, 4)
+    assert len(workload.sessions) >= 2
+
+
+def test_the_page_names_only_flags_that_are(repository: Path) -> None:
+    text = (repository / "docs" / "benchmarking.md").read_text()
+    named = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--enable-forced-output"}
+    named -= {"--custom-dataset-type"}
+    actions = build_parser()._subparsers._group_actions[0].choices["bench"]  # type: ignore[union-attr]
+    known = set()
+    for parser in actions._subparsers._group_actions[0].choices.values():
+        known |= set(parser._option_string_actions)
+    assert named <= known
 
 
 @pytest.mark.parametrize(

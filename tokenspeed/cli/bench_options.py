@@ -6,7 +6,6 @@ Sends nothing. Imports the benchmark when a flag is read, so that other commands
 
 import argparse
 import math
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,9 +120,13 @@ def workload_of(args: argparse.Namespace, sessions: int, span_s: float = 0.0) ->
 
 
 def _sessions(name: str, path: Path | None, common: dict[str, Any]) -> "Workload":
-    module = import_module(f"tokenspeed.bench.workloads.{name}")
-    workload: Workload = module.make(*([path] if name in FROM_FILES else []), **common)
-    return workload
+    from tokenspeed.bench.workloads import generated, published, traces, weka
+
+    if path is not None and name == "weka":
+        return weka.make(path, **common)
+    if name == "traces":
+        return traces.make(path, **common)
+    return published.make(**common) if name == "published" else generated.make(**common)
 
 
 def add_load(parser: argparse.ArgumentParser, *, time_scale: float, rounds: int = 1) -> None:
