@@ -103,7 +103,7 @@ def test_first_tokens_stand_in_their_class() -> None:
 
 def test_a_frontier_is_of_one_endpoint() -> None:
     fast = record(1.0, [1.5, 1.6, 1.7])
-    runs = [run_of(ANSWERED), run_of(fast, endpoint="b"), run_of(fast, concurrency=8), run_of()]
+    runs = [run_of(fast, concurrency=8), run_of(fast, endpoint="b"), run_of(ANSWERED), run_of()]
     curves = curves_of([summary(run) for run in runs], lambda one: one.output_tokens_per_minute)
     assert [(c.name, [p.load for p in c.points]) for c in curves] == [
         ("ours", ["2", "8"]),

@@ -145,14 +145,15 @@ def json_line(command: str, summaries: Sequence[Summary], facts: Mapping[str, An
 
 
 def curves_of(summaries: Sequence[Summary], y: Callable[[Summary], float]) -> list[Curve]:
-    """A frontier for each endpoint, of its runs in which a stream had a speed."""
+    """A frontier for each endpoint: its runs in which a stream had a speed, by their load."""
     names = dict.fromkeys(each.endpoint for each in summaries)
+    ordered = sorted(summaries, key=lambda each: each.concurrency or 0)
     return [
         Curve(
             name,
             tuple(
                 Point(load_of(each), each.stream_tps.p50, y(each))
-                for each in summaries
+                for each in ordered
                 if each.endpoint == name and each.stream_tps is not None
             ),
         )
