@@ -10,9 +10,11 @@ from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.gateway.harness import gateway
+from tests.gateway.processes import server
 from tests.gateway.test_tenants import spec
 from tokenspeed.engine import messages as m
 from tokenspeed.gateway.dashboard import MAX_VIEWERS, look
@@ -339,3 +341,38 @@ async def test_of_many_streams_the_worst_off_are_shown(count):
         found = clock.look()
         assert found["num_streams"] == count
         assert sorted(int(s["id"]) for s in found["streams"]) == list(range(256))
+
+
+@pytest.mark.full
+async def test_one_page_for_several_gateways_and_it_ends_with_the_server():
+    with server("--num-gateways", "2", "--step-s", "0.02", "--api-key", "k") as s:
+        limits = httpx.Limits(max_keepalive_connections=0)  # any gateway may take each
+        async with httpx.AsyncClient(
+            headers={"x-api-key": "k"}, trust_env=False, limits=limits, timeout=30
+        ) as http:
+            body = {"prompt": "hello", "max_tokens": 3000}
+            tasks = [
+                asyncio.create_task(
+                    http.post(s.url + TEXT, json=body, headers={"x-session-id": f"agent-{i}"})
+                )
+                for i in range(8)
+            ]
+            wanted = {f"agent-{i}" for i in range(8)}
+            rates: list[float] = []
+            for _ in range(8):  # a machine may take its time to begin
+                reply = await http.get(f"{s.url}/dashboard/events?count=2")
+                told = parsed(reply.text)[-1][1]
+                rates = [stream["tps"] for stream in told["streams"] if stream["tps"]]
+                if len(rates) == len(wanted):
+                    break
+            assert len(rates) == len(wanted)
+            assert {stream["session"] for stream in told["streams"]} == wanted
+            assert {one["session"] for one in told["sessions"]} == wanted
+            for task in tasks:
+                task.cancel()
+            async with http.stream("GET", f"{s.url}/dashboard/events") as watching:
+                lines = watching.aiter_lines()
+                assert await anext(lines) == "event: history"
+                s.process.terminate()
+                assert [line async for line in lines][-1] == ""  # whole, and over
+            assert s.process.wait(10) == 0

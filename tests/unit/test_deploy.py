@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def board_expressions() -> list[str]:
     ]
 
 
+@cache
 def known() -> dict[str, set[str]]:
     recorded = {rule["record"]: {"model_name"} for rule in rules() if "record" in rule}
     return {name: labels | ADDED for name, labels in exposed().items()} | OF_PROMETHEUS | recorded

@@ -312,12 +312,13 @@ def _state(record: RequestRecord, waiting: bool) -> str:
 
 
 def _foretold(stats: list[EngineStats]) -> dict[str, float]:
-    told = [s.speculation for s in stats if s.speculation is not None]
+    drafts = [s.speculation for s in stats if s.speculation is not None]
+    told = [one for s in stats if (one := s.pacing or s.speculation) is not None]
     return {
         "foretold": float(sum(one.num_steps for one in told)),
         "predicted_s": sum(one.predicted_s for one in told),
         "measured_s": sum(one.measured_s for one in told),
-        "accepted": float(sum(d.num_accepted_tokens for one in told for d in one.drafters)),
+        "accepted": float(sum(d.num_accepted_tokens for one in drafts for d in one.drafters)),
     }
 
 

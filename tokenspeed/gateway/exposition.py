@@ -16,6 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from tokenspeed.engine.messages import PacingStats
 from tokenspeed.gateway.draft_metrics import draft_metrics
 from tokenspeed.gateway.metrics import EngineMetrics, Histogram, Metrics
 
@@ -36,6 +37,7 @@ _GAUGES = {  # text, field of the engine's own count
         "expert_load_worst",
     ),
 }
+_NO_PACE = PacingStats()
 _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "vllm:prompt_tokens": lambda e: e.counters["prompt_tokens"],
     "vllm:prompt_tokens_cached": lambda e: e.counters["prompt_tokens_cached"],
@@ -48,6 +50,13 @@ _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "tokenspeed:expert_load_slots_moved": lambda e: e.stats.expert_load_slots_moved,
     "tokenspeed:steps": lambda e: e.stats.num_steps,
     "tokenspeed:step_seconds": lambda e: e.stats.busy_s,
+    "tokenspeed:step_predicted_seconds": lambda e: (e.stats.pacing or _NO_PACE).predicted_s,
+    "tokenspeed:step_measured_seconds": lambda e: (e.stats.pacing or _NO_PACE).measured_s,
+    "tokenspeed:outputs_late": lambda e: (e.stats.pacing or _NO_PACE).num_late,
+    "tokenspeed:floors_unmeetable": lambda e: (e.stats.pacing or _NO_PACE).num_unmeetable,
+    "tokenspeed:floor_misses_for_progress": lambda e: (
+        (e.stats.pacing or _NO_PACE).floor_misses_for_progress
+    ),
     "tokenspeed:routing_requests": lambda e: e.routing["requests"],
     "tokenspeed:routing_matched_tokens": lambda e: e.routing["matched_tokens"],
     "tokenspeed:routing_overridden": lambda e: e.routing["overridden"],
@@ -116,6 +125,14 @@ class _Families(Collector):
             for labels, engine in self._engines:
                 gauge.add_metric(labels, getattr(engine.stats, attribute))
             yield gauge
+        error = GaugeMetricFamily(
+            "tokenspeed:step_time_error",
+            "Median relative error of what is foretold",
+            labels=_LABELS,
+        )
+        for labels, engine in self._engines:
+            error.add_metric(labels, (engine.stats.pacing or _NO_PACE).step_time_error)
+        yield error
         keys = list(self._metrics.engines[0].cache)
         info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache", labels=[*_LABELS, *keys])
         for labels, engine in self._engines:

@@ -111,6 +111,7 @@ async def run(
         worker.start()
     keys = parts.keys
     service = Service(names, pool, metrics, keys, parts.tokenizer, worker, parts.answers, options)
+    service.watch.default_floor = config.pacing.tps_floor
     service.warm_up()
     family = Family(pool, options)
     link: Link | None = None
