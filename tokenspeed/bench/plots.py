@@ -134,7 +134,7 @@ def timeline(shown: Timeline, *, floor: float | None, ident: str = "timeline") -
     speeds = [(shown.median_tps, "median", blue), (shown.lowest_tps, "slowest", orange)]
     counts = [(shown.running, "streaming", blue), (shown.waiting, "waiting", orange)]
     labels = {
-        top: _lines(top, time, counts),
+        top: _lines(top, time, counts, drawstyle="steps-post"),
         middle: _lines(middle, time, [(shown.tokens_per_s, "all streams", blue)]),
         bottom: _lines(bottom, time, speeds),
     }
@@ -165,12 +165,15 @@ class _Label:
 
 
 def _lines(
-    axes: Any, time: np.ndarray[Any, Any], lines: Sequence[tuple[Sequence[float], str, str]]
+    axes: Any,
+    time: np.ndarray[Any, Any],
+    lines: Sequence[tuple[Sequence[float], str, str]],
+    drawstyle: str = "default",
 ) -> list[_Label]:
     labels = []
     for values, name, color in lines:
         y = np.asarray(values, dtype=float)
-        axes.plot(time, y, color=color, linewidth=1.5)
+        axes.plot(time, y, color=color, linewidth=1.5, drawstyle=drawstyle)
         known = np.flatnonzero(~np.isnan(y))
         if len(known):
             labels.append(_Label(float(time[-1]), float(y[known[-1]]), name, color))
@@ -252,12 +255,16 @@ def _name_lines(axes: Any, labels: Sequence[_Label], *, beside: bool) -> None:
 
 
 def _plain_log(axes: Any) -> None:
-    """Ticks as a person writes them: 0.1, 1, 10,000 and not powers of ten."""
+    """Whole decades, and ticks as a person writes them: 0.1, 1, 10,000 and not powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axis.set_minor_formatter(NullFormatter())
+        low, high = axis.get_data_interval()
+        if 0 < low <= high < math.inf:
+            first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+            axis.set_view_interval(10.0**first, 10.0 ** max(last, first + 1), ignore=True)
 
 
 def _svg(
