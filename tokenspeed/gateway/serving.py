@@ -106,13 +106,9 @@ async def run(
     names = config.model.served_model_name or (_public_name(config.model.model),)
     metrics = Metrics(names[0], config.parallel.data_parallel_size)
     pool = EnginePool(config, options, metrics, command, further.number if further else 0)
-    worker = TemplateWorker(parts.template) if parts.template else None
-    if worker is not None:
-        worker.start()
     keys = parts.keys
-    service = Service(names, pool, metrics, keys, parts.tokenizer, worker, parts.answers, options)
+    service = _service(names, pool, metrics, parts, options)
     service.watch.default_floor = config.pacing.tps_floor
-    service.warm_up()
     family = Family(pool, options)
     link: Link | None = None
     watching: asyncio.Task[None] | None = None
@@ -150,6 +146,19 @@ async def run(
         family.close()
         await pool.close()
         service.close()
+
+
+def _service(
+    names: tuple[str, ...], pool: EnginePool, metrics: Metrics, parts: Parts, options: ServerOptions
+) -> Service:
+    worker = TemplateWorker(parts.template) if parts.template else None
+    if worker is not None:
+        worker.start()
+    made = Service(
+        names, pool, metrics, parts.keys, parts.tokenizer, worker, parts.answers, options
+    )
+    made.warm_up()
+    return made
 
 
 def _public_name(model: str) -> str:
