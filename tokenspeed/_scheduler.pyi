@@ -90,7 +90,8 @@ class Scheduler:
     def advance(self, now_s: float) -> None:
         """Tells the time, in seconds of a monotonic clock from 0 on; an earlier one is ignored.
 
-        Deadlines count from the last time told: tell it before each step.
+        Deadlines count from the last time told: tell it before each step, and with pacing before
+        each request and each commit too.
         """
     def retain(
         self,

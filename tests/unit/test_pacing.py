@@ -2,6 +2,7 @@
 """Pacing as Python sees it: exact budgets of a known model, refusals, bad floors at both doors."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from tokenspeed.engine.depths import Experts
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.pacing import Pacing, check_terms
 from tokenspeed.errors import RequestError
-from tokenspeed.execution.plan_view import PlanView
+from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampling_params import SamplingParams
 
 STEP_S, TOKEN_S = 0.01, 0.001
@@ -33,14 +34,14 @@ def known_times() -> StepTimeModel:
     return times
 
 
-def scheduler(**options: int) -> Scheduler:
+def scheduler(**options: Any) -> Scheduler:
     sizes = {"num_pages": 1000, "page_size": 16, "max_num_seqs": 8}
     return Scheduler(
         **sizes | options, max_num_batched_tokens=1024, max_model_len=8192, hash_key=b"k" * 16
     )
 
 
-def commit(made: Scheduler, words: np.ndarray) -> None:
+def commit(made: Scheduler, words: Words) -> None:
     plan = PlanView(words)
     samples = (plan.flags & 1).tolist()
     rows = [w for slot, s in zip(plan.slots.tolist(), samples, strict=True) for w in (slot, 0, s)]
@@ -50,12 +51,12 @@ def commit(made: Scheduler, words: np.ndarray) -> None:
     made.commit(np.array(head + rows + ids, np.int32))
 
 
-def prefill_of(words: np.ndarray) -> int:
+def prefill_of(words: Words) -> int:
     plan = PlanView(words)
     return int(plan.num_tokens[plan.flags & 4 != 0].sum())
 
 
-def prompt(length: int, token: int = 1) -> np.ndarray:
+def prompt(length: int, token: int = 1) -> Words:
     return np.full(length, token, np.int32)
 
 
@@ -72,7 +73,9 @@ def test_a_step_has_what_fits_before_a_token_is_due() -> None:
         now_s += STEP_S
         made.advance(now_s)
         commit(made, words)
-    assert policy.streams() == [(1, 18.0, 100, pytest.approx(BANK_S + 0.05), True)]
+    ((*stream, ahead_s, runs),) = policy.streams()
+    assert (stream, runs) == ([1, 18.0, 100], True)
+    assert ahead_s == pytest.approx(BANK_S + 0.05)
     made.submit(2, prompt(4000, 2), max_tokens=5)
     words = made.next_plan()
     assert words is not None
@@ -157,8 +160,9 @@ def test_bad_waits_of_a_server(wait: float) -> None:
 
 @pytest.mark.parametrize("name", ["pipeline_parallel_size", "attention_data_parallel_size"])
 def test_pacing_is_for_one_scheduler_and_one_stage(name: str) -> None:
+    sizes: dict[str, Any] = {name: 2}
     with pytest.raises(ValueError, match=name):
-        EngineConfig.of(tps_floor=10.0, **{name: 2})
+        EngineConfig.of(tps_floor=10.0, **sizes)
 
 
 @pytest.mark.parametrize(
@@ -169,8 +173,9 @@ def test_pacing_is_for_one_scheduler_and_one_stage(name: str) -> None:
         *(("priority", priority) for priority in (-1001, 1001)),
     ],
 )
-def test_bad_terms_of_a_request(field: str, value: float) -> None:
-    request = GenerateRequest(1, [1], SamplingParams(), **{field: value})
+def test_bad_terms_of_a_request(field: str, value: Any) -> None:
+    terms: dict[str, Any] = {field: value}
+    request = GenerateRequest(1, [1], SamplingParams(), **terms)
     with pytest.raises(RequestError, match=field) as caught:
         check_terms(request, paced=True)
     assert caught.value.field == field

@@ -132,6 +132,8 @@ class Engine:
         if params.grammar is not None:
             self._check_grammar(params.grammar.key)
             stop_ids = stop_ids or [self._limits.vocab_size - 1]  # the end must have a name
+        if self._pacing is not None:
+            self._schedulers.advance(time.monotonic())  # its wait begins now
         try:
             self._schedulers.submit(
                 request.request_id,
