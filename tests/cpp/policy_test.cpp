@@ -34,13 +34,15 @@ struct Choice {
 
     double rate(const std::vector<int32_t>& depths) const {
         double tokens = costs.rows;
-        int verified = 0, proposed = 0;
+        Drafted drafted;
         for (size_t i = 0; i < rows.size(); ++i) {
             for (int j = 0; j < depths[i]; ++j) tokens += rows[i].probabilities[j];
-            verified += depths[i];
-            if (rows[i].proposes) proposed += depths[i];
+            drafted.verified += depths[i];
+            if (!rows[i].proposes) continue;
+            drafted.proposed += depths[i];
+            drafted.deepest = std::max(drafted.deepest, static_cast<int>(depths[i]));
         }
-        return verified > max_drafts ? 0 : tokens / costs.seconds(verified, proposed);
+        return drafted.verified > max_drafts ? 0 : tokens / costs.seconds(drafted);
     }
 
     // Of all depths, counted up like an odometer.
