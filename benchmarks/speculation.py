@@ -11,8 +11,9 @@ Three parts, greedy unless said otherwise, the demo model:
 - nothing accepted: drafters propose what never comes.
 
 Time is that of decoding: of all tokens less that of the first. Rounds alternate; ratios are taken
-within a round. Prefix caching is off. A step has room for all prompts at once, so that each is read
-in one piece: ids must be the same with and without, and in bfloat16 they may depend on the pieces.
+within a round; the first ones warm up. Prefix caching is off. A step has room for all prompts at
+once, so that each is read in one piece: ids must be the same with and without, and in bfloat16 they
+may depend on the pieces.
 
     python benchmarks/speculation.py [--rounds 5] [--tokens 192] [--parts source edit nothing]
 """
@@ -35,6 +36,7 @@ PROMPT_TOKENS = 256
 BATCHES = (1, 4, 16)
 SINGLES = 8  # prompts that the batch of one goes through, one after the other
 TEMPERATURES = (0.0, 0.7)
+WARM_UP = 2  # rounds in which steps are captured, and first times and rates learnt
 EDIT_CHARACTERS, EDIT_TOKENS = 3000, 600
 _UNLIKELY = 1  # a special token
 METHODS = {
@@ -102,7 +104,7 @@ def compare(
 ) -> dict[str, Any]:
     """Both engines through the groups of each round, in turns; ratios of tokens per second."""
     ratios, rates = [], []
-    for number in range(args.rounds + 1):
+    for number in range(WARM_UP + args.rounds):
         groups = groups_of(number)
         seconds = {"off": 0.0, "on": 0.0}
         answers: dict[str, list[list[list[int]]]] = {"off": [], "on": []}
@@ -114,7 +116,7 @@ def compare(
                 answers[name].append(ids)
         if answers["off"] != answers["on"]:
             raise RuntimeError("speculation changed the ids")
-        if number:  # the first round warms up
+        if number >= WARM_UP:
             ratios.append(seconds["off"] / seconds["on"])
             rates.append(
                 {name: tokens_per_s(groups, args.tokens, s) for name, s in seconds.items()}

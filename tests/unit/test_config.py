@@ -127,7 +127,7 @@ def test_speculation_is_off_unless_it_is_asked_for() -> None:
     assert speculation() == OFF
     made = speculation({"adaptive": True})
     assert (made, made.is_auto, made.adaptive) == (Speculation(), True, True)
-    assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 16)
+    assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 32)
     assert speculation({"method": "auto"}) == made
     off = speculation({"method": "off"})
     assert (off.methods, off.model_method) == ((), None)
@@ -216,7 +216,7 @@ def test_a_draft_must_fit_the_context() -> None:
     assert speculation({"num_speculative_tokens": 7}, max_model_len=8).depth == 7
     assert speculation({"adaptive": False}).depth == 4
     # Nobody asked for so many: they are shortened.
-    assert speculation({"adaptive": True}, max_model_len=4).depth == 16
+    assert speculation({"adaptive": True}, max_model_len=4).depth == 32
     with pytest.raises(ValueError, match="num_speculative_tokens 8 must be below max_model_len 8"):
         speculation({"num_speculative_tokens": 8}, max_model_len=8)
 
