@@ -89,7 +89,8 @@ NewRequest World::request(int client) const {
             .read_cache = spec.read_cache,
             .prompt_logprobs = spec.prompt_logprobs,
             .user = spec.user,
-            .retention = spec.retention};
+            .retention = spec.retention,
+            .terms = {}};
 }
 
 void World::submit(int client) {

@@ -11,9 +11,9 @@ from tokenspeed._policy import FEATURES, StepTimeModel
 from tokenspeed._policy import Pacing as Policy
 from tokenspeed._scheduler import Scheduler
 from tokenspeed.config import EngineConfig, PacingOptions
-from tokenspeed.engine.depths import Experts
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.pacing import Pacing, check_terms
+from tokenspeed.engine.step_times import Experts, StepTimes
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.plan_view import PlanView, Words
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -190,12 +190,13 @@ def test_terms_need_pacing() -> None:
 
 
 def test_refusals_say_when_to_come_back() -> None:
-    pacing = Pacing(PacingOptions(50.0, 0.5), max_num_seqs=1, experts=Experts())
+    times = StepTimes(Experts())
+    pacing = Pacing(PacingOptions(50.0, 0.5), max_num_seqs=1, times=times)
     made = scheduler(max_num_seqs=1)
     made.pace(pacing.policy)
     made.submit(1, prompt(4), max_tokens=10)
     words = made.next_plan()
-    pacing.launched([words], 0.0)
+    times.launched([words], 0.0)
     assert pacing.refusal(1) is None
     assert pacing.overdue() == []
     made.submit(2, prompt(4), max_tokens=10)
@@ -205,6 +206,7 @@ def test_refusals_say_when_to_come_back() -> None:
     assert answer.retry_after_s == 1
     made.advance(1.0)
     assert [late.request_id for late in pacing.overdue()] == [2]
-    pacing.committed(0.02, is_typical=True)
+    times.committed(0.02)
+    pacing.committed()
     stats = pacing.stats()
     assert (stats.num_refused, stats.num_steps, stats.measured_s) == (2, 1, 0.02)

@@ -8,16 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tokenspeed.engine.depths import Depths, Experts, Offers
+from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.messages import DrafterStats
 from tokenspeed.engine.speculator import Speculator, Weighted
+from tokenspeed.engine.step_times import Experts, StepTimes, features_of
 from tokenspeed.execution.plan_view import (
     HEADER_WORDS,
     LAYOUT_VERSION,
     PLAN_MAGIC,
     ROW_PREFILL,
     ROW_SAMPLE,
+    PlanView,
     Words,
 )
 from tokenspeed.execution.speculation.drafter import Proposal
@@ -95,6 +97,8 @@ class Harness:
 
     def __init__(self, *drafters: Oracle, depth: int = 4, **options: Any) -> None:
         self.it = Speculator(drafters, depth=depth, **options)
+        depths = options.get("depths")
+        self.times = None if depths is None else depths.times
         self.told = Told()
         self.now = 100.0
         self.bound: set[int] = set()
@@ -109,7 +113,9 @@ class Harness:
         new = {i: i for i in numbers if i not in self.bound}
         self.bound.update(new)
         words = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
-        self.it.launched([words], self.now)
+        self.it.launched([words])
+        if self.times is not None:
+            self.times.launched([words], self.now)
 
     def extend(self, request_id: int, ids: list[int], proposed: Sequence[int] = ()) -> None:
         self.it.extend(
@@ -123,7 +129,9 @@ class Harness:
         for name, given in ids.items():
             self.extend(int(name[1:]), given)
         self.now += seconds
-        self.it.committed(self.now)
+        if self.times is not None:
+            self.times.committed(self.now)
+        self.it.committed()
 
     def start(self, *request_ids: int) -> None:
         """These have their first id, 10, and nothing was drafted."""
@@ -212,11 +220,11 @@ def test_weights_propose_for_the_step_after() -> None:
     h.launch(r1=(0, 2))
     assert h.prepared() == []
     h.extend(1, [10], [11, 12])
-    h.it.committed(0.0)
+    h.it.committed()
     assert h.prepared() == [(1, [11, 12], 2)]
     h.launch(r1=(2, 2))
     h.extend(1, [11, 3], [4])
-    h.it.committed(0.0)
+    h.it.committed()
     assert h.prepared() == [(1, [4], 2)]
     assert h.it.stats().drafters == [DrafterStats("mtp", 1, 2, 1, [1, 0])]
 
@@ -229,7 +237,7 @@ def test_weights_rest_while_tokens_are_enough() -> None:
     h.launch(r1=(0, 4))
     drafter.next[1] = [11, 12]
     h.extend(1, [5], [6, 7])
-    h.it.committed(0.0)
+    h.it.committed()
     assert h.prepared() == [(1, [11, 12], 0)]
 
 
@@ -268,11 +276,11 @@ def test_a_slot_given_anew_is_not_the_old_request() -> None:
     h.start(1, 2)
     drafter.next = {1: [11], 2: [11]}
     h.prepared()
-    h.it.launched([plan([(1, ROW_SAMPLE, 1, 0)])], 0.0)
-    h.it.committed(0.0)  # 1 was retracted: nothing of it came
-    h.it.launched([plan([(2, ROW_SAMPLE, 1, 0), (1, ROW_PREFILL, 0, 0)], {2: 1, 1: 2})], 0.0)
+    h.it.launched([plan([(1, ROW_SAMPLE, 1, 0)])])
+    h.it.committed()  # 1 was retracted: nothing of it came
+    h.it.launched([plan([(2, ROW_SAMPLE, 1, 0), (1, ROW_PREFILL, 0, 0)], {2: 1, 1: 2})])
     h.extend(1, [11, 5])
-    h.it.committed(0.0)
+    h.it.committed()
     assert (h.it.drafted(1), h.it.drafted(2)) == ((1, 1), (0, 0))
 
 
@@ -284,14 +292,14 @@ def test_a_draft_that_was_lost_in_flight_holds_nothing_up() -> None:
     h.prepared()
     h.launch(r1=(1, 0))
     h.land(0.01)  # it was retracted
-    h.it.launched([plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})], 0.0)
+    h.it.launched([plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})])
     h.land(0.01, r1=[11])
     assert h.prepared() == [(1, [11], 0)]
 
 
 def adaptive(*drafters: Oracle, weighted: Weighted | None = None, depth: int = 8) -> Harness:
     proposes = [False] * len(drafters) + [True] * (weighted is not None)
-    depths = Depths(proposes, 1000, Experts())
+    depths = Depths(proposes, 1000, StepTimes(Experts()))
     return Harness(*drafters, depth=depth, weighted=weighted, depths=depths)
 
 
@@ -356,26 +364,20 @@ def test_weights_that_are_right_are_preferred_to_tokens_that_are_not() -> None:
         proposed = [token + 1, token + 2, token + 3][:num_propose]
         h.extend(1, given, proposed)
         h.now += 0.01 + 0.0001 * (len(draft) + num_propose)
-        h.it.committed(h.now)
+        h.it.committed()
     assert [(len(draft), n) for _, draft, n in calls[-10:]] == [(3, 3)] * 10
 
 
 def test_features_are_what_the_plan_says() -> None:
-    depths = Depths([False], 100, Experts(8, 2))
-    h = Harness(Oracle(), depths=depths)
-    h.it.add(1, PROMPT, b"")
     words = plan([(1, ROW_SAMPLE, 2, 3), (2, ROW_SAMPLE, 0, 0), (3, ROW_PREFILL, 0, 0)], {1: 1})
-    h.it._owners[0] |= {2: 1, 3: 1}
-    h.it.launched([words], 0.0)
-    found = h.it._flights[0].features
-    assert found is not None
+    found = features_of([PlanView(words)], Experts(8, 2))
     touched = 8 * (1 - (1 - 2 / 8) ** 5)  # of five tokens
     expected = [1, 2, 2, 1, (3 * 5 + 3 + 1 + 1) / 1000, touched, 3, 1, 3]
     assert found.tolist() == pytest.approx(expected)
 
 
 def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
-    depths = Depths([False], 100, Experts())
+    depths = Depths([False], 100, StepTimes(Experts()))
     h = Harness(Oracle(), depths=depths)
     h.start(1)
     for _ in range(255 + 80):
@@ -385,7 +387,7 @@ def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
 
 
 def test_a_step_has_only_so_many_drafts() -> None:
-    depths = Depths([False], 7, Experts())
+    depths = Depths([False], 7, StepTimes(Experts()))
     offers = Offers()
     for request_id in range(4):
         offers.add(request_id, 0, 32, 8)
@@ -398,7 +400,7 @@ def test_a_step_has_only_so_many_drafts() -> None:
 
 
 def test_what_is_proposed_already_takes_room() -> None:
-    depths = Depths([True], 7, Experts())
+    depths = Depths([True], 7, StepTimes(Experts()))
     h = Harness(weighted=Weighted("mtp", 4), depths=depths)
     h.start(1)
     for _ in range(50):
@@ -408,7 +410,7 @@ def test_what_is_proposed_already_takes_room() -> None:
     assert h.prepared() == [(1, [], 4)]
     h.launch(r1=(0, 4))
     h.extend(1, [5], [6, 7, 8, 9])
-    h.it.committed(100.001)
+    h.it.committed()
     assert h.prepared() == [(1, [6, 7, 8, 9], 2)]  # of 7: a row, four to verify
 
 
@@ -449,7 +451,7 @@ def test_a_long_match_ends_a_rest_at_once() -> None:
 
 
 def test_weights_that_do_not_pay_are_tried_rarely() -> None:
-    depths = Depths([True], 1000, Experts())
+    depths = Depths([True], 1000, StepTimes(Experts()))
     h = Harness(weighted=Weighted("mtp", 4), depths=depths)
     for _ in range(200):
         depths.findings.add(0, 0, 0, 0)

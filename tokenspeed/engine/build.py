@@ -17,6 +17,7 @@ from tokenspeed.engine.part import Part, build_part, check_mesh, mesh_of
 from tokenspeed.engine.ranks.crew import Crew
 from tokenspeed.engine.ranks.muster import muster
 from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.runner import Runner
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -125,6 +126,7 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         remote=range(mesh.dp) if mesh.pp > 1 else range(1, mesh.dp),
         threaded=depth > 0,
     )
+    times = StepTimes(experts_of(part.model.modules()))
     return Engine(
         Schedulers(schedulers),
         runner,
@@ -137,15 +139,15 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         max_logprobs=config.model.max_logprobs,
         depth=depth,
         balance=None if balancer is None else lambda: balancer.stats,
-        speculator=make_speculator(config, part),
-        pacing=make_pacing(config, part),
+        times=times,
+        speculator=make_speculator(config, part, times),
+        pacing=make_pacing(config, times),
         seed=config.model.seed,
     )
 
 
-def make_pacing(config: EngineConfig, part: Part) -> Pacing | None:
+def make_pacing(config: EngineConfig, times: StepTimes) -> Pacing | None:
     """None where nobody asked for floors or for an end of waiting."""
     if not config.pacing.is_on:
         return None
-    experts = experts_of(part.model.modules())
-    return Pacing(config.pacing, max_num_seqs=config.scheduler.max_num_seqs, experts=experts)
+    return Pacing(config.pacing, max_num_seqs=config.scheduler.max_num_seqs, times=times)

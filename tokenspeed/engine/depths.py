@@ -7,20 +7,9 @@ Brings plans and drafts into the arrays that `_policy` learns from. Knows no tok
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from tokenspeed._policy import (
-    Acceptance,
-    DepthPolicy,
-    StepTimeModel,
-    experts_touched,
-)
-from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView
-
-PLAIN_INTERVAL = 8  # of steps that only decode, every so many is learnt from, once enough are known
-WELL_KNOWN = 256  # steps
-
-Features = NDArray[np.float64]
+from tokenspeed._policy import Acceptance, DepthPolicy
+from tokenspeed.engine.step_times import StepTimes, features
 
 
 @dataclass(slots=True)
@@ -49,38 +38,22 @@ class Findings(Offers):
     missed: list[bool] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class Experts:
-    """Of a layer: how many there are, and to how many a token goes. 0: the model is dense."""
-
-    count: int = 0
-    per_token: int = 0
-
-
 class Depths:
-    """Learns step times and acceptance, and chooses by them. One per engine."""
+    """Learns acceptance, and chooses by it and by step times. One per engine."""
 
-    def __init__(self, proposes: list[bool], max_drafts: int, experts: Experts) -> None:
+    def __init__(self, proposes: list[bool], max_drafts: int, times: StepTimes) -> None:
         """`proposes`: whether each drafter has weights of its own, so that its drafts cost time."""
         self.findings = Findings()
-        self._times = StepTimeModel()
+        self.times = times
         self._acceptance = Acceptance(len(proposes))
         self._policy = DepthPolicy(
-            self._times,
+            times.model,
             self._acceptance,
             proposes,
-            num_experts=experts.count,
-            experts_per_token=experts.per_token,
+            num_experts=times.experts.count,
+            experts_per_token=times.experts.per_token,
         )
-        self._experts, self._max_drafts = experts, max_drafts
-        self._num_plain = 0
-        self.num_steps = 0
-        self.predicted_s = self.measured_s = 0.0
-
-    @property
-    def error(self) -> float:
-        """Median relative error of the latest predictions; 0 before the first."""
-        return self._times.median_relative_error if self._times.num_observed else 0.0
+        self._max_drafts = max_drafts
 
     def better(self, request_id: int, one: tuple[int, int], other: tuple[int, int]) -> bool:
         """Whether the first token of the `one` draft (drafter, match_len) is as likely as the
@@ -91,7 +64,8 @@ class Depths:
     def choose(self, offers: Offers, num_rows: int, num_verify: int, num_context: int) -> list[int]:
         """How much of each offer to take, in a step of `num_rows` decoding rows over `num_context`
         tokens that verifies `num_verify` tokens in any case."""
-        base = self._features(num_rows, num_verify, 0, num_context, 0, 0)
+        experts = self.times.experts
+        base = features(experts, rows=num_rows, verify=num_verify, context=num_context)
         chosen: list[int] = self._policy.choose(
             base,
             np.array(offers.request_ids, np.uint64),
@@ -101,32 +75,6 @@ class Depths:
             max(0, self._max_drafts - num_rows - num_verify),
         ).tolist()
         return chosen
-
-    def features(self, plans: list[PlanView]) -> Features | None:
-        """Of the step that these plans are; None: there is nothing to learn from this one."""
-        rows = verify = prefill = context = propose = deepest = 0
-        if self._times.num_observed >= WELL_KNOWN and all(map(_only_decodes, plans)):
-            self._num_plain += 1
-            if self._num_plain % PLAIN_INTERVAL:
-                return None
-        for plan in plans:
-            is_prefill = plan.flags & ROW_PREFILL != 0
-            if is_prefill.any():
-                prefill += int(plan.num_tokens[is_prefill].sum())
-            rows += int(((plan.flags & (ROW_SAMPLE | ROW_PREFILL)) == ROW_SAMPLE).sum())
-            verify += int(plan.num_draft.sum())
-            propose += int(plan.num_propose.sum())
-            deepest = max(deepest, int(plan.num_propose.max(initial=0)))
-            context += int(plan.starts.sum() + plan.num_tokens.sum())
-        return self._features(rows, verify, prefill, context, propose, deepest)
-
-    def observe(self, features: Features, seconds: float) -> None:
-        """A step with these features took so long."""
-        predicted = self._times.predict(features)[0]
-        if self._times.observe(features, seconds):
-            self.num_steps += 1
-            self.predicted_s += predicted
-            self.measured_s += seconds
 
     def learn(self) -> None:
         """Takes in the findings of a step."""
@@ -143,21 +91,3 @@ class Depths:
 
     def forget(self, request_id: int) -> None:
         self._acceptance.forget(request_id)
-
-    def _features(
-        self, rows: int, verify: int, prefill: int, context: int, propose: int, deepest: int
-    ) -> Features:
-        touched = 0.0
-        if self._experts.count:
-            tokens = rows + verify + prefill
-            touched = experts_touched(tokens, self._experts.count, self._experts.per_token)
-        verifies = verify > 0
-        counts = [1.0, rows, verify, prefill, context / 1000, touched, propose, verifies, deepest]
-        return np.array(counts)
-
-
-def _only_decodes(plan: PlanView) -> bool:
-    """Whether each of its rows samples after its one token, and nothing is proposed."""
-    if len(plan.tokens) != plan.num_rows or plan.num_propose.any():
-        return False
-    return not (plan.flags & ROW_PREFILL).any()

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from torch import nn
 
 from tokenspeed.config import EngineConfig
-from tokenspeed.engine.depths import Depths, Experts
+from tokenspeed.engine.depths import Depths
 from tokenspeed.engine.part import Part, mesh_of
 from tokenspeed.engine.speculator import Speculator, Weighted
+from tokenspeed.engine.step_times import Experts, StepTimes
 from tokenspeed.execution.speculation.drafter import TokenDrafter
 from tokenspeed.execution.speculation.ngram import NgramDrafter
 from tokenspeed.execution.speculation.options import Speculation, check_depth, speculation_of
@@ -19,7 +20,7 @@ from tokenspeed.layers.moe import MoE
 _log = logging.getLogger(__name__)
 
 
-def make_speculator(config: EngineConfig, part: Part) -> Speculator | None:
+def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Speculator | None:
     """None where speculation is off. `ValueError`: drafts that long do not fit."""
     asked = speculation_of(config)
     check_depth(asked, part.max_model_len)
@@ -35,8 +36,7 @@ def make_speculator(config: EngineConfig, part: Part) -> Speculator | None:
     depths = None
     if asked.adaptive:
         proposes = [False] * len(tokens) + [True] * (weighted is not None)
-        experts = experts_of(part.model.modules())
-        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, experts)
+        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, times)
     return Speculator(
         tokens,
         depth=asked.depth,

@@ -41,6 +41,7 @@ from tokenspeed.engine.pacing import Pacing, check_terms
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.engine.speculator import Speculator
 from tokenspeed.engine.step_counts import StepCounts
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.grammars import VOCABULARY, News
@@ -104,6 +105,7 @@ class Engine:
         balance: Callable[[], BalanceStats] | None = None,
         speculator: Speculator | None = None,
         pacing: Pacing | None = None,
+        times: StepTimes | None = None,
         seed: int = 0,
     ) -> None:
         self.ready = ready
@@ -112,6 +114,8 @@ class Engine:
         self._limits = Limits(ready.max_model_len, ready.vocab_size, max_logprobs)
         self._depth = depth  # steps that may be in flight beside the one just launched
         self._balance, self._speculator, self._pacing = balance, speculator, pacing
+        drafts_learn = speculator is not None and speculator.is_adaptive
+        self._times = times if drafts_learn or pacing is not None else None  # if anybody asks
         if pacing is not None:
             schedulers.pace(pacing.policy)
         self._refused: list[TokenOutput] = []  # answers that the next step brings
@@ -225,9 +229,9 @@ class Engine:
         plans = self._schedulers.next_plans()
         if plans is not None:
             if speculator is not None:
-                speculator.launched(plans, time.monotonic())
-            if self._pacing is not None:
-                self._pacing.launched(plans, began_s)
+                speculator.launched(plans)
+            if self._times is not None:
+                self._times.launched(plans, time.monotonic())
             self._counts.planned(plans)
             self._in_flight.append(self._runner.launch(plans))
         outputs: list[TokenOutput] = []
@@ -241,10 +245,12 @@ class Engine:
                 if step is not None:
                     outputs += self._commit(index, step)
                     is_typical = is_typical and step.is_typical
+            if self._times is not None:
+                self._times.committed(time.monotonic(), is_typical=is_typical)
             if speculator is not None:
-                speculator.committed(time.monotonic(), is_typical=is_typical)
+                speculator.committed()
             if self._pacing is not None:
-                self._pacing.committed(time.monotonic(), is_typical=is_typical)
+                self._pacing.committed()
             if plans is None:
                 break  # pages came back: there may be a plan now
         self._counts.busy_s += time.monotonic() - began_s

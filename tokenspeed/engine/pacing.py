@@ -7,16 +7,12 @@ Knows requests' numbers and times that it is told; no tokens, no sockets.
 
 import logging
 import math
-from collections import deque
-from collections.abc import Sequence
 
 from tokenspeed import _policy
 from tokenspeed.config import MAX_TPS_FLOOR, PacingOptions
-from tokenspeed.engine.depths import Experts
 from tokenspeed.engine.messages import GenerateRequest, PacingStats, TokenOutput
-from tokenspeed.engine.step_times import Features, StepTimes, features_of
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.errors import RequestError
-from tokenspeed.execution.plan_view import PlanView, Words
 
 OVERLOADED = "overloaded"
 MAX_PRIORITY = 1000
@@ -45,21 +41,19 @@ def _refuse(field: str, why: str) -> None:
 class Pacing:
     """One per engine, for its one scheduler, on its thread.
 
-    refusal -> [launched -> committed] ..., and overdue before a step
+    refusal -> committed ..., and overdue before a step
     """
 
-    def __init__(self, options: PacingOptions, *, max_num_seqs: int, experts: Experts) -> None:
-        self.times = StepTimes(experts)
+    def __init__(self, options: PacingOptions, *, max_num_seqs: int, times: StepTimes) -> None:
+        self._times = times
         self.policy = _policy.Pacing(
-            self.times.model,
+            times.model,
             tps_floor=options.tps_floor,
             max_wait_s=options.max_queue_wait_s,
             max_num_seqs=max_num_seqs,
-            num_experts=experts.count,
-            experts_per_token=experts.per_token,
+            num_experts=times.experts.count,
+            experts_per_token=times.experts.per_token,
         )
-        self._flights: deque[tuple[Features, float]] = deque()
-        self._committed_s = 0.0
         self._num_refused = 0
         self._has_warned = False
 
@@ -71,17 +65,8 @@ class Pacing:
         """Answers to requests that have waited too long for their first step."""
         return [self._answer(request_id) for request_id in self.policy.overdue()]
 
-    def launched(self, plans: Sequence[Words | None], now_s: float) -> None:
-        """These plans run now."""
-        views = [PlanView(words) for words in plans if words is not None]
-        self._flights.append((features_of(views, self.times.experts), now_s))
-
-    def committed(self, now_s: float, *, is_typical: bool) -> None:
-        """The oldest step in flight is over."""
-        features, launched_s = self._flights.popleft()
-        if is_typical:
-            self.times.observe(features, now_s - max(launched_s, self._committed_s))
-        self._committed_s = now_s
+    def committed(self) -> None:
+        """A step is over."""
         if self.policy.num_unmeetable and not self._has_warned:
             self._has_warned = True
             floor = self.policy.last_unmeetable
@@ -94,10 +79,10 @@ class Pacing:
             num_late=self.policy.num_late,
             num_refused=self._num_refused,
             num_unmeetable=self.policy.num_unmeetable,
-            num_steps=self.times.num_steps,
-            predicted_s=self.times.predicted_s,
-            measured_s=self.times.measured_s,
-            step_time_error=self.times.error,
+            num_steps=self._times.num_steps,
+            predicted_s=self._times.predicted_s,
+            measured_s=self._times.measured_s,
+            step_time_error=self._times.error,
         )
 
     def _answer(self, request_id: int) -> TokenOutput:

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenspeed.engine.depths import Depths, Features, Offers
+from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.messages import SpeculationStats
 from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView, Words
@@ -68,15 +68,6 @@ class _Live:
     rest: int = FIRST_REST  # steps, next time
 
 
-@dataclass(frozen=True, slots=True)
-class _Flight:
-    """A step in flight. `carried`: of each busy request, how many draft tokens its row has."""
-
-    carried: dict[int, int]
-    features: Features | None
-    launched_s: float
-
-
 class Speculator:
     """One per engine, on its thread. Token drafters are asked in order, the first that finds
     something is taken; where it is less likely to be right than a drafter with weights, that one's
@@ -106,9 +97,14 @@ class Speculator:
         self._waking: defaultdict[int, list[int]] = defaultdict(list)  # by number of the step
         self._num_steps = self._num_added = self._tiredness = 0
         self._latest: list[PlanView] = []  # plans
-        self._flights: deque[_Flight] = deque()
-        self._committed_s = 0.0
+        # Of each step in flight: how many draft tokens the row of each busy request has.
+        self._flights: deque[dict[int, int]] = deque()
         self._owners: list[dict[int, int]] = [{} for _ in range(num_dp)]  # slot -> request
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether step times are asked for."""
+        return self._depths is not None
 
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         """A request that the scheduler has taken."""
@@ -151,7 +147,7 @@ class Speculator:
             draft = np.array(live.draft, np.int32) if live.draft else NONE
             schedulers.speculate(request_id, draft, live.num_propose)
 
-    def launched(self, plans: Sequence[Words | None], now_s: float) -> None:
+    def launched(self, plans: Sequence[Words | None]) -> None:
         """These plans run now: notes which drafts they verify, as the planner shortened them."""
         carried: dict[int, int] = {}
         views = []
@@ -172,8 +168,7 @@ class Speculator:
         for request_id in carried:
             self._live[request_id].is_busy = True
         self._latest = views
-        features = None if self._depths is None else self._depths.features(views)
-        self._flights.append(_Flight(carried, features, now_s))
+        self._flights.append(carried)
 
     def extend(
         self,
@@ -207,7 +202,7 @@ class Speculator:
     def _extend(
         self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]
     ) -> None:
-        carried = self._flights[0].carried.get(request_id)
+        carried = self._flights[0].get(request_id)
         if carried is not None:
             live.is_busy = False
             if carried:
@@ -229,16 +224,11 @@ class Speculator:
     def _arrived(self, live: _Live) -> None:
         live.in_flight -= self._ahead and live.in_flight > 0
 
-    def committed(self, now_s: float, *, is_typical: bool = True) -> None:
-        """The oldest step in flight is over, and all that it gave was told. `is_typical`: others
-        like it will take as long."""
-        flight = self._flights.popleft()
+    def committed(self) -> None:
+        """The oldest step in flight is over, and all that it gave was told."""
+        self._flights.popleft()
         if self._depths is not None:
-            if flight.features is not None and is_typical:
-                began_s = max(flight.launched_s, self._committed_s)
-                self._depths.observe(flight.features, now_s - began_s)
             self._depths.learn()
-        self._committed_s = now_s
         self._num_steps += 1
         for request_id in self._waking.pop(self._num_steps, ()):
             self._resting.pop(request_id, None)
@@ -253,8 +243,9 @@ class Speculator:
         drafters, depths = [counts.stats() for counts in self._counts], self._depths
         if depths is None:
             return SpeculationStats(drafters, list(self._histogram))
-        times = (depths.num_steps, depths.predicted_s, depths.measured_s, depths.error)
-        return SpeculationStats(drafters, list(self._histogram), *times)
+        times = depths.times
+        told = (times.num_steps, times.predicted_s, times.measured_s, times.error)
+        return SpeculationStats(drafters, list(self._histogram), *told)
 
     def _find(self, request_id: int, live: _Live) -> None:
         """What may come next, and whose draft to take: all of it, and as deep as can be."""

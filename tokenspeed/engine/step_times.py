@@ -1,24 +1,56 @@
 # SPDX-License-Identifier: MIT
 """`StepTimes`: one engine's model of how long its steps take, and how well it foretells them.
 
-Brings plans into the features that `_policy.StepTimeModel` learns from. Knows no clock and decides
+Brings plans into the features that `_policy.StepTimeModel` learns from. Times are told; decides
 nothing.
 """
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._policy import StepTimeModel, experts_touched
-from tokenspeed.engine.depths import Experts
-from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView
+from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView, Words
 
-Features = NDArray[np.float64]
+PLAIN_INTERVAL = 8  # of steps that only decode, every so many is learnt from, once enough are known
+WELL_KNOWN = 256  # steps
+
+Features = NDArray[np.float64]  # [F], in the order of `_policy.FEATURES`
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Of a layer: how many there are, and to how many a token goes. 0: the model is dense."""
+
+    count: int = 0
+    per_token: int = 0
+
+
+def features(
+    experts: Experts,
+    *,
+    rows: int = 0,
+    verify: int = 0,
+    prefill: int = 0,
+    context: int = 0,
+    propose: int = 0,
+    deepest: int = 0,
+) -> Features:
+    """Of a step of so many decoding rows, tokens to verify, tokens of prompts, tokens of KV read,
+    tokens to propose and, of these, most for one row."""
+    touched = 0.0
+    if experts.count:
+        touched = experts_touched(rows + verify + prefill, experts.count, experts.per_token)
+    verifies = verify > 0
+    counts = [1.0, rows, verify, prefill, context / 1000, touched, propose, verifies, deepest]
+    return np.array(counts)
 
 
 def features_of(plans: Sequence[PlanView], experts: Experts) -> Features:
-    """[F] of the step that these plans are, in the order of `_policy.FEATURES`."""
+    """Of the step that these plans are."""
     rows = verify = prefill = context = propose = deepest = 0
     for plan in plans:
         is_prefill = plan.flags & ROW_PREFILL != 0
@@ -28,32 +60,63 @@ def features_of(plans: Sequence[PlanView], experts: Experts) -> Features:
         propose += int(plan.num_propose.sum())
         deepest = max(deepest, int(plan.num_propose.max(initial=0)))
         context += int(plan.starts.sum() + plan.num_tokens.sum())
-    touched = 0.0
-    if experts.count:
-        touched = experts_touched(rows + verify + prefill, experts.count, experts.per_token)
-    verifies = verify > 0
-    counts = [1.0, rows, verify, prefill, context / 1000, touched, propose, verifies, deepest]
-    return np.array(counts)
+    return features(
+        experts,
+        rows=rows,
+        verify=verify,
+        prefill=prefill,
+        context=context,
+        propose=propose,
+        deepest=deepest,
+    )
 
 
 class StepTimes:
-    """Learns from steps that are over; `model` is for those who plan."""
+    """Learns from steps that are over: launched -> committed, in order. `model` is for those who
+    plan."""
 
     def __init__(self, experts: Experts) -> None:
         self.model = StepTimeModel()
         self.experts = experts
-        self.num_steps = 0
+        self.num_steps = 0  # that were learnt from
         self.predicted_s = self.measured_s = 0.0
+        self._flights: deque[tuple[Features | None, float]] = deque()
+        self._num_plain = 0
+        self._committed_s = 0.0
 
     @property
     def error(self) -> float:
         """Median relative error of the latest predictions; 0 before the first."""
         return self.model.median_relative_error if self.model.num_observed else 0.0
 
-    def observe(self, features: Features, seconds: float) -> None:
-        """A step with these features took so long."""
-        predicted = self.model.predict(features)[0]
-        if self.model.observe(features, seconds):
-            self.num_steps += 1
-            self.predicted_s += predicted
-            self.measured_s += seconds
+    def launched(self, plans: Sequence[Words | None], now_s: float) -> None:
+        """These plans run now."""
+        views = [PlanView(words) for words in plans if words is not None]
+        self._flights.append((self._to_learn(views), now_s))
+
+    def committed(self, now_s: float, *, is_typical: bool = True) -> None:
+        """The oldest step in flight is over. `is_typical`: others like it will take as long."""
+        wanted, launched_s = self._flights.popleft()
+        if wanted is not None and is_typical:
+            seconds = now_s - max(launched_s, self._committed_s)
+            predicted = self.model.predict(wanted)[0]
+            if self.model.observe(wanted, seconds):
+                self.num_steps += 1
+                self.predicted_s += predicted
+                self.measured_s += seconds
+        self._committed_s = now_s
+
+    def _to_learn(self, plans: Sequence[PlanView]) -> Features | None:
+        """None: there is nothing to learn from this step."""
+        if self.model.num_observed >= WELL_KNOWN and all(map(_only_decodes, plans)):
+            self._num_plain += 1
+            if self._num_plain % PLAIN_INTERVAL:
+                return None
+        return features_of(plans, self.experts)
+
+
+def _only_decodes(plan: PlanView) -> bool:
+    """Whether each of its rows samples after its one token, and nothing is proposed."""
+    if len(plan.tokens) != plan.num_rows or plan.num_propose.any():
+        return False
+    return not (plan.flags & ROW_PREFILL).any()
