@@ -187,7 +187,7 @@ bool Pacing::holds(int64_t rows, int64_t context, double floor) const {
 
 bool Pacing::meetable(const Stream& stream) const {
     if (stream.floor == 0 || times_->num_observed() < kKnown) return true;
-    return seconds_per_token(1, stream.context) * stream.floor <= 1;
+    return holds(1, stream.context, stream.floor);
 }
 
 // ---- A step -------------------------------------------------------------------------------------

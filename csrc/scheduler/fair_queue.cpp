@@ -40,7 +40,7 @@ void FairQueue::push(User& user, const Place& place, Request* request, bool retu
     rank(user);
 }
 
-void FairQueue::erase(User& user, const Place& place) {
+void FairQueue::erase(User& user, Place place) {
     if (!user.waiting.contains(place)) return;
     unrank(user);
     user.waiting.erase(place);
@@ -51,7 +51,7 @@ void FairQueue::erase(User& user, const Place& place) {
     if (all_.empty()) move_time(highest_tag_);
 }
 
-void FairQueue::admitted(User& user, const Place& place) {
+void FairQueue::admitted(User& user, Place place) {
     const uint64_t arrival = place.arrival;
     if (!returning_.contains(arrival)) move_time(std::max(virtual_time_, user.tag));
     erase(user, place);
@@ -62,7 +62,11 @@ FairQueue::User* FairQueue::next(std::span<User* const> looked_at) {
     const auto fresh = [&](User* user) {
         return std::ranges::find(looked_at, user) == looked_at.end();
     };
-    if (!returning_.empty() && fresh(returning_.begin()->second)) return returning_.begin()->second;
+    if (!returning_.empty()) {
+        User* const user = returning_.begin()->second;
+        const bool is_first = returning_.contains(user->waiting.begin()->first.arrival);
+        if (is_first && fresh(user)) return user;
+    }
     if (all_.empty()) return nullptr;
     const Entry& earliest = all_.begin()->second;
     const bool passed = earliest.num_passed >= kMaxBypass && !ranking_.empty() &&

@@ -8,8 +8,8 @@
 // lower priority comes first whatever its user's tag. Where a pacer gives keys (pacer.h), tokens
 // too, they count as if its user had had them already, and within a user the smaller key is first.
 //  F1  With one user, this is order of arrival.
-//  F2  A request that was admitted before (retracted) comes before all others, in order of arrival
-//      within its user.
+//  F2  A request that was admitted before (retracted) comes before all others, in order of arrival,
+//      unless its user has others of a lower priority: then these take their turn among all first.
 //  F3  The earliest waiting request is passed at most `kMaxBypass` times; then it is next, unless
 //      others are of a lower priority. With keys its user is next.
 //  F4  Memory: users with live requests, and at most `kMaxParked` that have a debt.
@@ -58,8 +58,9 @@ class FairQueue {
     void leave(User& user);
 
     void push(User& user, const Place& place, Request* request, bool returns);
-    void erase(User& user, const Place& place);     // aborted
-    void admitted(User& user, const Place& place);  // taken out because it runs now
+    // By value: the place may be the key of the very entry that goes.
+    void erase(User& user, Place place);     // aborted
+    void admitted(User& user, Place place);  // taken out because it runs now
     void charge(User& user, int64_t num_tokens) {
         user.tag += static_cast<uint64_t>(num_tokens);
         if (user.tag > highest_tag_) highest_tag_ = user.tag;

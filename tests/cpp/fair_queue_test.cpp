@@ -211,6 +211,20 @@ void nobody_starves() {
     TS_CHECK(s.serve(1) == 1);
 }
 
+// F2: whose retracted request stands behind others of its own takes its turn among all.
+void a_retracted_request_helps_no_other() {
+    Served s;
+    FairQueue::User& one = s.queue.join(1);
+    s.queue.push(one, {10, 0, s.next_arrival++}, nullptr, true);
+    for (int i = 0; i < 6; ++i) s.submit(1);
+    for (int i = 0; i < 3; ++i) s.submit(2);
+    Keys got;
+    for (int i = 0; i < 6; ++i) got.push_back(s.serve(10));
+    TS_CHECK((got == Keys{1, 2, 1, 2, 1, 2}));
+    for (int i = 0; i < 4; ++i) TS_CHECK(s.serve(10) == 1);
+    TS_CHECK(s.queue.size() == 0);
+}
+
 // F4: users that never come back are forgotten, in a crowd that never ends too.
 void memory_is_bounded() {
     Served s;
@@ -231,6 +245,7 @@ int main() {
     for (uint32_t seed = 0; seed < 30; ++seed) tokenspeed::Walk(seed).run();
     tokenspeed::users_share();
     tokenspeed::nobody_starves();
+    tokenspeed::a_retracted_request_helps_no_other();
     tokenspeed::memory_is_bounded();
     return 0;
 }

@@ -88,12 +88,37 @@ def test_who_would_wait_too_long_is_refused_before_the_next_step(clock: Clock) -
     engine.add_request(request(3, max_wait_s=4.0))
     engine.step()
     clock.now_s += 4.5
-    (late,) = engine.step()
-    assert (late.request_id, late.code) == (3, "overloaded")
+    late = {output.request_id: output.code for output in engine.step()}
+    assert late == {1: None, 3: "overloaded"}
     assert {output.request_id for output in drain(engine)} == {1}
     stats = engine.stats().pacing
     assert stats is not None
     assert stats.num_refused == 2
+
+
+def test_refusals_keep_nobody_from_a_step(clock: Clock) -> None:
+    engine = engine_of(max_queue_wait_s=5.0, max_num_seqs=1)
+    engine.add_request(request(1, 20))
+    engine.step()
+    for request_id in range(2, 40):
+        engine.add_request(request(request_id, max_wait_s=0.5))
+        engine.step()
+    assert engine.num_steps >= 19
+
+
+def test_who_finds_room_at_once_need_not_wait(clock: Clock) -> None:
+    engine = engine_of(max_queue_wait_s=0.0)
+    engine.add_request(request(1))
+    assert [output.code for output in drain(engine)] == [None] * 4
+
+
+def test_who_was_refused_and_is_gone_hears_nothing(clock: Clock) -> None:
+    engine = engine_of(max_queue_wait_s=5.0, max_num_seqs=1)
+    engine.add_request(request(1, 20))
+    engine.step()
+    engine.add_request(request(2, max_wait_s=0.5))
+    engine.abort(2)
+    assert {output.request_id for output in drain(engine)} == {1}
 
 
 def test_a_refused_request_can_be_asked_again(clock: Clock) -> None:

@@ -119,6 +119,7 @@ class Engine:
         if pacing is not None:
             schedulers.pace(pacing.policy)
         self._refused: list[TokenOutput] = []  # answers that the next step brings
+        self._may_answer = False  # the call before was only for these
         self._seeds = random.Random(seed)
         self._in_flight: deque[InFlight] = deque()
         self._counts = StepCounts()
@@ -194,6 +195,7 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         """Ends a request in any state; no output follows. Unknown ids are ignored."""
+        self._refused = [late for late in self._refused if late.request_id != request_id]
         if self._live.pop(request_id, None) is not None:
             self._schedulers.abort(request_id)
             self._forget(request_id)
@@ -221,8 +223,9 @@ class Engine:
     def _step(self) -> list[TokenOutput]:
         began_s = time.monotonic()
         self._schedulers.advance(began_s)
-        if self._pacing is not None and (refusals := self._refusals(self._pacing)):
-            return refusals  # they shall not wait for a step
+        self._may_answer = bool(self._refused) and not self._may_answer
+        if self._may_answer:  # who is refused waits for no step, and keeps nobody from one
+            return self._take_refused()
         speculator = self._speculator
         if speculator is not None:
             speculator.prepare(self._schedulers)
@@ -234,7 +237,7 @@ class Engine:
                 self._times.launched(plans, time.monotonic())
             self._counts.planned(plans)
             self._in_flight.append(self._runner.launch(plans))
-        outputs: list[TokenOutput] = []
+        outputs = [] if self._pacing is None else self._refusals(self._pacing)
         while len(self._in_flight) > (self._depth if plans is not None else 0):
             self.num_steps += 1
             is_typical = True
@@ -260,8 +263,11 @@ class Engine:
         late = pacing.overdue()
         for answer in late:
             self.abort(answer.request_id)
+        return self._take_refused() + late
+
+    def _take_refused(self) -> list[TokenOutput]:
         refused, self._refused = self._refused, []
-        return refused + late
+        return refused
 
     def has_work(self) -> bool:
         """Whether `step` has anything to do."""
