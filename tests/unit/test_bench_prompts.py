@@ -104,13 +104,14 @@ def test_the_ratio_is_asked_of_the_tokenizer() -> None:
 
 @pytest.mark.parametrize("known", ["prompt", "content", "input", None])
 def test_servers_are_asked_as_they_know_it(monkeypatch: Any, known: str | None) -> None:
-    def post(url: str, json: dict[str, Any], timeout: float) -> httpx.Response:
+    def post(url: str, json: dict[str, Any], headers: Any, **how: Any) -> httpx.Response:
+        assert headers == {"x-api-key": "k"}
         if known not in json:
             return httpx.Response(400, json={"error": "unknown field"})
         return httpx.Response(200, json={"tokens": [1] * len(str(json[known]).split())})
 
     monkeypatch.setattr(prompts.httpx, "post", post)
-    count = server_count("http://there:1/v1", "m")
+    count = server_count("http://there:1/v1", "m", {"x-api-key": "k"})
     if known is None:
         with pytest.raises(ValueError, match="does not tokenize"):
             count("a b c")

@@ -47,6 +47,12 @@ class Endpoint:
         """The URL that paths such as `/v1/models` are put behind."""
         return self.base_url.rstrip("/").removesuffix("/v1")
 
+    def signed(self) -> dict[str, str]:
+        """Headers that say who asks, and those that were asked for."""
+        key = self.api_key
+        signed = {"authorization": f"Bearer {key}", "x-api-key": key} if key else {}
+        return signed | self.headers
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -67,13 +73,10 @@ class StreamClient:
         self._dialect = dialect_of(endpoint.dialect)
         self._http, self._clock = http, clock
         self._timeout = httpx.Timeout(stall_s, connect=10.0, pool=None)
-        key = endpoint.api_key
-        signed = {"authorization": f"Bearer {key}", "x-api-key": key} if key else {}
         self._headers = {
             "accept-encoding": "identity",
             "anthropic-version": "2023-06-01",
-            **signed,
-            **endpoint.headers,
+            **endpoint.signed(),
         }
 
     async def send(self, ask: Ask, record: RequestRecord, dictated: str | None = None) -> Answer:

@@ -105,7 +105,9 @@ def calibrate(endpoints: Sequence[Endpoint]) -> tuple[float, str | None]:
     reasons = []
     for endpoint in endpoints:
         try:
-            return tokens_per_word(server_count(endpoint.root, endpoint.model)), None
+            return tokens_per_word(
+                server_count(endpoint.root, endpoint.model, endpoint.signed())
+            ), None
         except (httpx.HTTPError, ValueError) as error:
             reasons.append(f"{endpoint.name}: {type(error).__name__}: {error}")
     return 1.0, "; ".join(reasons)

@@ -7,7 +7,7 @@ turn's prompt says next, so that a replay with dictated answers repeats the reco
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
@@ -37,6 +37,7 @@ _WORDS = tuple(
 )
 # Where servers tokenize, and how they call the text: vLLM and TokenSpeed, llama.cpp,
 # llama-cpp-python.
+TIMEOUT_S = 30.0
 _TOKENIZERS = (("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"))
 
 Message = tuple[str, str]  # "user" or "assistant", text
@@ -166,7 +167,7 @@ def tokens_per_word(count: Callable[[str], int]) -> float:
 
 
 def server_count(
-    base_url: str, model: str | None = None, timeout_s: float = 30.0
+    base_url: str, model: str | None = None, headers: Mapping[str, str] | None = None
 ) -> Callable[[str], int]:
     """Counts a text's tokens with the server's own tokenizer.
 
@@ -174,13 +175,13 @@ def server_count(
     """
 
     def count(text: str) -> int:
-        return len(server_ids(base_url, text, model, timeout_s))
+        return len(server_ids(base_url, text, model, headers))
 
     return count
 
 
 def server_ids(
-    base_url: str, text: str, model: str | None = None, timeout_s: float = 30.0
+    base_url: str, text: str, model: str | None = None, headers: Mapping[str, str] | None = None
 ) -> list[int]:
     """A text's token ids, with no token added in front. Raises as `server_count` does."""
     said = []
@@ -188,7 +189,8 @@ def server_ids(
         body: dict[str, object] = {field: text, "add_special_tokens": False}
         body = body if field == "prompt" else {field: text}
         url = base_url.rstrip("/").removesuffix("/v1") + path
-        answer = httpx.post(url, json=body | ({"model": model} if model else {}), timeout=timeout_s)
+        body |= {"model": model} if model else {}
+        answer = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S, trust_env=False)
         tokens = answer.json().get("tokens") if answer.status_code == 200 else None
         if isinstance(tokens, list) and (tokens or not text):
             return [int(token) for token in tokens]

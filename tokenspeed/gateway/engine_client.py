@@ -272,6 +272,8 @@ class EngineClient:
 
     def _finished(self, request: _Open, output: m.TokenOutput, now: float) -> None:
         metrics = self.metrics
+        if output.code == "overloaded":
+            return  # refused at the door: counted there, and nothing was computed
         metrics.finished[output.finish_reason or "error"] += 1
         metrics.e2e.observe(now - request.arrived)
         if output.prefill_s:
