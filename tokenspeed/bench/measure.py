@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 
 from tokenspeed.bench.records import RequestRecord, Run
-from tokenspeed.bench.windows import Array, weighted_percentile, window_rates, worst_rate
+from tokenspeed.bench.windows import (
+    Array,
+    spread,
+    weighted_percentile,
+    window_rates,
+    worst_rate,
+)
 
 # Uncached tokens from which each class of prompts begins.
 UNCACHED_EDGES = (0, 256, 1024, 4096, 16384, 65536)
@@ -202,8 +208,7 @@ class _Stream:
 def _stream_of(record: RequestRecord) -> _Stream | None:
     """None for a record whose events all came at once."""
     times, events = np.array(record.token_times), np.array(record.token_counts)
-    # Events that do not tell how many tokens they bring bring all of them in equal parts.
-    counts = events * (max(record.output_tokens, events.sum()) / events.sum())
+    counts = spread(events, record.output_tokens)
     rates = window_rates(times, counts)
     if not rates.size:
         return None

@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from tokenspeed.bench.plots import Cloud, Timeline
 from tokenspeed.bench.records import RequestRecord, Run
+from tokenspeed.bench.windows import SLIDE_US, WINDOW_US, spread
 
 MOST_POINTS = 600
-SLIDE_S, WINDOW_S = 0.1, 1.0
+SLIDE_S, WINDOW_S = SLIDE_US / 1e6, WINDOW_US / 1e6
 
 Array = npt.NDArray[np.float64]
 
@@ -74,7 +75,9 @@ def _all_tokens(records: list[RequestRecord], time: Array) -> Array:
     if not (events := [_microseconds(record.token_times) for record in records]):
         return np.zeros_like(time)
     at = np.concatenate(events)
-    counts = np.concatenate([_counts(record) for record in records])
+    counts = np.concatenate(
+        [spread(record.token_counts, record.output_tokens) for record in records]
+    )
     order = np.argsort(at, kind="stable")
     return _between(at[order], counts[order], time - WINDOW_S, time) / WINDOW_S
 
@@ -97,20 +100,13 @@ def _speed(record: RequestRecord, time: Array) -> Iterator[tuple[npt.NDArray[np.
     at = _microseconds(record.token_times)
     if len(at) < 2 or at[-1] <= at[0]:
         return
-    counts = _counts(record)
+    counts = spread(record.token_counts, record.output_tokens)
     length = min(WINDOW_S, at[-1] - at[0])
     first = at[0] + (WINDOW_S if length == WINDOW_S else 0.0)
     places = np.flatnonzero((time >= first) & (time <= at[-1]))
     ends = time[places] if length == WINDOW_S else np.full(len(places), at[-1])
     if len(places):
         yield places, _between(at, counts, ends - length, ends) / length
-
-
-def _counts(record: RequestRecord) -> Array:
-    """Tokens of each event; where events do not tell, all tokens in equal parts."""
-    counts = np.asarray(record.token_counts, dtype=np.float64)
-    told = counts.sum()
-    return counts * (max(record.output_tokens, told) / told) if told else counts
 
 
 def _microseconds(seconds: npt.ArrayLike) -> Array:

@@ -18,6 +18,13 @@ WINDOW_US, SLIDE_US = 1_000_000, 100_000
 Array = npt.NDArray[np.float64]
 
 
+def spread(counts: npt.ArrayLike, total: int) -> Array:
+    """Tokens of each event; events that do not tell how many bring `total` in equal parts."""
+    told = np.asarray(counts, dtype=np.float64)
+    events = told.sum()
+    return told * (max(total, events) / events) if events else told
+
+
 def window_rates(times: npt.ArrayLike, counts: npt.ArrayLike) -> Array:
     """Tokens per second of each window of one stream; none if it has no two moments.
 
