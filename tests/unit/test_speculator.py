@@ -386,6 +386,14 @@ def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
     assert h.it.stats().num_steps == 256 + 10
 
 
+def test_a_step_in_which_something_was_captured_is_not_learnt_from() -> None:
+    times, words = StepTimes(Experts()), plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})
+    for now_s, is_typical in ((5.0, False), (6.0, True)):
+        times.launched([words], now_s)
+        times.committed(now_s + 0.5, is_typical=is_typical)
+    assert (times.num_steps, times.model.num_observed) == (1, 1)
+
+
 def test_a_step_has_only_so_many_drafts() -> None:
     depths = Depths([False], 7, StepTimes(Experts()))
     offers = Offers()

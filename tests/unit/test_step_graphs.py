@@ -281,8 +281,8 @@ def test_what_a_replay_misses_ends_graphs(
     assert [why in record.getMessage() for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize(("flaw", "num_captured"), [("", 2), ("halves", 5)])
-def test_a_captured_step_serves_others(flaw: str, num_captured: int) -> None:
+@pytest.mark.parametrize(("flaw", "num_captured", "num_checked"), [("", 2, 5), ("halves", 5, 4)])
+def test_a_captured_step_serves_others(flaw: str, num_captured: int, num_checked: int) -> None:
     """With more rows and with fewer, as far as it has room; not if a call's shape forbids it."""
     toy = Toy(flaw)
     graphs = StepGraphs(toy.compute, CpuRecorder(), max_rows=40)
@@ -292,6 +292,7 @@ def test_a_captured_step_serves_others(flaw: str, num_captured: int) -> None:
         for output, expected in zip(got, toy.compute(Rows(count)), strict=True):
             assert torch.equal(output, expected)
     assert graphs.num_captured == num_captured
+    assert graphs.num_slow == num_captured + num_checked  # each size but once
 
 
 def test_memory_does_not_grow_with_the_number_of_graphs() -> None:
