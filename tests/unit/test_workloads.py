@@ -224,6 +224,18 @@ def test_weka_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert shape(weka.make(tmp_path / "small")) == shape(small)
 
 
+def test_weka_says_global_only_where_files_share_blocks(tmp_path: Path) -> None:
+    apart = published.make(sessions=2, first=200)
+    one, other = apart.sessions
+    turn = replace(other.turns[0], prompt_blocks=one.turns[0].prompt_blocks)
+    shared = replace(apart, sessions=(one, replace(other, turns=(turn,))))
+    for name, workload, scope in (("a", apart, "local"), ("b", shared, "global")):
+        weka.write(workload, tmp_path / name)
+        files = sorted((tmp_path / name).iterdir())
+        assert [json.loads(file.read_text())["hash_id_scope"] for file in files] == [scope] * 2
+        assert shape(weka.make(tmp_path / name)) == shape(workload)
+
+
 WEKA: dict[str, Any] = {
     "id": "s1", "block_size": 64, "hash_id_scope": "local",
     "requests": [{"t": 0.0, "in": 150, "out": 3, "hash_ids": [1, 2], "input_types": ["text"]}],

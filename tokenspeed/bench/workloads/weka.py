@@ -19,6 +19,7 @@ from tokenspeed.bench.workloads.recorded import Ids, Reading, Recorded, answer_t
 from tokenspeed.bench.workloads.scaling import scaled
 
 Json = dict[str, Any]
+Children = dict[str | None, list[Session]]  # of the session of that id; of None: those without
 
 
 def make(
@@ -91,20 +92,25 @@ def _decoded(where: str, request: Any, before: tuple[int, ...], size: int) -> Re
 
 
 def write(workload: Workload, folder: Path) -> None:
-    """One file a session, subagents within it. Raises ValueError where a parent is not there."""
+    """One file a session, subagents within it. Raises ValueError where a parent is not there.
+
+    Files that share no block say "local", the one scope that aiperf 0.13 takes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = {session.session_id for session in workload.sessions}
-    children: dict[str | None, list[Session]] = {}
+    children: Children = {}
     for session in workload.sessions:
         if session.parent is not None and session.parent not in names:
             raise ValueError(f"{session.session_id}: its parent {session.parent!r} is not there")
         children.setdefault(session.parent, []).append(session)
-    for session in children.get(None, []):
+    roots = children.get(None, [])
+    scope = "global" if _share_blocks(roots, children) else "local"
+    for session in roots:
         told = {
             "id": session.session_id,
             "models": ["model"],
             "block_size": session.block_size,
-            "hash_id_scope": "global",
+            "hash_id_scope": scope,
             "tool_tokens": 0,
             "system_tokens": 0,
             "requests": _requests(session, children),
@@ -113,14 +119,30 @@ def write(workload: Workload, folder: Path) -> None:
         file.write_text(json.dumps(told))
 
 
-def _requests(session: Session, children: dict[str | None, list[Session]]) -> list[Json]:
+def _share_blocks(roots: Sequence[Session], children: Children) -> bool:
+    """Whether a block of one session, its agents included, is another's too."""
+    seen: set[int] = set()
+    for root in roots:
+        own = _blocks(root, children)
+        if not seen.isdisjoint(own):
+            return True
+        seen |= own
+    return False
+
+
+def _blocks(session: Session, children: Children) -> set[int]:
+    own = {block for turn in session.turns for block in turn.prompt_blocks}
+    return own.union(*(_blocks(one, children) for one in children.get(session.session_id, ())))
+
+
+def _requests(session: Session, children: Children) -> list[Json]:
     times = turn_times(session)
     own: Sequence[Json] = [_request(session, i, *times[i]) for i in range(len(times))]
     agents = [_agent(session, child, children) for child in children.get(session.session_id, ())]
     return sorted([*own, *agents], key=lambda request: float(request["t"]))
 
 
-def _agent(parent: Session, child: Session, children: dict[str | None, list[Session]]) -> Json:
+def _agent(parent: Session, child: Session, children: Children) -> Json:
     return {
         "t": child.start_s - parent.start_s,
         "type": "subagent",
