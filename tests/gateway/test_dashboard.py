@@ -4,6 +4,7 @@
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -19,6 +20,7 @@ from tests.gateway.test_tenants import spec
 from tokenspeed.engine import messages as m
 from tokenspeed.gateway.dashboard import MAX_VIEWERS, look
 from tokenspeed.gateway.dashboard_snapshot import COLUMNS, HISTORY, Watch
+from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.request_log import RequestRecord
 
 PAGE = files("tokenspeed.gateway").joinpath("dashboard.html").read_text()
@@ -168,13 +170,17 @@ class Clock:
     def stream(self, **known: Any) -> RequestRecord:
         record = RequestRecord(arrived=self.now, identified=True, **known)
         self.watch.begin(record)
-        self.watch._live[id(record)].at = self.now
         return record
 
     def give(self, record: RequestRecord, count: int, at: float) -> None:
         if not record.first:
             record.first, record.num_first = at, count
         record.num_come += count
+        record.last = at
+
+    def end(self, record: RequestRecord, finish: str, at: float) -> None:
+        record.finish, record.finished = finish, at
+        self.watch.finish(record)
 
     def look(self, seconds: float = 1.0) -> dict[str, Any]:
         self.now += seconds
@@ -215,13 +221,12 @@ async def test_a_stream_that_has_just_begun_has_no_rate_and_loses_no_token():
 async def test_floors_are_the_requests_own_or_the_servers():
     async with gateway() as g:
         watch = g.service.watch
-        watch.default_floor = 20.0
+        watch.streams.default_floor = 20.0
         clock = Clock(watch)
         for name, floor in (("own", 5.0), ("default", None), ("best effort", 0.0)):
             record = clock.stream(id=name, tps_floor=floor)
             clock.give(record, 1, clock.now)
-        for seen in watch._live.values():
-            seen.record.num_come += 9
+            record.num_come += 9
         found = clock.look()
         floors = {s["id"]: (s["floor"], s["below"]) for s in found["streams"]}
         assert floors == {
@@ -232,7 +237,91 @@ async def test_floors_are_the_requests_own_or_the_servers():
         told = second(found)
         assert (told["streams"], told["floored"], told["below"]) == (3, 2, 1)
         assert (told["lowest"], told["middle"]) == (10.0, 10.0)
-        assert g.service.metrics.streams == {"seconds": 3, "floored": 2, "below": 1}
+        assert g.service.metrics.streams == {"held": 1.0, "missed": 1.0, "none": 1.0}
+
+
+async def test_seconds_of_streams_are_those_that_passed():
+    async with gateway() as g:
+        counted = g.service.metrics.streams
+        clock = Clock(g.service.watch)
+        held, missed, free = (clock.stream(id=str(f), tps_floor=f) for f in (5.0, 50.0, 0.0))
+        for record in (held, missed, free):
+            clock.give(record, 1, clock.now + 0.25)
+            record.num_come += 20
+        assert second(clock.look(2.25))["held_s"] == 0.0  # nobody had looked before
+        assert counted == {"held": 2.0, "missed": 2.0, "none": 2.0}
+        for record in (held, missed, free):
+            record.num_come += 400
+        told = second(clock.look(40.0))  # nobody has looked for a while
+        assert (told["held_s"], told["missed_s"], told["below"]) == (40.0, 40.0, 1)
+        assert counted == {"held": 42.0, "missed": 42.0, "none": 42.0}
+
+
+async def test_no_second_of_a_stream_is_lost_between_looks():
+    async with gateway() as g:
+        counted = g.service.metrics.streams
+        clock = Clock(g.service.watch)
+        short = clock.stream(id="short", tps_floor=8.0)  # begins and ends unseen
+        clock.give(short, 1, 100.125)
+        clock.give(short, 4, 100.625)
+        clock.end(short, "stop", 100.75)
+        assert counted == {"held": 0.5, "missed": 0.0, "none": 0.0}
+        late = clock.stream(id="late", tps_floor=8.0)  # too young at the first look, seen at one
+        clock.give(late, 1, 100.875)
+        clock.look()
+        clock.give(late, 9, 101.875)
+        clock.look()
+        assert counted["held"] == 0.5 + 1.125
+        clock.give(late, 2, 102.25)
+        clock.end(late, "length", 102.5)
+        assert counted == {"held": 0.5 + 1.375, "missed": 0.0, "none": 0.0}
+        stalled = clock.stream(id="stalled", tps_floor=8.0)  # its client has had enough of it
+        clock.give(stalled, 1, 102.0)
+        clock.end(stalled, "abort", 102.75)
+        assert counted["missed"] == 0.75
+        unborn = clock.stream(id="unborn", tps_floor=8.0)
+        clock.end(unborn, "abort", 110.0)
+        after = clock.stream(
+            id="after", tps_floor=8.0
+        )  # a look comes between its last token and its end
+        clock.give(after, 9, 102.0)
+        clock.look()
+        clock.end(after, "stop", 103.5)
+        assert sum(counted.values()) == 0.5 + 1.375 + 0.75 + 1.0
+
+
+async def test_seconds_of_streams_never_fall_and_are_of_all_gateways():
+    async with gateway() as g:
+        clock = Clock(g.service.watch)
+        record, texts = clock.stream(id="a", tps_floor=3.0), []
+        clock.give(record, 1, clock.now)
+        for i in range(60):
+            record.num_come += i % 7
+            clock.look(1.1 + i / 7)
+            texts.append(dict(g.service.metrics.streams))
+        for before, after in itertools.pairwise(texts):
+            assert all(after[word] >= before[word] for word in after)
+        mine = dict(g.service.metrics.streams)
+        total = g.service.metrics.with_others([g.service.metrics.counted()] * 2)
+        assert total.streams == {word: 3 * seconds for word, seconds in mine.items()}
+        assert g.service.metrics.streams == mine
+        text = exposition(total).decode()
+        for word, seconds in total.streams.items():
+            name = f'tokenspeed:stream_seconds_total{{floor="{word}",model_name="null"}}'
+            assert f"{name} {seconds}" in text
+
+
+async def test_every_token_of_an_answer_is_output():
+    async with gateway() as g:
+        g.service.watch.look()
+        for count in (1, 1, 5):
+            assert (await g.post(TEXT, {"prompt": "hi", "max_tokens": count})).status_code == 200
+        assert second(g.service.watch.look())["output"] == 7
+        assert second(g.service.watch.look())["output"] == 0
+        other = g.service.watch.own(1.0) | {"output": 100}
+        assert second(g.service.watch.look([other]))["output"] == 100
+        assert second(g.service.watch.look())["output"] == 0  # it did not answer this time
+        assert second(g.service.watch.look([other | {"output": 103}]))["output"] == 3
 
 
 async def test_steps_are_told_as_differences():
@@ -267,7 +356,7 @@ async def test_steps_are_told_as_differences():
             prefix_queries=3000,
             prefix_hits=1900,
             num_preemptions=1,
-            speculation=m.SpeculationStats(more, [1], 15, 0.75, 0.6),
+            speculation=m.SpeculationStats(more, [1], 15, 0.75, 0.6, 0.125),
         )
         g.service.metrics.rejections["full"] += 2
         told = clock.look()
@@ -281,6 +370,7 @@ async def test_steps_are_told_as_differences():
             "foretold": 5,
             "predicted_s": 0.25,
             "measured_s": 0.2,
+            "error": 0.125,
             "running": 3,
             "waiting": 2,
             "held": 0.25,
@@ -293,7 +383,7 @@ async def test_steps_are_told_as_differences():
         }
         assert second(told) | expected == second(told)
         assert told["refused"] == {"full": 2}
-        assert told["drafters"] == [{"name": "suffix", "drafted": 12, "accepted": 9}]
+        assert told["drafters"] == [{"name": "suffix", "drafts": 6, "drafted": 12, "accepted": 9}]
 
 
 async def test_a_real_request_is_seen_from_its_arrival_to_its_end():
@@ -309,6 +399,8 @@ async def test_a_real_request_is_seen_from_its_arrival_to_its_end():
         assert stream["prompt"] > 0
         assert (stream["client"], stream["route"]) == ("agent", "completions")
         assert stream["session"].startswith("h:")  # no name that could be markup
+        (session,) = g.service.watch.look()["sessions"]
+        assert (session["held"], session["context"]) == (0, 0)  # not a token of it is known
         g.client.paused = False
         while not g.service.watch.look()["streams"][0]["output"]:
             await asyncio.sleep(0)
@@ -316,7 +408,21 @@ async def test_a_real_request_is_seen_from_its_arrival_to_its_end():
         found = g.service.watch.look()
         assert found["streams"] == []
         (session,) = found["sessions"]
-        assert (session["turns"], session["running"]) == (1, 0)
+        assert (session["turns"], session["running"], session["held"]) == (1, 0, 0)
+        assert session["context"] == stream["prompt"] + 40
+
+
+async def test_what_sessions_hold_is_what_their_requests_have():
+    async with gateway() as g:
+        clock = Clock(g.service.watch)
+        for tokens in (100, 50):
+            record = clock.stream(id="a", session="s", num_prompt=tokens)
+            g.service.sessions.begin(record)
+            clock.give(record, 3, clock.now)
+        waits = clock.stream(id="b", session="t", num_prompt=1000)
+        g.service.sessions.begin(waits)
+        found = {one["session"]: one["held"] for one in clock.look()["sessions"]}
+        assert found == {"s": 156, "t": 0}
 
 
 async def test_the_other_gateways_streams_are_shown_with_ours():

@@ -2,9 +2,7 @@
 """`Watch`: what the server does, second by second, for a person who looks at it. Knows records,
 sessions and engines' counts; no HTTP, no prompt and no answer.
 
-A stream's rate is the tokens that came between two looks, which are a second apart: nothing is
-counted for it on the way of a token. One look serves all who watch, and `HISTORY` of them are kept
-for whoever comes later.
+One look serves all who watch, and `HISTORY` of them are kept for whoever comes later.
 """
 
 import asyncio
@@ -15,7 +13,8 @@ from dataclasses import asdict, astuple, dataclass, fields
 from statistics import median
 from typing import Any
 
-from tokenspeed.engine.messages import EngineStats
+from tokenspeed.engine.messages import EngineStats, PacingStats, SpeculationStats
+from tokenspeed.gateway.dashboard_streams import LiveStreams, Rows
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.metrics import Metrics
 from tokenspeed.gateway.request_log import RequestRecord
@@ -24,45 +23,12 @@ from tokenspeed.gateway.sessions import Sessions
 HISTORY = 600  # seconds
 MAX_STREAMS = 256  # shown, those that are worst off
 MAX_SESSIONS = 48  # shown, those with the longest contexts
-_SHORT_S = 0.25  # of a stream that began so shortly ago no rate is told
 
 _GAUGES = ("num_running", "num_waiting", "num_cached_pages")
 _COUNTS = (
     *("num_steps", "busy_s", "num_prefill_tokens", "num_decode_tokens", "num_draft_tokens"),
     *("prefix_queries", "prefix_hits", "num_preemptions"),
 )
-
-
-@dataclass(slots=True)
-class _Seen:
-    """A request under way, as it was at the last look."""
-
-    record: RequestRecord
-    at: float = 0.0
-    num_come: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Stream:
-    """A request as it is now. `tps` is None before there is a rate to tell; of several answers to
-    one prompt it is the mean."""
-
-    id: str
-    tenant: str
-    session: str | None
-    client: str
-    route: str
-    state: str  # "prompt": not yet sent to the engine | "queued" | "prefill" | "streaming"
-    age_s: float
-    first_s: float | None  # from arrival to the first token
-    prompt: int
-    expected: int  # prompt tokens that the session had before
-    cached: int | None  # None before the first token
-    output: int
-    choices: int
-    tps: float | None
-    floor: float | None
-    below: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +41,13 @@ class Second:
     decode: int
     drafted: int
     accepted: int
+    output: int  # tokens that came of the engines, each answer's first one too
     steps: int
     busy_s: float
     foretold: int  # steps whose time had been predicted
     predicted_s: float  # of these
     measured_s: float
+    error: float  # median relative error of the latest of these, of the engine that errs most
     running: int
     waiting: int
     held: float  # share of the pages that requests hold
@@ -91,40 +59,42 @@ class Second:
     streams: int  # with a rate
     floored: int  # of these, with a floor
     below: int  # of these, below it
+    held_s: float  # of streams, those that have ended too: seconds at their floor
+    missed_s: float  # and below it
     lowest: float | None
     middle: float | None
     floor: float | None  # the highest of these
 
 
 COLUMNS = tuple(field.name for field in fields(Second))
-_STREAM = tuple(field.name for field in fields(Stream))
-Rows = list[dict[str, Any]]
 
 
 class Watch:
     """One per gateway. An observer of requests; only the first gateway's `look` is called."""
 
     def __init__(self, pool: EnginePool, metrics: Metrics, sessions: Sessions) -> None:
-        self.default_floor: float | None = None  # of streams that do not say
         self.history: deque[Second] = deque(maxlen=HISTORY)
+        self.streams = LiveStreams(metrics.streams)
         self._pool, self._metrics, self._sessions = pool, metrics, sessions
-        self._live: dict[int, _Seen] = {}
         self._before: dict[str, float] = {}
         self._looked = time.monotonic()
 
     def begin(self, record: RequestRecord) -> None:
-        self._live[id(record)] = _Seen(record, time.monotonic())
+        self.streams.begin(record)
 
     def finish(self, record: RequestRecord) -> None:
-        self._live.pop(id(record), None)
+        self.streams.finish(record)
 
     def own(self, now: float) -> dict[str, Any]:
-        """What this gateway alone knows: its streams, its sessions, and what it has refused."""
-        waiting = any(engine.stats.num_waiting for engine in self._metrics.engines)
+        """What this gateway alone knows: its streams, its sessions, and what it has counted."""
+        engines = self._metrics.engines
+        waiting = any(engine.stats.num_waiting for engine in engines)
         return {
-            "streams": [_plain(self._stream(seen, now, waiting)) for seen in self._live.values()],
+            "streams": self.streams.look(now, waiting),
             "sessions": self._known_sessions(),
             "refused": dict(self._metrics.rejections),
+            "seconds": dict(self._metrics.streams),
+            "output": sum(engine.counters["generation_tokens"] for engine in engines),
         }
 
     def look(self, others: Iterable[dict[str, Any]] = (), now: float | None = None) -> Any:
@@ -139,16 +109,19 @@ class Watch:
         refused: Counter[str] = Counter()
         for own in every:
             refused.update(own["refused"])
-        second = self._second(streams, refused.total(), now)
-        self._metrics.streams.update(
-            seconds=second.streams, floored=second.floored, below=second.below
-        )
+        counted = {
+            "refused": float(refused.total()),
+            "output": float(sum(own["output"] for own in every)),
+            "held_s": sum(own["seconds"]["held"] for own in every),
+            "missed_s": sum(own["seconds"]["missed"] for own in every),
+        }
+        second = self._second(streams, counted, now)
         self.history.append(second)
         return {
             "state": self._pool.state,
             "loading": None if self._pool.ready else asdict(self._pool.loading),
             "model": self._metrics.model_name,
-            "floor": self.default_floor,
+            "floor": self.streams.default_floor,
             "engines": self._engines(),
             "drafters": self._drafters(),
             "refused": dict(refused),
@@ -163,43 +136,9 @@ class Watch:
         """The seconds so far, in columns."""
         return {"columns": COLUMNS, "rows": [astuple(second) for second in self.history]}
 
-    def _stream(self, seen: _Seen, now: float, waiting: bool) -> Stream:
-        r, choices = seen.record, max(1, seen.record.num_choices)
-        since = max(seen.at, r.first)
-        new, passed = r.num_come - seen.num_come, now - since
-        if seen.at < r.first:
-            new -= r.num_first  # they came when the time that is looked at began
-        told = bool(r.first) and passed >= _SHORT_S
-        tps = new / passed / choices if told else None
-        floor = self.default_floor if r.tps_floor is None else r.tps_floor or None
-        if told or not r.first:
-            seen.at, seen.num_come = now, r.num_come
-        return Stream(
-            r.id,
-            r.tenant,
-            r.session,
-            r.client,
-            r.route,
-            _state(r, waiting),
-            round(now - r.arrived, 2),
-            round(r.first - r.arrived, 3) if r.first else None,
-            r.num_prompt,
-            r.num_expected,
-            r.num_cached if r.first else None,
-            r.num_come,
-            choices,
-            None if tps is None else round(tps, 2),
-            floor,
-            # A token more or less in a second is how they fall, not how fast they come.
-            tps is not None and floor is not None and (tps - floor) * passed <= -1,
-        )
-
-    def _second(self, streams: Rows, refused: int, now: float) -> Second:
+    def _second(self, streams: Rows, counted: dict[str, float], now: float) -> Second:
         stats = [engine.stats for engine in self._metrics.engines]
-        counts = {name: float(sum(getattr(s, name) for s in stats)) for name in _COUNTS}
-        counts |= _foretold(stats) | {"refused": float(refused)}
-        new = {n: max(0.0, value - self._before.get(n, value)) for n, value in counts.items()}
-        self._before = counts
+        new = self._new(_counts(stats) | counted)
         gauges = {name: sum(getattr(s, name) for s in stats) for name in _GAUGES}
         rates = [s["tps"] for s in streams if s["tps"] is not None]
         ready = self._pool.ready
@@ -211,11 +150,13 @@ class Watch:
             decode=int(new["num_decode_tokens"]),
             drafted=int(new["num_draft_tokens"]),
             accepted=int(new["accepted"]),
+            output=int(new["output"]),
             steps=int(new["num_steps"]),
             busy_s=round(new["busy_s"], 4),
             foretold=int(new["foretold"]),
             predicted_s=round(new["predicted_s"], 5),
             measured_s=round(new["measured_s"], 5),
+            error=round(max((one.step_time_error for one in _foretellers(stats)), default=0.0), 4),
             running=gauges["num_running"],
             waiting=gauges["num_waiting"],
             held=round(sum(s.kv_cache_usage for s in stats) / len(stats), 4),
@@ -227,10 +168,19 @@ class Watch:
             streams=len(rates),
             floored=sum(s["tps"] is not None and s["floor"] is not None for s in streams),
             below=sum(s["below"] for s in streams),
+            held_s=round(new["held_s"], 3),
+            missed_s=round(new["missed_s"], 3),
             lowest=min(rates, default=None),
             middle=round(median(rates), 2) if rates else None,
             floor=max((s["floor"] for s in streams if s["floor"] is not None), default=None),
         )
+
+    def _new(self, counts: dict[str, float]) -> dict[str, float]:
+        """What was added to each since the last time. Another gateway's part may be missing once,
+        and is there again the next time."""
+        before = self._before
+        self._before = {n: max(value, before.get(n, value)) for n, value in counts.items()}
+        return {n: max(0.0, value - before.get(n, value)) for n, value in counts.items()}
 
     def _engines(self) -> Rows:
         return [
@@ -255,11 +205,14 @@ class Watch:
             told = engine.stats.speculation
             for one in () if told is None else told.drafters:
                 counts = total.setdefault(one.name, Counter())
-                counts.update(drafted=one.num_draft_tokens, accepted=one.num_accepted_tokens)
+                counts.update(drafts=one.num_drafts, drafted=one.num_draft_tokens)
+                counts.update(accepted=one.num_accepted_tokens)
         return [{"name": name, **counts} for name, counts in total.items()]
 
     def _known_sessions(self) -> Rows:
-        found = sorted(self._sessions.of(None), key=lambda one: -one.num_context)[:MAX_SESSIONS]
+        held = self.streams.held()
+        ours = [(one, held.get((one.tenant, one.name), 0)) for one in self._sessions.of(None)]
+        ours.sort(key=lambda pair: -max(pair[1], pair[0].num_context))
         return [
             {
                 "session": one.name,
@@ -267,13 +220,14 @@ class Watch:
                 "client": one.client,
                 "running": one.num_running,
                 "turns": one.num_turns,
+                "held": tokens,
                 "context": one.num_context,
                 "hit_rate": one.hit_rate,
                 "tps": round(one.tps_last, 2),
                 "pinned": one.pinned,
                 "last_seen": round(one.last_seen, 1),
             }
-            for one in found
+            for one, tokens in ours[:MAX_SESSIONS]
         ]
 
 
@@ -296,25 +250,17 @@ class Show:
         return self._latest
 
 
-def _plain(stream: Stream) -> dict[str, Any]:
-    """`asdict` would copy every value: too slow for hundreds of streams."""
-    return {name: getattr(stream, name) for name in _STREAM}
+def _foretellers(stats: list[EngineStats]) -> list[PacingStats | SpeculationStats]:
+    """Who foretells step times, one of each engine that has one."""
+    return [one for s in stats if (one := s.pacing or s.speculation) is not None]
 
 
-def _state(record: RequestRecord, waiting: bool) -> str:
-    """Which of those without a token wait for their first step only the engine knows: none do if
-    nothing waits there."""
-    if record.first:
-        return "streaming"
-    if not record.submitted:
-        return "prompt"
-    return "queued" if waiting else "prefill"
-
-
-def _foretold(stats: list[EngineStats]) -> dict[str, float]:
+def _counts(stats: list[EngineStats]) -> dict[str, float]:
+    """Of all engines, since the start."""
+    counts = {name: float(sum(getattr(s, name) for s in stats)) for name in _COUNTS}
     drafts = [s.speculation for s in stats if s.speculation is not None]
-    told = [one for s in stats if (one := s.pacing or s.speculation) is not None]
-    return {
+    told = _foretellers(stats)
+    return counts | {
         "foretold": float(sum(one.num_steps for one in told)),
         "predicted_s": sum(one.predicted_s for one in told),
         "measured_s": sum(one.measured_s for one in told),
@@ -330,4 +276,4 @@ def _order(stream: dict[str, Any]) -> tuple[bool, float]:
 
 
 def _length(session: dict[str, Any]) -> int:
-    return -int(session["context"])
+    return -max(int(session["held"]), int(session["context"]))

@@ -176,8 +176,6 @@ class _Families(Collector):
             "Seconds of streams, by whether they were at their floor",
             labels=["model_name", "floor"],
         )
-        count = self._metrics.streams
-        kinds = {"held": count["floored"] - count["below"], "missed": count["below"]}
-        for word, value in (kinds | {"none": count["seconds"] - count["floored"]}).items():
-            made.add_metric([self._metrics.model_name, word], value)
+        for word, seconds in self._metrics.streams.items():
+            made.add_metric([self._metrics.model_name, word], seconds)
         return made

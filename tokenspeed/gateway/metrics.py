@@ -80,18 +80,25 @@ class Metrics:
         self.model_name = model_name
         self.engines = [EngineMetrics() for _ in range(num_engines)]
         self.rejections: Counter[str] = Counter()  # by reason, a fixed set of words
-        # Stream-seconds of all gateways, counted by the first: `seconds`, `floored`, `below`.
-        self.streams: Counter[str] = Counter()
+        # Seconds of streams at their floor, below it, and without one. Each grows by itself: what
+        # is a difference of two sums may fall by a rounding, which is a reset to who reads it.
+        self.streams = {"held": 0.0, "missed": 0.0, "none": 0.0}
 
     def counted(self) -> dict[str, Any]:
         """What this gateway has counted itself, as JSON has it."""
-        return {"rejections": self.rejections, "engines": [_counted(e) for e in self.engines]}
+        return {
+            "rejections": self.rejections,
+            "streams": self.streams,
+            "engines": [_counted(e) for e in self.engines],
+        }
 
     def with_others(self, others: Iterable[dict[str, Any]]) -> "Metrics":
         """These and what other gateways before the same engines have `counted`."""
         total = copy.deepcopy(self)
         for other in others:
             total.rejections.update(other["rejections"])
+            for word, seconds in other["streams"].items():
+                total.streams[word] += seconds
             for engine, counted in zip(total.engines, other["engines"], strict=True):
                 for name, value in counted.items():
                     mine = getattr(engine, name)

@@ -108,7 +108,7 @@ async def run(
     pool = EnginePool(config, options, metrics, command, further.number if further else 0)
     keys = parts.keys
     service = _service(names, pool, metrics, parts, options)
-    service.watch.default_floor = config.pacing.tps_floor
+    service.watch.streams.default_floor = config.pacing.tps_floor
     family = Family(pool, options)
     link: Link | None = None
     watching: asyncio.Task[None] | None = None
