@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 # What a step's time is made of, in this order: 1; rows that sample and are no prefill; drafts to
 # verify; prefill tokens; tokens of KV read / 1000; distinct experts touched (`experts_touched`);
 # tokens that a drafter with weights proposes; whether any row verifies; most tokens proposed for a
-# row. F of them.
+# row; rows that are prefill; their pairs of a new token and one before it / 1e6, tokens x (start +
+# tokens / 2) each. F of them.
 FEATURES: tuple[str, ...]
 MAX_DEPTH: int  # of a row; deeper limits mean this one
 

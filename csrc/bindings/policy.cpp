@@ -191,9 +191,9 @@ Owned<int32_t> choose(DepthPolicy& self, const Vector<double>& base,
 void bind_pacing(nb::module_& m);  // pacing.cpp
 
 NB_MODULE(_policy, m) {
-    m.attr("FEATURES") = nb::make_tuple("step", "decode_rows", "verify_tokens", "prefill_tokens",
-                                        "context_thousands", "experts", "propose_tokens",
-                                        "verifies", "propose_depth");
+    m.attr("FEATURES") = nb::make_tuple(
+        "step", "decode_rows", "verify_tokens", "prefill_tokens", "context_thousands", "experts",
+        "propose_tokens", "verifies", "propose_depth", "prefills", "prefill_context_millions");
     m.attr("MAX_DEPTH") = DepthPolicy::kMostDepth;
 
     nb::class_<StepTimeModel>(m, "StepTimeModel")

@@ -27,10 +27,17 @@ enum Feature : int {
     kProposeTokens,     // tokens that a drafter with weights proposes
     kVerifies,          // 1 if any row carries drafts
     kProposeDepth,      // most tokens proposed for a row: as often is the drafter run
+    kPrefills,          // rows that are prefill
+    kPrefillContext,    // their pairs of a new token and one before it, in millions: `pairs`
     kNumFeatures,
 };
 
 using Features = std::array<double, kNumFeatures>;
+
+// Of a prefill row of so many tokens behind `start` others, in millions.
+inline double pairs(double start, double num_tokens) {
+    return num_tokens * (start + num_tokens / 2) * 1e-6;
+}
 
 // Of a layer; all zero for a dense model.
 struct Experts {
@@ -44,7 +51,7 @@ struct Experts {
 
 struct StepTimeOptions {
     // Seconds for one of each. 0: costs nothing for ever, whatever is observed.
-    Features prior = {1e-3, 5e-5, 2e-5, 2e-5, 1e-5, 2e-5, 2e-5, 5e-5, 1e-4};
+    Features prior = {1e-3, 5e-5, 2e-5, 2e-5, 1e-5, 2e-5, 2e-5, 5e-5, 1e-4, 1e-4, 1e-3};
     double forgetting = 0.92;    // of what a step tells about, this much of the old is kept
     double prior_weight = 1e-4;  // steps that the prior counts for
 };

@@ -17,7 +17,7 @@ from tokenspeed._policy import (
     experts_touched,
 )
 
-COSTS = np.array([2e-3, 1e-4, 5e-5, 3e-5, 2e-5, 4e-5, 2e-4, 3e-4, 4e-4])
+COSTS = np.array([2e-3, 1e-4, 5e-5, 3e-5, 2e-5, 4e-5, 2e-4, 3e-4, 4e-4, 6e-4, 1e-3])
 EXPERTS = (64, 4)
 
 
@@ -29,7 +29,7 @@ def features(**amounts: float) -> NDArray[np.float64]:
 
 
 def random_features(rng: np.random.Generator) -> NDArray[np.float64]:
-    most = [64, 64, 512, 100, 60, 64, 2, 8]
+    most = [64, 64, 512, 100, 60, 64, 2, 8, 4, 5]
     return np.concatenate(([1.0], rng.integers(0, most))).astype(np.float64)
 
 
@@ -336,7 +336,9 @@ def test_depths_are_those_of_brute_force(seed: int) -> None:
 
 def test_depths_by_hand() -> None:
     """A step of 10 ms that gives a token; drafts give 0.9, 0.81 and 0.729, and cost 3 ms each."""
-    costs = np.array([10e-3, 0, 3e-3, 0, 0, 0, 3e-3, 0, 0])
+    costs = COSTS * 0
+    for name, cost in {"step": 10e-3, "verify_tokens": 3e-3, "propose_tokens": 3e-3}.items():
+        costs[FEATURES.index(name)] = cost
     rates = np.full((1, 3), 0.9)
     base, model = features(decode_rows=1), known(costs)
 

@@ -372,7 +372,7 @@ def test_features_are_what_the_plan_says() -> None:
     words = plan([(1, ROW_SAMPLE, 2, 3), (2, ROW_SAMPLE, 0, 0), (3, ROW_PREFILL, 0, 0)], {1: 1})
     found = features_of([PlanView(words)], Experts(8, 2))
     touched = 8 * (1 - (1 - 2 / 8) ** 5)  # of five tokens
-    expected = [1, 2, 2, 1, (3 * 5 + 3 + 1 + 1) / 1000, touched, 3, 1, 3]
+    expected = [1, 2, 2, 1, (3 * 5 + 3 + 1 + 1) / 1000, touched, 3, 1, 3, 1, 1 * (5 + 0.5) / 1e6]
     assert found.tolist() == pytest.approx(expected)
 
 

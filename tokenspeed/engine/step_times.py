@@ -38,23 +38,30 @@ def features(
     context: int = 0,
     propose: int = 0,
     deepest: int = 0,
+    prefills: int = 0,
+    pairs: float = 0.0,
 ) -> Features:
     """Of a step of so many decoding rows, tokens to verify, tokens of prompts, tokens of KV read,
-    tokens to propose and, of these, most for one row."""
+    tokens to propose and, of these, most for one row; of prompts, rows, and pairs of a new token
+    and one before it."""
     touched = 0.0
     if experts.count:
         touched = experts_touched(rows + verify + prefill, experts.count, experts.per_token)
     verifies = verify > 0
     counts = [1.0, rows, verify, prefill, context / 1000, touched, propose, verifies, deepest]
-    return np.array(counts)
+    return np.array([*counts, prefills, pairs / 1e6])
 
 
 def features_of(plans: Sequence[PlanView], experts: Experts) -> Features:
     """Of the step that these plans are."""
-    rows = verify = prefill = context = propose = deepest = 0
+    rows = verify = prefill = context = propose = deepest = prefills = 0
+    pairs = 0.0
     for plan in plans:
         is_prefill = plan.flags & ROW_PREFILL != 0
-        prefill += int(plan.num_tokens[is_prefill].sum())
+        new = plan.num_tokens[is_prefill].astype(np.float64)
+        prefills += len(new)
+        prefill += int(new.sum())
+        pairs += float((new * (plan.starts[is_prefill] + new / 2)).sum())
         rows += int(((plan.flags & (ROW_SAMPLE | ROW_PREFILL)) == ROW_SAMPLE).sum())
         verify += int(plan.num_draft.sum())
         propose += int(plan.num_propose.sum())
@@ -68,6 +75,8 @@ def features_of(plans: Sequence[PlanView], experts: Experts) -> Features:
         context=context,
         propose=propose,
         deepest=deepest,
+        prefills=prefills,
+        pairs=pairs,
     )
 
 
