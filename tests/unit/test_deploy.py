@@ -32,7 +32,7 @@ RULES = DEPLOY / "prometheus" / "rules.yml"
 BOARD = json.loads((DEPLOY / "grafana" / "tokenspeed.json").read_text())
 FUNCTIONS = {
     *("avg", "by", "histogram_quantile", "increase", "label_values", "max", "min_over_time"),
-    *("rate", "sum", "and"),
+    *("rate", "sum", "and", "or"),
 }
 OF_PROMETHEUS = {"up": {"job", "instance"}}
 ADDED = {"job", "instance"}  # to every sample, by the scrape
@@ -201,6 +201,9 @@ def test_a_real_prometheus_scrapes_a_server_and_answers_every_expression(tmp_pat
         body = {"prompt": "hello world", "max_tokens": 400}
         with prometheus(tmp_path, s.url.removeprefix("http://")) as http:
             until(lambda: ask(http, "up == 1"))
+            until(lambda: ask(http, "tokenspeed:refusals:per_second5m == 0"))
+            recorded = ask(http, '{__name__=~"tokenspeed:.+5m"}')
+            assert {one["value"][1] for one in recorded} == {"0"}  # nobody has asked: no NaN
             httpx.post(f"{s.url}/v1/completions", json=body, headers=floor, trust_env=False)
             until(lambda: ask(http, "increase(vllm:generation_tokens_total[1m]) > 0"))
             held = 'increase(tokenspeed:stream_seconds_total{floor="held"}[1m]) > 0'
