@@ -31,7 +31,6 @@ from torch import nn
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.part import Part, assemble_part
 from tokenspeed.execution import plan_view as pv
-from tokenspeed.execution.plan_view import Words
 from tokenspeed.execution.runner import InFlight, Runner
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -137,21 +136,21 @@ def step_bytes(values: dict[str, Any], case: Case, kv_bytes_per_token: int) -> f
     return float(2 * weights + case.batch * case.context * kv_bytes_per_token)
 
 
-def first_plan(case: Case) -> Words:
+def first_plan(case: Case) -> pv.PlanView:
     """Seats every request, gives it its pages, and feeds one token."""
     each = case.pages_each
     deltas = [(0, i // each, i % each, i) for i in range(case.batch * each)]
     binds = [(i, i, 0, case.context) for i in range(case.batch)]
-    return plan_words(case, 0, np.arange(case.batch), deltas, binds)
+    return plan_of(case, 0, np.arange(case.batch), deltas, binds)
 
 
-def plan_words(
+def plan_of(
     case: Case,
     step: int,
     tokens: Any,
     deltas: Any = (),
     binds: Any = (),
-) -> Words:
+) -> pv.PlanView:
     """Every request decodes one token at `context + step`."""
     rows = [(i, pv.ROW_SAMPLE, case.context + step, 1, 0, i, 0) for i in range(case.batch)]
     sections = [rows, tokens, deltas, (), binds]
@@ -160,7 +159,7 @@ def plan_words(
     size = pv.HEADER_WORDS + sum(len(words) for words in body)
     header[:5] = pv.PLAN_MAGIC, pv.LAYOUT_VERSION, size, step, 0
     header[5:10] = [len(section) for section in sections]
-    return np.concatenate([header, *body])
+    return pv.PlanView(np.concatenate([header, *body]))
 
 
 def ids_of(flight: InFlight, batch: int) -> list[int]:
@@ -182,7 +181,7 @@ def decode(part: Part, case: Case) -> tuple[list[list[int]], list[float]]:
     flight = runner.launch([first_plan(case)])
     ahead = [pv.TOKEN_FROM_DEVICE] * case.batch
     for step in range(1, case.steps + 1):
-        following = runner.launch([plan_words(case, step, ahead)])
+        following = runner.launch([plan_of(case, step, ahead)])
         ids.append(ids_of(flight, case.batch))
         arrived.append(time.perf_counter())
         flight = following

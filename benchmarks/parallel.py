@@ -35,6 +35,7 @@ from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.ranks import muster
 from tokenspeed.engine.ranks.wires import make_communicator
+from tokenspeed.execution.plan_view import PlanView
 from tokenspeed.execution.recorders import CpuGraph, CpuRecorder, Outputs
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.step_message import encode_step
@@ -241,7 +242,7 @@ def step_message(num_rows: int) -> bytes:
     plan = scheduler.next_plan()
     if plan is None:
         raise RuntimeError("no plan")
-    return encode_step([plan], {})
+    return encode_step([PlanView(plan)], {})
 
 
 def megatron_rows(name: str, tp: int) -> dict[str, Any]:

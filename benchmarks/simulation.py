@@ -32,8 +32,8 @@ from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
-from tokenspeed.execution.plan_view import PlanView
-from tokenspeed.execution.runner import InFlight, Plans
+from tokenspeed.execution.plan_view import Plans
+from tokenspeed.execution.runner import InFlight
 from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.simulation.clients import Clients, Sending
 from tokenspeed.simulation.device_profile import (
@@ -103,7 +103,7 @@ class Noting:
         return getattr(self._runner, name)
 
     def launch(self, plans: Plans) -> InFlight:
-        self.shapes = [shape_of(PlanView(plan)) for plan in plans if plan is not None]
+        self.shapes = [shape_of(plan) for plan in plans if plan is not None]
         flight: InFlight = self._runner.launch(plans)
         return flight
 

@@ -101,18 +101,18 @@ class Drafting:
             self.ids[slot] += ids[first : first + count].tolist()
             self.accepted += count - 1
         wants = [propose.get(s, 0) if isinstance(propose, Mapping) else propose for s in order]
-        found = self.drafter.draft(
-            DraftWork(
-                StepBatch(batch, torch.full_like(ids, -1), places, torch.tensor(starts).int()),
-                hidden,
-                list(self.run.model.aux_hidden),
-                np.array([samples[s] for s in order]),
-                np.array(taken, np.int32),
-                ids,
-                np.array(wants, np.int32),
-                self.sample,
-            )
+        work = DraftWork(
+            StepBatch(batch, torch.full_like(ids, -1), places, torch.tensor(starts).int()),
+            hidden,
+            list(self.run.model.aux_hidden),
+            np.array([samples[s] for s in order]),
+            np.array(taken, np.int32),
+            ids,
+            np.array(wants, np.int32),
+            self.sample,
         )
+        skips = self.drafter.skips(work.num_propose)
+        found = torch.empty((len(order), 0)) if skips else self.drafter.draft(work)
         for slot, row in zip(order, found.tolist(), strict=True):
             self.drafts[slot] = [token for token in row if token >= 0]
             self.proposed += len(self.drafts[slot])

@@ -175,7 +175,7 @@ def test_nothing_is_done_where_nobody_asked(monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_rank_that_samples_is_told() -> None:
     params = SamplingParams(forced_output_ids=ANSWERS[0], logprobs=1)
     bind = Bind(1, 5, sequence([1, 2, 3], forced_output_ids=ANSWERS[0], logprobs=1), [4, 6])
-    message = decode_step(encode_step([plan()], {0: [bind]}))
+    message = decode_step(encode_step([PlanView(plan())], {0: [bind]}))
     assert isinstance(message.plans[0], PlanView)
     [told] = message.binds[0]
     assert told.sequence.params == params

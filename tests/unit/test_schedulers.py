@@ -22,9 +22,8 @@ def prompt(length: int, seed: int = 0) -> Prompt:
     return np.random.default_rng(seed).integers(0, 1000, length, dtype=np.int32)
 
 
-def result(words: Words) -> Words:
+def result(plan: PlanView) -> Words:
     """Token 1 for every row that samples."""
-    plan = PlanView(words)
     counts = plan.flags & ROW_SAMPLE
     return plan.result(np.ones(counts.sum()), counts, np.zeros(plan.num_rows, np.bool_))
 
@@ -42,10 +41,10 @@ class Run:
         plans = self.schedulers.next_plans()
         if plans is None:
             return False
-        for index, words in enumerate(plans):
-            if words is None:
+        for index, plan in enumerate(plans):
+            if plan is None:
                 continue
-            updates = self.schedulers.commit(index, result(words))
+            updates = self.schedulers.commit(index, result(plan))
             for at, request_id in enumerate(updates.request_ids.tolist()):
                 assert self.where.setdefault(request_id, index) == index
                 if request_id not in self.got:
@@ -119,9 +118,9 @@ def test_an_abort_in_any_state_leaves_nothing() -> None:
     assert in_flight is not None
     run.schedulers.abort(1)  # in a step
     run.schedulers.abort(2)
-    for index, words in enumerate(in_flight):
-        if words is not None:
-            updates = run.schedulers.commit(index, result(words))
+    for index, plan in enumerate(in_flight):
+        if plan is not None:
+            updates = run.schedulers.commit(index, result(plan))
             assert not {1, 2} & set(updates.request_ids.tolist())
     for i in range(3, 8):
         run.schedulers.abort(i)
@@ -191,14 +190,14 @@ def test_drafts_go_where_the_request_is() -> None:
     schedulers = make(2)
     for i in range(2):
         schedulers.submit(i, prompt(5, i), b"", max_tokens=9)
-    for index, words in enumerate(schedulers.next_plans() or []):
-        assert words is not None
-        schedulers.commit(index, result(words))
+    for index, plan in enumerate(schedulers.next_plans() or []):
+        assert plan is not None
+        schedulers.commit(index, result(plan))
     assert [schedulers.speculate(i, np.array([1] * (1 + i), np.int32), 2) for i in range(3)] == [
         True,
         True,
         False,
     ]
-    plans = [PlanView(words) for words in schedulers.next_plans() or [] if words is not None]
+    plans = [plan for plan in schedulers.next_plans() or [] if plan is not None]
     assert [plan.num_draft.tolist() for plan in plans] == [[1], [2]]
     assert [plan.num_propose.tolist() for plan in plans] == [[2], [2]]

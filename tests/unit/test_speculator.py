@@ -20,7 +20,6 @@ from tokenspeed.execution.plan_view import (
     ROW_PREFILL,
     ROW_SAMPLE,
     PlanView,
-    Words,
 )
 from tokenspeed.execution.speculation.drafter import Proposal
 
@@ -76,8 +75,8 @@ class Told:
         return calls
 
 
-def plan(rows: Sequence[Row], binds: dict[int, int] | None = None) -> Words:
-    """The words of a plan of decoding rows; `binds` are request ids by slot."""
+def plan(rows: Sequence[Row], binds: dict[int, int] | None = None) -> PlanView:
+    """A plan of decoding rows; `binds` are request ids by slot."""
     table, tokens = [], 0
     for slot, flags, num_draft, num_propose in rows:
         table.append([slot, flags, 5, 1 + num_draft, num_draft, tokens, num_propose])
@@ -86,10 +85,8 @@ def plan(rows: Sequence[Row], binds: dict[int, int] | None = None) -> Words:
     size = HEADER_WORDS + 7 * len(rows) + tokens + 4 * len(bound)
     counts = [len(rows), tokens, 0, 0, len(bound)]
     head = [PLAN_MAGIC, LAYOUT_VERSION, size, 0, 0, *counts, *[0] * 6]
-    return np.array(
-        [*head, *sum(table, []), *[1] * tokens, *sum(bound, [])],  # noqa: RUF017
-        np.int32,
-    )
+    words = [*head, *sum(table, []), *[1] * tokens, *sum(bound, [])]  # noqa: RUF017
+    return PlanView(np.array(words, np.int32))
 
 
 class Harness:
@@ -112,10 +109,10 @@ class Harness:
         numbers = {int(name[1:]): row for name, row in rows.items()}
         new = {i: i for i in numbers if i not in self.bound}
         self.bound.update(new)
-        words = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
-        self.it.launched([words])
+        made = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
+        self.it.launched([made])
         if self.times is not None:
-            self.times.launched([words], self.now)
+            self.times.launched([made], self.now)
 
     def extend(self, request_id: int, ids: list[int], proposed: Sequence[int] = ()) -> None:
         self.it.extend(
@@ -369,8 +366,8 @@ def test_weights_that_are_right_are_preferred_to_tokens_that_are_not() -> None:
 
 
 def test_features_are_what_the_plan_says() -> None:
-    words = plan([(1, ROW_SAMPLE, 2, 3), (2, ROW_SAMPLE, 0, 0), (3, ROW_PREFILL, 0, 0)], {1: 1})
-    found = features_of([PlanView(words)], Experts(8, 2))
+    made = plan([(1, ROW_SAMPLE, 2, 3), (2, ROW_SAMPLE, 0, 0), (3, ROW_PREFILL, 0, 0)], {1: 1})
+    found = features_of([made], Experts(8, 2))
     touched = 8 * (1 - (1 - 2 / 8) ** 5)  # of five tokens
     expected = [1, 2, 2, 1, (3 * 5 + 3 + 1 + 1) / 1000, touched, 3, 1, 3, 1, 1 * (5 + 0.5) / 1e6]
     assert found.tolist() == pytest.approx(expected)
@@ -387,9 +384,9 @@ def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
 
 
 def test_a_step_in_which_something_was_captured_is_not_learnt_from() -> None:
-    times, words = StepTimes(Experts()), plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})
+    times, made = StepTimes(Experts()), plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})
     for now_s, is_typical in ((5.0, False), (6.0, True)):
-        times.launched([words], now_s)
+        times.launched([made], now_s)
         times.committed(now_s + 0.5, is_typical=is_typical)
     assert (times.num_steps, times.model.num_observed) == (1, 1)
 

@@ -96,7 +96,9 @@ def logprobs(*ids: int) -> TokenLogprobs:
 def test_a_step_of_several_indices_arrives_whole() -> None:
     words, binds = plan(), {1: [bind(), bind(1, 7, (5, 6, 7))], 2: [bind(2, 0)]}
     news = [("", b"words"), ("gone", None), ("é", b"")]
-    plans, found, grammars = decode_step(encode_step([words, None, words], binds, news))
+    plans, found, grammars = decode_step(
+        encode_step([PlanView(words), None, PlanView(words)], binds, news)
+    )
     assert grammars == news
     assert plans[1] is None
     for view in (plans[0], plans[2]):
@@ -142,7 +144,9 @@ def test_every_sampling_parameter_travels() -> None:
 
 
 STEP = encode_step(
-    [plan(), None], {1: [bind(0), bind(1, 7, (5, 6))]}, [("", b"vocabulary"), ("key", None)]
+    [PlanView(plan()), None],
+    {1: [bind(0), bind(1, 7, (5, 6))]},
+    [("", b"vocabulary"), ("key", None)],
 )
 OUTPUT = encode_output(
     StepOutput(np.arange(9, dtype=np.int32), {1: [logprobs(5)]}, {2: {1: logprobs(6)}}, {1: [7]})

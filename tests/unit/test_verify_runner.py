@@ -40,6 +40,9 @@ class Dice:
     def bind(self, slots: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         self.bound += slots.tolist()
 
+    def skips(self, num_propose: np.ndarray[Any, np.dtype[np.int32]]) -> bool:
+        return False
+
     def draft(self, work: DraftWork) -> torch.Tensor:
         self.works.append(work)
         rows = np.flatnonzero((work.accepted > 0) & (work.num_propose > 0))

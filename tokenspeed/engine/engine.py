@@ -45,7 +45,8 @@ from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.errors import RankDiedError, RequestError
 from tokenspeed.execution.expert_balancer import BalanceStats
 from tokenspeed.execution.grammars import VOCABULARY, News
-from tokenspeed.execution.runner import InFlight, Plans
+from tokenspeed.execution.plan_view import Plans
+from tokenspeed.execution.runner import InFlight
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step import PromptLogprobs, StepOutput
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenspeed._policy import Pacing
 from tokenspeed._scheduler import Scheduler, Updates
 from tokenspeed.engine.routing import Load, pick
-from tokenspeed.execution.plan_view import Words
+from tokenspeed.execution.plan_view import PlanView, Words
 
 
 def user_key(user: str) -> int:
@@ -99,10 +99,11 @@ class Schedulers:
             request_id, draft, num_propose
         )
 
-    def next_plans(self) -> list[Words | None] | None:
+    def next_plans(self) -> list[PlanView | None] | None:
         """A plan for each index that can run; None if none can."""
-        plans = [scheduler.next_plan() for scheduler in self._all]
-        return plans if any(plan is not None for plan in plans) else None
+        found = [scheduler.next_plan() for scheduler in self._all]
+        plans = [None if words is None else PlanView(words) for words in found]
+        return plans if any(plans) else None
 
     def commit(self, index: int, words: Words) -> Updates:
         """Takes the result of the oldest plan in flight of one index."""

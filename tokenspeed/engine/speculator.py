@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.messages import SpeculationStats
-from tokenspeed.execution.plan_view import ROW_SAMPLE, PlanView, Words
+from tokenspeed.execution.plan_view import ROW_SAMPLE, Plans, PlanView
 from tokenspeed.execution.speculation.drafter import Proposal, TokenDrafter
 
 NONE = np.empty(0, np.int32)
@@ -96,7 +96,7 @@ class Speculator:
         self._resting: dict[int, int] = {}  # the match that wakes each
         self._waking: defaultdict[int, list[int]] = defaultdict(list)  # by number of the step
         self._num_steps = self._num_added = self._tiredness = 0
-        self._latest: list[PlanView] = []  # plans
+        self._latest: Plans = ()
         # Of each step in flight: how many draft tokens the row of each busy request has.
         self._flights: deque[dict[int, int]] = deque()
         self._owners: list[dict[int, int]] = [{} for _ in range(num_dp)]  # slot -> request
@@ -147,27 +147,24 @@ class Speculator:
             draft = np.array(live.draft, np.int32) if live.draft else NONE
             schedulers.speculate(request_id, draft, live.num_propose)
 
-    def launched(self, plans: Sequence[Words | None]) -> None:
+    def launched(self, plans: Plans) -> None:
         """These plans run now: notes which drafts they verify, as the planner shortened them."""
         carried: dict[int, int] = {}
-        views = []
-        for owners, words in zip(self._owners, plans, strict=True):
-            if words is None:
+        for owners, plan in zip(self._owners, plans, strict=True):
+            if plan is None:
                 continue
-            plan = PlanView(words)
-            views.append(plan)
             if len(plan.binds):
                 self._bind(owners, plan)
             if self._ahead:
                 for slot in plan.slots[plan.flags & ROW_SAMPLE != 0].tolist():
                     self._live[owners[slot]].in_flight += 1
-            rows = (plan.num_draft + plan.num_propose).nonzero()[0]
-            if len(rows):
+            if not plan.only_decodes:
+                rows = (plan.num_draft + plan.num_propose).nonzero()[0]
                 busy = [owners[slot] for slot in plan.slots[rows].tolist()]
                 carried.update(zip(busy, plan.num_draft[rows].tolist(), strict=True))
         for request_id in carried:
             self._live[request_id].is_busy = True
-        self._latest = views
+        self._latest = plans
         self._flights.append(carried)
 
     def extend(
@@ -182,22 +179,22 @@ class Speculator:
         `proposed`: what the model drafter says may follow.
         """
         lengths = [drafter.extend(request_ids, num_ids, ids) for drafter in self._drafters]
-        matches = map(max, zip(*lengths, strict=True)) if lengths else [0] * len(request_ids)
-        resting, listed, end = self._resting, ids.tolist(), 0
-        for request_id, count, match_len in zip(
-            request_ids.tolist(), num_ids.tolist(), matches, strict=True
-        ):
-            end += count
-            if request_id in resting:
-                if match_len < resting[request_id]:
-                    self._histogram[0] += 1
-                    if self._ahead:
-                        self._arrived(self._live[request_id])
-                    continue
-                del resting[request_id]
-            live = self._live[request_id]
-            live.match_len = match_len
-            self._extend(request_id, live, listed[end - count : end], proposed)
+        matches = list(map(max, zip(*lengths, strict=True))) or [0] * len(request_ids)
+        owners, resting = request_ids.tolist(), self._resting
+        awake = [at for at, owner in enumerate(owners) if matches[at] >= resting.get(owner, 0)]
+        self._histogram[0] += len(owners) - len(awake)
+        if self._ahead and len(awake) < len(owners):
+            for owner in set(owners) - {owners[at] for at in awake}:
+                self._arrived(self._live[owner])
+        if not awake:
+            return
+        ends = np.cumsum(num_ids)
+        for at in awake:
+            live = self._live[owners[at]]
+            resting.pop(owners[at], None)
+            live.match_len = matches[at]
+            own = ids[ends[at] - num_ids[at] : ends[at]].tolist()
+            self._extend(owners[at], live, own, proposed)
 
     def _extend(
         self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]
@@ -296,8 +293,9 @@ class Speculator:
                 takers.append((live, True))
         if not takers:
             return
-        num_rows = sum(int((plan.flags & ROW_SAMPLE != 0).sum()) for plan in self._latest)
-        num_context = sum(int(plan.starts.sum()) for plan in self._latest)
+        latest = [plan for plan in self._latest if plan is not None]
+        num_rows = sum(int((plan.flags & ROW_SAMPLE != 0).sum()) for plan in latest)
+        num_context = sum(int(plan.starts.sum()) for plan in latest)
         chosen = depths.choose(offers, num_rows, num_verify, num_context)
         for (live, proposes), depth in zip(takers, chosen, strict=True):
             if proposes:

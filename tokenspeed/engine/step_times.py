@@ -6,14 +6,13 @@ nothing.
 """
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._policy import StepTimeModel, experts_touched
-from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView, Words
+from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, Plans
 
 PLAIN_INTERVAL = 8  # of steps that only decode, every so many is learnt from, once enough are known
 WELL_KNOWN = 256  # steps
@@ -52,11 +51,13 @@ def features(
     return np.array([*counts, prefills, pairs / 1e6])
 
 
-def features_of(plans: Sequence[PlanView], experts: Experts) -> Features:
+def features_of(plans: Plans, experts: Experts) -> Features:
     """Of the step that these plans are."""
     rows = verify = prefill = context = propose = deepest = prefills = 0
     pairs = 0.0
     for plan in plans:
+        if plan is None:
+            continue
         is_prefill = plan.flags & ROW_PREFILL != 0
         new = plan.num_tokens[is_prefill].astype(np.float64)
         prefills += len(new)
@@ -98,10 +99,9 @@ class StepTimes:
         """Median relative error of the latest predictions; 0 before the first."""
         return self.model.median_relative_error if self.model.num_observed else 0.0
 
-    def launched(self, plans: Sequence[Words | None], now_s: float) -> None:
+    def launched(self, plans: Plans, now_s: float) -> None:
         """These plans run now."""
-        views = [PlanView(words) for words in plans if words is not None]
-        self._flights.append((self._to_learn(views), now_s))
+        self._flights.append((self._to_learn(plans), now_s))
 
     def committed(self, now_s: float, *, is_typical: bool = True) -> None:
         """The oldest step in flight is over. `is_typical`: others like it will take as long."""
@@ -115,17 +115,12 @@ class StepTimes:
                 self.measured_s += seconds
         self._committed_s = now_s
 
-    def _to_learn(self, plans: Sequence[PlanView]) -> Features | None:
+    def _to_learn(self, plans: Plans) -> Features | None:
         """None: there is nothing to learn from this step."""
-        if self.model.num_observed >= WELL_KNOWN and all(map(_only_decodes, plans)):
+        if self.num_steps >= WELL_KNOWN and all(
+            plan is None or plan.only_decodes for plan in plans
+        ):
             self._num_plain += 1
             if self._num_plain % PLAIN_INTERVAL:
                 return None
         return features_of(plans, self.experts)
-
-
-def _only_decodes(plan: PlanView) -> bool:
-    """Whether each of its rows samples after its one token, and nothing is proposed."""
-    if len(plan.tokens) != plan.num_rows or plan.num_propose.any():
-        return False
-    return not (plan.flags & ROW_PREFILL).any()

@@ -5,6 +5,7 @@ The layouts are described in csrc/scheduler/plan.h; the constants below repeat i
 nothing else here knows a word's position. Knows int32 words, no tensors and no requests.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 from operator import mul
 from typing import Final
@@ -34,9 +35,9 @@ ROW_FAILED: Final = 1
 class PlanView:
     """The sections of one plan, without a copy. `ValueError` if the words are not a plan.
 
-    Shapes: slots, flags, starts, num_tokens, num_draft, num_propose [num_rows]; tokens
-    [num_tokens]; deltas [num_deltas, 4] (group, slot, index, page); copies [num_copies, 4]; binds
-    [num_binds, 4].
+    `words`: all of them. Shapes: slots, flags, starts, num_tokens, num_draft, num_propose
+    [num_rows]; tokens [num_tokens]; deltas [num_deltas, 4] (group, slot, index, page); copies
+    [num_copies, 4]; binds [num_binds, 4].
     """
 
     def __init__(self, words: Words) -> None:
@@ -45,6 +46,7 @@ class PlanView:
         size, _, _, *counts = words[2:10].tolist()
         if size != words.size or size != HEADER_WORDS + sum(map(mul, counts, SECTIONS)):
             raise ValueError(f"a plan of {words.size} words does not hold what its header counts")
+        self.words = words
         self.step_words = words[3:5]
         sections, at = [], HEADER_WORDS
         for count, width in zip(counts, SECTIONS, strict=True):
@@ -56,6 +58,13 @@ class PlanView:
         self.slots, self.flags, self.starts, self.num_tokens, self.num_draft = columns[:5]
         self.num_propose = columns[6]
         self.tokens = tokens[:, 0]
+
+    @cached_property
+    def only_decodes(self) -> bool:
+        """Whether each row samples after its one token, and nothing is proposed after it."""
+        if len(self.tokens) != self.num_rows or self.num_propose.any():
+            return False
+        return bool((self.flags == ROW_SAMPLE).all())
 
     @cached_property
     def num_places(self) -> NDArray[np.int32]:
@@ -99,3 +108,6 @@ class PlanView:
         rows[:, 2] = counts
         words[end:] = ids
         return words
+
+
+Plans = Sequence[PlanView | None]  # of a step, by dp index; None where there is none

@@ -19,13 +19,12 @@ from typing import Protocol
 
 from tokenspeed.errors import RankDiedError
 from tokenspeed.execution.grammars import News
-from tokenspeed.execution.plan_view import PlanView, Words
+from tokenspeed.execution.plan_view import Plans, PlanView
 from tokenspeed.execution.sampler import Sequence
 from tokenspeed.execution.step import Begun, Bind, Seats, Step, StepOutput
 from tokenspeed.execution.step_message import encode_step
 from tokenspeed.execution.step_runner import StepRunner
 
-Plans = SequenceOf[Words | None]  # by dp index
 Outputs = list[StepOutput | None]
 
 
@@ -127,11 +126,10 @@ class Runner:
             raise
 
     def _prepare(self, plans: Plans) -> list[Step]:
-        views = [None if words is None else PlanView(words) for words in plans]
-        counts = [0 if view is None else len(view.tokens) for view in views]
+        counts = [0 if plan is None else len(plan.tokens) for plan in plans]
         return [
-            Step(counts) if view is None else seats.step(counts, view, self._binds(view))
-            for seats, view in zip(self._seats, views, strict=True)
+            Step(counts) if plan is None else seats.step(counts, plan, self._binds(plan))
+            for seats, plan in zip(self._seats, plans, strict=True)
         ]
 
     def _binds(self, plan: PlanView) -> list[Bind]:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from tokenspeed.errors import RequestError
 from tokenspeed.execution.grammars import News
-from tokenspeed.execution.plan_view import STEP_VERSION, PlanView, Words
+from tokenspeed.execution.plan_view import STEP_VERSION, Plans, PlanView
 from tokenspeed.execution.sampler import Sequence as Request
 from tokenspeed.execution.sampling_params import Grammar, SamplingParams, TokenLogprobs
 from tokenspeed.execution.step import Bind, StepOutput
@@ -40,13 +40,13 @@ class StepMessage(NamedTuple):
 
 
 def encode_step(
-    plans: Sequence[Words | None],
+    plans: Plans,
     binds: Mapping[int, Sequence[Bind]],
     grammars: Sequence[News] = (),
 ) -> bytes:
     """`binds` by dp index, and `grammars`, for those whose sampler is another rank."""
     none = np.empty(0, np.int32)
-    words = [none if plan is None else plan for plan in plans]
+    words = [none if plan is None else plan.words for plan in plans]
     arrays = [np.array([len(plan) for plan in words], np.int32), *words]
     facts: list[dict[str, Any]] = []
     for dp, each in binds.items():

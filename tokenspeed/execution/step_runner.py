@@ -251,7 +251,7 @@ class StepRunner:
         sampled: Sampled,
     ) -> torch.Tensor | None:
         """What the drafter proposes, [num_rows, n]; None where nobody asked."""
-        if self._drafter is None:
+        if self._drafter is None or self._drafter.skips(plan.num_propose):
             return None
         forward, ids = batch.forward, sampled.ids
         if len(ids) < len(forward.token_ids):

@@ -106,8 +106,7 @@ class Machine:
         wanted = self._offer_stretch(next_s) if self._calm and self._stretches else 1
         plans = self._schedulers.next_plans()
         if plans is not None:
-            views = [None if plan is None else PlanView(plan) for plan in plans]
-            self._launch(views, wanted)
+            self._launch(plans, wanted)
         ended: list[Live] = []
         if len(self._in_flight) > (self._depth if plans is not None else 0):
             ended = self._commit(self._in_flight.popleft())

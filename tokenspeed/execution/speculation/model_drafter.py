@@ -113,14 +113,17 @@ class ChainDrafter:
         if self._later:
             self._later.append(slots.copy())
 
+    def skips(self, num_propose: NDArray[np.int32]) -> bool:
+        self._num_unasked = 0 if num_propose.any() else self._num_unasked + 1
+        if self._complete or self._num_unasked <= SLEEPS_AFTER:
+            return False
+        self._later.clear()
+        return True
+
     def draft(self, work: DraftWork) -> Tensor:
         """int64 [R, max num_propose]: proposed ids, -1 where none."""
         deepest = int(work.num_propose.max(initial=0))
         shape, device = (len(work.accepted), deepest), work.ids.device
-        self._num_unasked = 0 if deepest else self._num_unasked + 1
-        if self._num_unasked > SLEEPS_AFTER and not self._complete:
-            self._later.clear()
-            return work.ids.new_empty(shape)
         is_plain = len(work.ids) == len(work.accepted) == len(work.batch.places)
         if is_plain and not deepest and not self._complete:
             self._later.append(PlainStep.of(work, self._net.beside(work)))
