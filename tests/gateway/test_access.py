@@ -15,15 +15,15 @@ from tokenspeed.gateway.server import _listener, _unix_listener
 from tokenspeed.gateway.serving import _public_name, _servers
 
 KEYS = ("first-key", "second-key")
-OPEN = {"/health", "/ready", "/dashboard"}
+OPEN = {"/health", "/ready", "/dashboard", "/dashboard/files/{file}"}
 TEXT = {"prompt": "hello " * 100, "max_tokens": 1}
 
 
 def url(path: str) -> str:
-    return path.replace("{model:path}", "null")
+    return path.replace("{model:path}", "null").replace("{file}", "page.css")
 
 
-async def test_every_route_but_three_needs_a_key():
+async def test_every_route_but_the_open_ones_needs_a_key():
     async with gateway(keys=KEYS) as g:
         seen = set()
         for spec in g.app.table:
@@ -153,7 +153,13 @@ async def test_admin_routes_move_to_their_own_listener():
     apps = [server.config.app for server in (one, *both)]
     assert all(isinstance(app, Application) for app in apps)
     paths = [{spec.path for spec in app.table} for app in apps]
-    moved = {"/metrics", "/flush_cache", "/dashboard", "/dashboard/events"}
+    moved = {
+        "/metrics",
+        "/flush_cache",
+        "/dashboard",
+        "/dashboard/files/{file}",
+        "/dashboard/events",
+    }
     assert paths[1] == paths[0] - moved
     assert paths[2] == moved | {"/health", "/ready"}
 

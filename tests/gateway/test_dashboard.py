@@ -2,8 +2,6 @@
 """The page and its snapshots: who may read them, what they say, and that nothing is loaded."""
 
 import asyncio
-import base64
-import hashlib
 import itertools
 import json
 import re
@@ -23,7 +21,12 @@ from tokenspeed.gateway.dashboard_snapshot import COLUMNS, HISTORY, Watch
 from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.request_log import RequestRecord
 
-PAGE = files("tokenspeed.gateway").joinpath("dashboard.html").read_text()
+FILES = {
+    one.name: one.read_text()
+    for one in files("tokenspeed.gateway").joinpath("dashboard_page").iterdir()
+}
+PAGE = FILES["page.html"]
+KINDS = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 TEXT = "/v1/completions"
 
 
@@ -41,57 +44,113 @@ def second(snapshot: dict[str, Any]) -> dict[str, Any]:
 
 async def test_the_page_needs_no_key_and_tells_nothing():
     async with gateway(keys=("k",)) as g:
-        reply = await g.http.get("/dashboard")
-        assert reply.status_code == 200
-        assert reply.headers["content-type"] == "text/html; charset=utf-8"
-        assert reply.text == PAGE  # whatever is served, however it is called
+        urls = {"/dashboard": "page.html"} | {f"/dashboard/files/{name}": name for name in FILES}
+        for url, name in urls.items():
+            reply = await g.http.get(url)
+            assert reply.status_code == 200, url
+            assert reply.text == FILES[name]  # whatever is served, however it is called
+            kind = KINDS[name.rpartition(".")[2]]
+            assert reply.headers["content-type"] == f"{kind}; charset=utf-8"
+            assert reply.headers["x-content-type-options"] == "nosniff"
+        for url in ("nothing.js", "%2e%2e%2fdashboard.py", "page.js%00", "", "PAGE.JS"):
+            reply = await g.http.get(f"/dashboard/files/{url}")
+            assert reply.status_code in (401, 404), url
+            assert "import" not in reply.text
 
 
 def test_the_page_is_small():
-    assert len(PAGE.encode()) < 40_000
+    assert sum(len(text.encode()) for text in FILES.values()) < 40_000
+    for name, text in FILES.items():
+        lines = text.splitlines()
+        assert len(lines) < 400, name
+        assert max(map(len, lines)) <= 110, name
+        assert "SPDX-License-Identifier: MIT" in text[:80], name
 
 
-def loads(page: str) -> list[str]:
-    """Everything in a page that a browser would fetch, but for what its own server tells it."""
-    found = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["']?([^"'\s>]+)""", page)
-    found += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", page)
+def test_every_file_of_the_page_is_loaded_by_it():
+    found = set(re.findall(r'"dashboard/files/([\w.]+)"', PAGE))
+    for name in FILES:
+        found |= set(re.findall(r'from "\./([\w.]+)"', FILES[name]))
+    assert found | {"page.html"} == set(FILES)
+
+
+OWN = ("data:,", "dashboard/events", "http://www.w3.org/2000/svg")  # a name that nobody fetches
+
+
+def loads(text: str) -> list[str]:
+    """Everything in a file that a browser would fetch, but for what its own server has."""
+    found = re.findall(r"""(?:src|href|action|data|poster)\s*=\s*["'`]?([^"'`\s>]+)""", text)
+    found += re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text)
     found += re.findall(
-        r"""(?:fetch|import|Worker|EventSource|WebSocket)\(\s*["'`]([^"'`]+)""", page
+        r"""(?:fetch|import|importScripts|Worker|EventSource|WebSocket)\(\s*([^)\s,]+)""", text
     )
-    found += re.findall(r"https?://[^\"'\s]+", page)
-    namespace = "http://www.w3.org/2000/svg"  # a name, which nobody fetches
-    return [one for one in found if one not in ("data:,", namespace, "dashboard/events")]
+    found += re.findall(r"""(?:^|[\s};])(?:from|import)\s*["'`]([^"'`]+)["'`]""", text)
+    found += re.findall(r"(?:https?:|wss?:|[\"'`(=])//[^\"'`\s)]+", text)
+    own = {*OWN, *(f"./{name}" for name in FILES), *(f"dashboard/files/{name}" for name in FILES)}
+    return [one for one in found if one.strip("\"'`") not in own]
 
 
-def test_the_page_loads_nothing():
-    assert loads(PAGE) == []
-    assert re.findall(r"<(?:script|style|link|img|iframe|object)\b[^>]*>", PAGE) == [
-        '<link rel="icon" href="data:,">',
-        "<style>",
-        "<script>",
-    ]
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_the_page_loads_nothing_from_elsewhere(name: str):
+    assert loads(FILES[name]) == []
     for hostile in (
         '<script src="https://cdn.example/x.js">',
         "<style>@import 'x.css'",
         "fetch('//a/b')",
+        'import { chart } from "https://cdn.example/chart.js";',
+        'import "//cdn.example/x.js"',
+        "const there = await import(`//cdn.example/x.js`)",
+        "a { background: url(//cdn.example/x.png) }",
+        'new WebSocket("wss://cdn.example")',
+        'const there = "//cdn.example/x.js"',
+        "link.href = 'x.css'",
     ):
-        assert loads(PAGE + hostile) != []
+        assert loads(FILES[name] + hostile) != [], hostile
 
 
-def test_no_text_of_a_client_becomes_markup():
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", PAGE)
+def test_the_page_has_nothing_inline():
+    assert re.findall(r"<(?:script|style|link|img|iframe|object)\b[^>]*>", PAGE) == [
+        '<link rel="icon" href="data:,">',
+        '<link rel="stylesheet" href="dashboard/files/page.css">',
+        '<script type="module" src="dashboard/files/page.js">',
+    ]
+    assert not re.search(r"\s(?:style|on\w+)\s*=", PAGE)
 
 
-async def test_the_policy_allows_the_pages_own_script_and_nothing_else():
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_no_text_of_a_client_becomes_markup(name: str):
+    bad = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|srcdoc"
+    assert not re.search(bad, FILES[name])
+
+
+async def test_the_policy_allows_the_pages_own_files_and_nothing_else():
     async with gateway() as g:
-        policy = (await g.http.get("/dashboard")).headers["content-security-policy"]
-    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
-    assert rules["default-src"] == "'none'"
-    assert rules["connect-src"] == "'self'"
-    for kind in ("script", "style"):
-        (text,) = re.findall(rf"<{kind}>(.*?)</{kind}>", PAGE, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert rules[f"{kind}-src"] == f"'sha256-{digest}'"
+        for url in ("/dashboard", "/dashboard/files/page.js"):
+            policy = (await g.http.get(url)).headers["content-security-policy"]
+            rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+            assert rules == {
+                "default-src": "'none'",
+                "script-src": "'self'",
+                "style-src": "'self'",
+                "connect-src": "'self'",
+                "img-src": "data:",
+                "base-uri": "'none'",
+                "form-action": "'none'",
+                "frame-ancestors": "'none'",
+                "require-trusted-types-for": "'script'",
+                "trusted-types": "'none'",
+            }
+
+
+def test_the_page_asks_for_columns_that_there_are():
+    """Its charts and tiles name them; a name that is none would be an empty chart."""
+    text = FILES["charts.js"] + FILES["now.js"] + FILES["feed.js"]
+    asked = set(re.findall(r"""\b(?:per|each|ms|rate)\("(\w+)"\)""", text))
+    asked |= set(re.findall(r"""\bsum\((?:minute|long|rows|latest\(10\)), "(\w+)"\)""", text))
+    asked |= {one for pair in re.findall(r'over\("(\w+)", "(\w+)"', text) for one in pair}
+    asked |= set(re.findall(r"\bs => .*?\bs\.(\w+)", FILES["charts.js"]))
+    assert asked <= set(COLUMNS)
+    assert asked >= {"output", "held_s", "predicted_s", "measured_s", "prefill"}
 
 
 # The events.

@@ -147,7 +147,7 @@ async def test_what_routes_need():
     async with gateway() as g:
         table = g.app.table
     for route in table:
-        if route.path in ("/health", "/ready", "/dashboard"):
+        if route.path in ("/health", "/ready", "/dashboard", "/dashboard/files/{file}"):
             assert route.open
         elif route.path == "/metrics":
             assert route.roles == ("metrics",)

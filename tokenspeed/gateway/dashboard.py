@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: MIT
 """/dashboard: the page that shows what the server does, and the snapshots that it shows.
 
-The page is one file of the package and tells nothing of this server, so that a browser, which has
-no key yet, may have it; it may load nothing at all, and asks for the snapshots with a key that it
+The page is files of the package and tells nothing of this server, so that a browser, which has no
+key yet, may have it; it may load these files alone, and asks for the snapshots with a key that it
 was given. Knows no field of a snapshot.
 """
 
 import asyncio
-import base64
-import hashlib
 import re
 import time
 from functools import cache
@@ -17,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from tokenspeed.errors import RequestError
-from tokenspeed.gateway.api_error import overloaded
+from tokenspeed.gateway.api_error import ApiError, overloaded
 from tokenspeed.gateway.app import Call, encode_json
 from tokenspeed.gateway.generation import SSE_HEADERS
 from tokenspeed.gateway.service import Service
@@ -25,7 +23,21 @@ from tokenspeed.gateway.service import Service
 LOOK_S = 1.0
 STALL_S = 30.0  # who takes nothing for so long is dropped
 MAX_VIEWERS = 32
-_PAGE = Path(__file__).with_name("dashboard.html")
+_FOLDER = Path(__file__).with_name("dashboard_page")
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# Its own files, this server's answers, and nothing else; no text ever becomes markup or a script.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none';"
+    " require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": _POLICY,
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 
 
 async def look_on(service: Service) -> None:
@@ -48,10 +60,20 @@ async def look(service: Service) -> None:
 
 async def page(service: Service, call: Call) -> None:
     """The page itself."""
-    body, policy = _page()
-    headers = {"cache-control": "no-cache", "content-security-policy": policy}
-    headers |= {"referrer-policy": "no-referrer", "x-content-type-options": "nosniff"}
-    await call.reply(body, kind="text/html; charset=utf-8", headers=headers)
+    await _file(call, "page.html")
+
+
+async def part(service: Service, call: Call) -> None:
+    """A file that the page loads. Raises 404 for what is none."""
+    await _file(call, call.path["file"])
+
+
+async def _file(call: Call, name: str) -> None:
+    found = _files().get(name)
+    if found is None:
+        raise ApiError(404, "the page has no such file", code="not_found")
+    kind = _KINDS[Path(name).suffix]
+    await call.reply(found, kind=f"{kind}; charset=utf-8", headers=_HEADERS)
 
 
 async def events(service: Service, call: Call) -> None:
@@ -91,17 +113,6 @@ def _count(call: Call) -> float:
 
 
 @cache
-def _page() -> tuple[bytes, str]:
-    """The page and what it may do: run its own script, ask this server, load nothing."""
-    body = _PAGE.read_bytes()
-    sources = {}
-    for kind in ("script", "style"):
-        found = re.findall(rb"<%b>(.*?)</%b>" % (kind.encode(), kind.encode()), body, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found)
-        sources[kind] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    policy = (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']};"
-        " connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none';"
-        " frame-ancestors 'none'"
-    )
-    return body, policy
+def _files() -> dict[str, bytes]:
+    """All of them, by name: what a client asks for is looked up here and never on the disk."""
+    return {path.name: path.read_bytes() for path in _FOLDER.iterdir() if path.suffix in _KINDS}

@@ -87,6 +87,8 @@ def _operation(spec: RouteSpec, path: str) -> dict[str, Any]:
         anything = {"text/plain": {"schema": {"type": "string"}}}
     if spec.path == "/dashboard":
         anything = {"text/html": {"schema": {"type": "string"}}}
+    if spec.path == "/dashboard/files/{file}":
+        anything = {"text/css": {"schema": {}}, "text/javascript": {"schema": {}}}
     if spec.path == "/dashboard/events":
         anything = {"text/event-stream": {"schema": {}}}
     if spec.metered or "{response_id}" in path:

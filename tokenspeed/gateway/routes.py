@@ -63,6 +63,7 @@ def route_table(service: Service) -> list[RouteSpec]:
         on("GET", "/metrics", small.metrics, "Prometheus metrics", **watch),
         on("GET", "/dashboard", dashboard.page, "What the server does, as a page", **seen),
         on("GET", "/dashboard/events", dashboard.events, "The same as events", **rule),
+        on("GET", "/dashboard/files/{file}", dashboard.part, "A file of the page", **seen),
         on("POST", "/flush_cache", small.flush_cache, "Forget cached pages", **rule),
     ]
     return [*table, openapi_route(table)]
