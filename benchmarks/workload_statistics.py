@@ -25,6 +25,7 @@ from tokenspeed.bench.cache_bound import hit_rates
 from tokenspeed.bench.session import Workload, shared_blocks
 from tokenspeed.bench.workloads import checks, generated, traces
 from tokenspeed.bench.workloads.habits import CLIENTS, FITTED, MEASURED
+from tokenspeed.config import traces_place
 
 SHARES = (0.10, 0.25, 0.50, 0.75, 0.90, 0.99)
 TABLE = {
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--plot", type=Path, help="the hit rates by time to live")
     args = parser.parse_args()
-    path, real, rates = traces.default_path(), None, {"table": list(TABLE_HITS)}
+    path, real, rates = traces.file_in(traces_place()), None, {"table": list(TABLE_HITS)}
     shares = {"table": TABLE_EVENTS}
     if path.exists():
         workload, real = recorded(path)

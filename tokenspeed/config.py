@@ -333,6 +333,11 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "tokenspeed"
 
 
+def traces_place(environment: Mapping[str, str] = os.environ) -> Path:
+    """Recorded sessions, their folder or their file: TOKENSPEED_TRACES, or ../shared/traces."""
+    return Path(environment.get("TOKENSPEED_TRACES") or "../shared/traces")
+
+
 def ray_address(environment: Mapping[str, str] = os.environ) -> str | None:
     """The Ray cluster that RAY_ADDRESS names, if it does."""
     return environment.get("RAY_ADDRESS") or None

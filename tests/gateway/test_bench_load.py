@@ -9,11 +9,15 @@ import httpx
 import pytest
 
 from tests.gateway.scripted_endpoint import Reply, ScriptedServers, chat_pieces, event, run_virtual
+from tokenspeed.bench import compare
 from tokenspeed.bench.client import Endpoint
 from tokenspeed.bench.load import LoadOptions, run_load, with_arrivals
-from tokenspeed.bench.measure import summary
+from tokenspeed.bench.measure import Price, summary
 from tokenspeed.bench.prompts import Prompts
+from tokenspeed.bench.report import summary_table, warnings
+from tokenspeed.bench.series import cloud_of
 from tokenspeed.bench.session import Session, Turn, Workload
+from tokenspeed.bench.turns import Turns
 
 A, B = Endpoint("a", "http://a", "m"), Endpoint("b", "http://b/v1", "m")
 TEXTS = Prompts(seed=1)
@@ -150,6 +154,32 @@ def test_arrivals_at_random_have_their_rate_and_their_seed():
         with_arrivals(sessions, 0.0)
 
 
+FAMILY = (
+    session("a", turn([1]), start_s=10.0),
+    session("b/x", turn([2]), start_s=12.0, parent="b"),  # begins with the one that starts it
+    session("b", turn([3]), start_s=12.0),
+    session("b/x/y", turn([4]), start_s=15.0, parent="b/x"),
+    session("c", turn([5]), start_s=20.0),
+    session("a/x", turn([6]), start_s=24.0, parent="a"),
+)
+
+
+def test_a_rate_is_of_sessions_that_nobody_started():
+    made = with_arrivals(workload(*FAMILY), 2.0)
+    alone = with_arrivals(workload(*(one for one in FAMILY if one.parent is None)), 2.0)
+    starts = {one.session_id: one.start_s for one in made.sessions}
+    assert [one.session_id for one in made.sessions if one.parent is None] == ["a", "b", "c"]
+    for one in alone.sessions:  # the same draws, whatever they start
+        assert starts[one.session_id] == pytest.approx(one.start_s, abs=1e-9)
+    assert starts["b/x"] - starts["b"] == pytest.approx(0.0, abs=1e-9)
+    assert starts["b/x/y"] - starts["b"] == pytest.approx(3.0, abs=1e-9)
+    assert starts["a/x"] - starts["a"] == pytest.approx(14.0, abs=1e-9)
+    assert [one.start_s for one in made.sessions] == sorted(starts.values())
+    (run,) = load(ScriptedServers(steady(4, 0.5)), FAMILY)
+    assert run.rate == 2 / 10.0
+    assert [record.sent_s for record in run.records] == [0.0, 2.0, 2.0, 5.0, 10.0, 14.0]
+
+
 def test_bursts_are_counted_as_the_events_tell():
     servers = ScriptedServers(steady(10, 0.5, burst=4))
     (run,) = load(servers, [session("s", turn([1], out=10))])
@@ -243,6 +273,82 @@ def test_retries_come_when_they_were_told_to():
     servers = ScriptedServers(lambda seen: Reply([], 503, {"retry-after": "Thu, 1 Jan 2026"}))
     (blind,) = load(servers, [session("s", turn([1]))], retries=2)
     assert [(r.sent_s, r.retry_after_s) for r in blind.records] == [(0, None), (1, None), (2, None)]
+
+
+def test_a_turn_that_waits_for_its_retry_at_the_end_was_refused():
+    def answer(seen):
+        if (name := seen.headers["x-session-id"]) == "mute":
+            return Reply([(0.0, None)])
+        if name == "late" and seen.at >= 2.0:
+            return Reply(chat_pieces(4, 0.5))
+        return Reply([], 503, {"retry-after": "4" if name == "never" else "2"})
+
+    sessions = [session(name, turn([1]), turn([1, 2])) for name in ("late", "never", "mute")]
+    (run,) = load(ScriptedServers(answer), sessions, retries=9, duration_s=6.25)
+    assert sorted((r.session_id, r.turn, r.sent_s, r.status) for r in run.records) == [
+        ("late", 0, 0.0, "refused"),
+        ("late", 0, 2.0, "ok"),
+        ("late", 1, 4.0, "ok"),
+        ("mute", 0, 0.0, "cancelled"),
+        ("never", 0, 0.0, "refused"),
+        ("never", 0, 4.0, "refused"),
+    ]
+    assert summary(run).turns == Turns(
+        planned=6, sent=4, answered=2, hung_up=0, refused=1, failed=0, cut_off=1
+    )
+    assert summary(run).turns.unanswered == 2
+
+
+def tried(answer, *sessions, **options):
+    """Whether so many sessions at once held a floor of 1 token per second."""
+
+    async def run(clock):
+        bench = compare.Bench((A,), workload(*sessions), LoadOptions(**options), words=1.0)
+        return await compare.try_floor(bench, compare.Judge((1.0,)), 0.99, len(sessions), 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        servers = ScriptedServers(answer)
+        whole = compare.run_load
+
+        async def scripted(*args, **how):
+            clock = asyncio.get_running_loop().time
+            return await whole(*args, transport=servers, clock=clock, **how)
+
+        patch.setattr(compare, "run_load", scripted)
+        return run_virtual(run)
+
+
+def test_who_got_no_answer_was_not_held():
+    def answer(seen):
+        if seen.headers["x-session-id"] == "mute":
+            return Reply([(0.0, None)])
+        return Reply(chat_pieces(10, 0.5))
+
+    one, mute = session("0", turn([1], out=10)), session("mute", turn([2], out=10))
+    left = session("left", turn([3], out=10, cancel_after=3))
+    assert tried(answer, one, duration_s=60.0).held
+    alone = tried(answer, one, mute, duration_s=60.0)
+    assert alone.found.statuses == {"cancelled": 1, "ok": 1}
+    assert not alone.held
+    # Who hangs up amid the tokens was served; where there is nobody else, nothing was answered.
+    assert tried(answer, one, left).held
+    assert not tried(answer, left).held
+
+
+def test_who_is_answered_in_the_end_was_held():
+    def answer(seen):
+        return Reply([], 503, {"retry-after": "3"}) if seen.at < 4.0 else Reply(chat_pieces(4, 0.5))
+
+    one = session("0", turn([1]))
+    assert not tried(answer, one, retries=1).held
+    assert tried(answer, one, retries=2).held
+
+
+def test_a_retry_after_that_is_no_time_is_none():
+    for told in ("inf", "nan", "-3", "soon"):
+        servers = ScriptedServers(lambda seen, told=told: Reply([], 503, {"retry-after": told}))
+        (run,) = load(servers, [session("s", turn([1]))], retries=1)
+        assert [(r.sent_s, r.retry_after_s) for r in run.records] == [(0, None), (1, None)]
 
 
 @pytest.mark.parametrize(
@@ -392,6 +498,25 @@ def test_a_client_that_hangs_up_does_so_after_its_tokens_and_goes_on():
     ]
 
 
+def test_what_a_stream_could_not_tell_is_not_taken_for_computed():
+    """The endpoint says at the end alone what was cached."""
+    servers = ScriptedServers(steady(10, 0.5, tells=False, prompt=90, cached=64))
+    turns = [turn([1, 2], out=10, cancel_after=3), turn([1, 2, 3], out=10)]
+    (run,) = load(servers, [session("s", *turns)])
+    assert [record.cached_tokens for record in run.records] == [None, 64]
+    found = summary(run, price=Price(computed_input=1e6))
+    assert (found.computed_input_tokens, found.cached_input_tokens) == (26, 64)
+    assert (found.untold_requests, found.untold_input_tokens) == (1, 16)
+    assert (found.output_tokens, found.cost_per_session) == (13, 26.0)
+    assert [(one.least, one.ttft_s.count) for one in found.ttft_by_uncached] == [(0, 1)]
+    assert cloud_of(run).uncached_tokens == (26,)
+    assert warnings([run]) == [
+        "a, as recorded: 1 of 2 ended before it was told what of their prompts was cached; these"
+        " prompts are left out"
+    ]
+    assert dict(summary_table([found]).rows)["prompt tokens left out"] == "16 in 1 requests"
+
+
 def test_answers_go_back_where_the_recorded_ones_stood():
     servers = ScriptedServers(steady(4, 0.5))
     turns = [turn([1, 2], out=8), turn([1, 2, 3, 4], out=8), turn([1, 2, 3, 4, 5, 6], out=8)]
@@ -415,6 +540,35 @@ def test_dictated_answers_are_the_recorded_ones():
     assert run.forced
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"), ("", "")],
+)
+def test_servers_are_asked_to_tokenize_as_they_know_it(path, field):
+    def answer(request):
+        assert request.headers["x-api-key"] == "k"
+        body = json.loads(request.content)
+        if (request.url.path, field in body) != (path, True):
+            return httpx.Response(400, json={"error": "unknown field"})
+        return httpx.Response(200, json={"tokens": [1, 2] * len(body[field].split())})
+
+    endpoint = Endpoint("a", "http://a/v1", "m", api_key="k")
+    words, reason = asyncio.run(compare.calibrate([endpoint], httpx.MockTransport(answer)))
+    if path:
+        assert (words, reason) == (2.0, None)
+    else:
+        assert words == 1.0
+        assert reason.startswith("a: HTTPError: does not tokenize (/tokenize with 'prompt': HTTP")
+
+
+@pytest.mark.parametrize("said", [b"none", b"[]", b'{"tokens": "x"}', b'{"tokens": [null]}'])
+def test_what_is_no_ids_is_an_error_of_its_request(said):
+    answer = httpx.MockTransport(lambda request: httpx.Response(200, content=said))
+    (run,) = load(answer, [session("s", turn([1]))], forced=True)
+    assert (run.records[0].status, run.died) == ("error", None)
+    assert run.records[0].error.startswith("HTTPError: does not tokenize")
+
+
 def test_a_wall_clock_that_jumps_moves_nothing(monkeypatch):
     monkeypatch.setattr(time, "time", lambda: -1e9)
     (run,) = load(ScriptedServers(steady(4, 0.5)), [session("s", turn([1]))])
@@ -431,6 +585,10 @@ def test_a_wall_clock_that_jumps_moves_nothing(monkeypatch):
         {"duration_s": 0.0},
         {"duration_s": float("inf")},
         {"retries": -1},
+        {"stall_s": 0.0},
+        {"stall_s": -1.0},
+        {"stall_s": float("nan")},
+        {"stall_s": float("inf")},
         {"history": "none"},
     ],
 )
@@ -444,6 +602,8 @@ def test_a_load_needs_endpoints_with_names_and_sessions():
         load(ScriptedServers(steady()), [session("s", turn([1]))], A, A)
     with pytest.raises(ValueError, match="workload"):
         load(ScriptedServers(steady()), [])
+    with pytest.raises(ValueError, match="workload: each session needs an id"):
+        load(ScriptedServers(steady()), [session("s", turn([1])), session("s", turn([2]))])
     with pytest.raises(ValueError, match="dialect"):
         Endpoint("a", "http://a", dialect="telepathy")
     with pytest.raises(ValueError, match="base_url"):

@@ -2,13 +2,11 @@
 """Block ids as text: the same everywhere, as long as asked, a prefix where the ids say so."""
 
 import json
-from typing import Any
 
-import httpx
 import pytest
 
 from tokenspeed.bench import prompts
-from tokenspeed.bench.prompts import Prompts, server_count, tokens_per_word
+from tokenspeed.bench.prompts import Prompts, calibration_text, tokens_per_word
 from tokenspeed.bench.session import Session, Turn
 
 SIZE = 16
@@ -96,27 +94,12 @@ def test_a_senseless_ratio_is_refused(bad: float) -> None:
         Prompts(0, bad)
 
 
-def test_the_ratio_is_asked_of_the_tokenizer() -> None:
-    assert tokens_per_word(lambda text: 2 * len(text.split())) == 2.0
+def test_the_ratio_is_of_a_long_text() -> None:
+    num_words = len(calibration_text().split())
+    assert num_words > 1000
+    assert tokens_per_word(2 * num_words) == 2.0
     with pytest.raises(ValueError, match="no token"):
-        tokens_per_word(lambda text: 0)
-
-
-@pytest.mark.parametrize("known", ["prompt", "content", "input", None])
-def test_servers_are_asked_as_they_know_it(monkeypatch: Any, known: str | None) -> None:
-    def post(url: str, json: dict[str, Any], headers: Any, **how: Any) -> httpx.Response:
-        assert headers == {"x-api-key": "k"}
-        if known not in json:
-            return httpx.Response(400, json={"error": "unknown field"})
-        return httpx.Response(200, json={"tokens": [1] * len(str(json[known]).split())})
-
-    monkeypatch.setattr(prompts.httpx, "post", post)
-    count = server_count("http://there:1/v1", "m", {"x-api-key": "k"})
-    if known is None:
-        with pytest.raises(ValueError, match="does not tokenize"):
-            count("a b c")
-    else:
-        assert count("a b c") == 3
+        tokens_per_word(0)
 
 
 def test_words_are_256_and_differ() -> None:

@@ -113,8 +113,19 @@ def test_colours_follow_the_page() -> None:
     bare = re.sub(r"var\(--[\w-]+, #\w{6}\)", "", svg)
     assert re.findall(r"#[0-9a-f]{6}\b", bare) == []
     assert "var(--series-1, #1f6fc4)" in svg
-    with pytest.raises(ValueError, match="7 endpoints in one picture; 6"):
-        pareto([CURVE] * 7, floor=None)
+
+
+def test_as_many_endpoints_as_there_are_are_drawn() -> None:
+    curves = [
+        Curve(f"e{i}", (Point("1", 9.0 + i, 9.0), Point("2", 7.0, 12.0 + i))) for i in range(25)
+    ]
+    svg = pareto(curves, floor=None)
+    assert {f"e{i}" for i in range(25)} <= set(texts(svg))
+    strokes = re.findall(r'<path d="[^"]*" clip-path[^>]*style="([^"]*series[^"]*)"', svg)
+    assert len(strokes) == 25
+    assert len(set(strokes)) == 24  # 6 colours in 4 shapes; then they come again
+    clouds = [Cloud(f"e{i}", (10, 99), (0.1, 0.2)) for i in range(7)]
+    assert {f"e{i}" for i in range(7)} <= set(texts(ttft(clouds)))
 
 
 def test_two_pictures_share_no_id() -> None:

@@ -63,6 +63,30 @@ def test_serving_figures_are_those_of_vllm() -> None:
     assert "P99.9 TTFT (ms):                            999.50" in serving_text(found, ["ttft"])
 
 
+def test_who_hung_up_has_not_failed() -> None:
+    left = record(0.0, [1.0, 2.0], "cancelled", session_id="left")
+    run = run_of(ANSWERED, left, num_turns=4)
+    found = serving_result(run, ["ttft"], [50.0])
+    assert (found["completed"], found["failed"], found["cancelled"]) == (1, 0, 1)
+    assert "Cancelled requests:                              1" in serving_text(found, ["ttft"])
+    assert "Cancelled" not in serving_text(serving_result(run_of(ANSWERED), [], []), [])
+    (row,) = overview_table([summary(run)]).rows
+    assert row[-2:] == ("0", "1")
+    rows = dict(summary_table([summary(run)]).rows)
+    assert (rows["failed"], rows["cancelled"], rows["turns sent"]) == ("0", "1", "2 of 4")
+    assert rows["turns without an answer"] == "0"
+
+
+def test_a_turn_is_what_its_last_request_was() -> None:
+    again = record(3.0, [3.5, 4.0], turn=1)
+    mute = record(4.0, [], "cancelled", turn=2)
+    runs = [run_of(record(2.0, [], "refused", turn=1), again, mute), run_of(REFUSED)]
+    rows = {row[0]: row[1:] for row in summary_table([summary(run) for run in runs]).rows}
+    assert rows["turns sent"] == ("2", "1")
+    assert rows["turns without an answer"] == ("1: 1 cut off", "1: 1 refused")
+    assert rows["refused"] == ("1 (33.3%), 0 with Retry-After", "1 (100.0%), 1 with Retry-After")
+
+
 def test_serving_figures_of_nothing_are_left_out() -> None:
     found = serving_result(run_of(REFUSED, duration_s=0.0), ["ttft"], [99.0])
     assert "mean_ttft_ms" not in found
@@ -118,8 +142,8 @@ def test_the_overview_has_a_row_for_each_run() -> None:
     runs = [run_of(ANSWERED, REFUSED), run_of(endpoint="silent")]
     table = overview_table([summary(run, [1.5]) for run in runs])
     assert table.rows == [
-        ("ours, 2 at once", "2", "2", "24", "624", "500", "500", "40.0%", "1", "100.0%"),
-        ("silent, 2 at once", "–", "–", "0", "0", "–", "–", "–", "0", "–"),
+        ("ours, 2 at once", "2", "2", "24", "624", "500", "500", "40.0%", "1", "0", "100.0%"),
+        ("silent, 2 at once", "–", "–", "0", "0", "–", "–", "–", "0", "0", "–"),
     ]
     assert len(table.header) == len(table.rows[0])
 
@@ -131,6 +155,8 @@ def test_warnings_say_what_a_figure_hides() -> None:
         "ours, 2 at once: the endpoint died after 10.0 s: gone",
         "ours, 2 at once: 1 of 3 failed: boom",
         "ours, 2 at once: 1 of 3 were refused: too busy",
+        "ours, 2 at once: 1 of 3 ended before it was told what of their prompts was cached; these"
+        " prompts are left out",
         "ours, 2 at once: does not tell cached tokens; all count as computed",
     ]
 

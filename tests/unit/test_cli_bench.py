@@ -59,6 +59,8 @@ class Server:
         if request.method == "GET":
             return httpx.Response(200)
         body = json.loads(request.content)
+        if request.url.path == "/tokenize":
+            return httpx.Response(200, json={"tokens": [1] * len(body["prompt"].split())})
         self.bodies.append((request.url.path, body))
         self.headers.append(request.headers)
         self.open += 1
@@ -84,7 +86,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     served = Server()
     transport = httpx.MockTransport(served)
     monkeypatch.setattr(compare, "run_load", functools.partial(run_load, transport=transport))
-    monkeypatch.setattr(compare, "calibrate", lambda endpoints: (1.0, None))
+    calibrate = functools.partial(compare.calibrate, transport=transport)
+    monkeypatch.setattr(compare, "calibrate", calibrate)
     return served
 
 
@@ -202,6 +205,13 @@ def test_a_flag_that_is_none_is_refused(
         ("offline --num-prompts 0", "requests must be at least 1"),
         ("offline --input-len 0", "input_tokens must be at least 1"),
         ("agentic --concurrency 2 --rate 1", "--concurrency and --rate exclude"),
+        (
+            "agentic --rate 2 --time-scale 0.5",
+            "--rate 2 and --time-scale 0.5 contradict each other",
+        ),
+        ("agentic --rate 2 --time-scale 0", "--rate 2 and --time-scale 0 contradict each other"),
+        ("agentic --stall 0 --workload published", "stall_s: must be finite and positive"),
+        ("pareto --stall nan", "stall_s: must be finite and positive"),
         ("agentic --concurrency 0 --workload published", "concurrency: must be at least 1"),
         ("agentic --floor 0", "--floor must be finite and positive"),
         ("agentic --floor nan", "--floor must be finite and positive"),

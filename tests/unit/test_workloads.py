@@ -4,6 +4,7 @@
 import gzip
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,10 @@ from tokenspeed.bench.session import Session, Turn, Workload, shared_blocks
 from tokenspeed.bench.timeline import Pace, turn_times
 from tokenspeed.bench.workloads import fixed, mooncake, published, traces, weka
 from tokenspeed.bench.workloads.scaling import scaled
+from tokenspeed.config import traces_place
 
 Row = list[Any]
-TRACES = traces.default_path()
+TRACES = traces.file_in(traces_place())
 
 
 def row(t: float, size: int, out: int, keep: int, new: list[list[int]], **other: Any) -> Row:
@@ -168,9 +170,17 @@ def test_a_missing_or_empty_file_is_refused(tmp_path: Path) -> None:
         traces.make(file_of(tmp_path, GOOD), sessions=2)
 
 
-def test_the_folder_of_traces_can_be_named(monkeypatch: Any, tmp_path: Path) -> None:
-    monkeypatch.setenv("TOKENSPEED_TRACES", str(tmp_path))
-    assert traces.default_path() == tmp_path / "sessions.jsonl.gz"
+def test_the_folder_of_traces_can_be_named(tmp_path: Path) -> None:
+    assert traces_place({"TOKENSPEED_TRACES": str(tmp_path)}) == tmp_path
+    assert traces_place({}) == traces_place({"TOKENSPEED_TRACES": ""}) == Path("../shared/traces")
+    file = file_of(tmp_path, GOOD)
+    assert traces.file_in(tmp_path) == traces.file_in(file) == file
+    assert traces.make(tmp_path) == traces.make(file)
+
+
+def test_the_benchmark_reads_no_environment(repository: Path) -> None:
+    for path in (repository / "tokenspeed" / "bench").rglob("*.py"):
+        assert not re.search(r"\benviron|getenv|^import os|^from os", path.read_text(), re.M), path
 
 
 # What a scale does.
@@ -440,7 +450,7 @@ def test_shared_blocks() -> None:
 
 @pytest.mark.skipif(not TRACES.exists(), reason="no recorded traces here")
 def test_recorded_sessions_are_whole() -> None:
-    made = traces.make(sessions=20, seed=1, scale=4)
+    made = traces.make(TRACES, sessions=20, seed=1, scale=4)
     assert len({s.session_id for s in made.sessions}) == len(made.sessions) >= 20
     for session in made.sessions:
         for turn in session.turns:

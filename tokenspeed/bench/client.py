@@ -5,6 +5,7 @@ Knows HTTP and server-sent events. Knows no sessions, no schedule, and never sen
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,10 @@ Clock = Callable[[], float]
 REFUSED = (429, 503, 529)
 _SENT = ("http11.send_request_body.complete", "http2.send_request_body.complete")
 _MAX_ERROR = 500  # characters of an endpoint's words that a record keeps
+# Where servers tokenize and how they call the text: vLLM and TokenSpeed, llama.cpp,
+# llama-cpp-python.
+_TOKENIZERS = (("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"))
+_TOKENIZING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,19 +158,26 @@ class StreamClient:
         reply.raise_for_status()
         return str(reply.json()["data"][0]["id"])
 
-    async def tokenize(self, model: str, text: str) -> list[int]:
-        """The ids of a text by the endpoint's own tokenizer. Raises `httpx.HTTPError`."""
-        body = {"model": model, "prompt": text, "add_special_tokens": False}
-        url = f"{self.endpoint.root}/tokenize"
-        reply = await self._http.post(url, json=body, headers=self._headers)
-        reply.raise_for_status()
-        try:
-            return [int(token) for token in reply.json()["tokens"]]
-        except (LookupError, TypeError, ValueError) as error:
-            raise httpx.DecodingError(f"/tokenize answered {reply.text[:80]!r}") from error
+    async def tokenize(self, text: str, model: str | None = None) -> list[int]:
+        """The ids of a text by the endpoint's own tokenizer, with no token added in front.
+
+        Raises `httpx.HTTPError`, also where the endpoint knows none of the ways to ask.
+        """
+        said = []
+        for path, name in _TOKENIZERS:
+            body: dict[str, Any] = {name: text} | ({"model": model} if model else {})
+            body |= {"add_special_tokens": False} if name == "prompt" else {}
+            reply = await self._http.post(
+                self.endpoint.root + path, json=body, headers=self._headers, timeout=_TOKENIZING_S
+            )
+            ids = _ids(reply)
+            if ids is not None and (ids or not text):
+                return ids
+            said.append(f"{path} with {name!r}: HTTP {reply.status_code}")
+        raise httpx.HTTPError(f"does not tokenize ({'; '.join(said)})")
 
     async def _dictation(self, ask: Ask, text: str) -> tuple[int, ...]:
-        ids = await self.tokenize(ask.model, text)
+        ids = await self.tokenize(text, ask.model)
         return tuple((ids * -(-ask.max_tokens // max(1, len(ids))))[: ask.max_tokens])
 
     async def is_alive(self) -> bool:
@@ -252,9 +264,19 @@ def _headers_of(ask: Ask) -> dict[str, str]:
     return {"content-type": "application/json", "x-session-id": ask.session} | parent
 
 
-def _seconds(given: str | None) -> float | None:
-    """Of a Retry-After that is a number."""
+def _ids(reply: httpx.Response) -> list[int] | None:
+    """Of a reply that has them."""
     try:
-        return None if given is None else max(0.0, float(given))
+        tokens = reply.json()["tokens"] if reply.status_code == 200 else None
+        return [int(token) for token in tokens] if isinstance(tokens, list) else None
+    except (LookupError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def _seconds(given: str | None) -> float | None:
+    """Of a Retry-After that is a number of seconds; others are not there."""
+    try:
+        seconds = None if given is None else float(given)
     except ValueError:
         return None
+    return seconds if seconds is not None and 0 <= seconds < math.inf else None

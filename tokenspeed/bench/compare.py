@@ -6,15 +6,16 @@ load before.
 """
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import httpx
 
-from tokenspeed.bench.client import Endpoint
+from tokenspeed.bench.client import Endpoint, StreamClient
 from tokenspeed.bench.load import LoadOptions, Observe, run_load
 from tokenspeed.bench.measure import Price, Summary, summary
-from tokenspeed.bench.prompts import Prompts, server_count, tokens_per_word
+from tokenspeed.bench.prompts import Prompts, calibration_text, tokens_per_word
 from tokenspeed.bench.records import Run
 from tokenspeed.bench.session import Workload
 
@@ -91,23 +92,28 @@ class Trial:
 
 
 async def try_floor(bench: Bench, judge: Judge, share: float, streams: int, place: int) -> Trial:
-    """Held: `share` of all stream-seconds at or above the judge's first floor, and every request
-    answered. What a user meant to cancel counts as answered."""
+    """Held: `share` of all stream-seconds at or above the judge's first floor, and no turn without
+    an answer. What hangs up amid its tokens has its seconds and is no answer: there must be one."""
     run = (await bench.at(streams, place))[0]
     found = judge.of(run)
-    unanswered = sum(found.statuses.get(status, 0) for status in ("refused", "error"))
-    whole = run.died is None and found.num_requests > 0 and not unanswered
+    whole = run.died is None and found.turns.answered > 0 and not found.turns.unanswered
     return Trial(run, found, whole and found.floors[0].attainment >= share)
 
 
-def calibrate(endpoints: Sequence[Endpoint]) -> tuple[float, str | None]:
-    """Tokens of a word by the first endpoint that tokenizes; 1.0 and the reason where none does."""
+async def calibrate(
+    endpoints: Sequence[Endpoint], transport: httpx.AsyncBaseTransport | None = None
+) -> tuple[float, str | None]:
+    """Tokens of a word by the first endpoint that tokenizes; 1.0 and the reason where none does.
+
+    `transport` takes the place of the network.
+    """
     reasons = []
-    for endpoint in endpoints:
-        try:
-            return tokens_per_word(
-                server_count(endpoint.root, endpoint.model, endpoint.signed())
-            ), None
-        except (httpx.HTTPError, ValueError) as error:
-            reasons.append(f"{endpoint.name}: {type(error).__name__}: {error}")
+    async with httpx.AsyncClient(transport=transport, trust_env=False) as http:
+        for endpoint in endpoints:
+            client = StreamClient(endpoint, http, time.monotonic)
+            try:
+                ids = await client.tokenize(calibration_text(), endpoint.model)
+                return tokens_per_word(len(ids)), None
+            except (httpx.HTTPError, ValueError) as error:
+                reasons.append(f"{endpoint.name}: {type(error).__name__}: {error}")
     return 1.0, "; ".join(reasons)

@@ -52,6 +52,8 @@ class LoadOptions:
     stall_s: float = 600.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.stall_s < float("inf"):
+            raise ValueError(f"stall_s: must be finite and positive, got {self.stall_s}")
         for name in ("concurrency", "rounds"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: must be at least 1, got {value}")
@@ -66,13 +68,25 @@ class LoadOptions:
 
 
 def with_arrivals(workload: Workload, rate: float, seed: int | None = None) -> Workload:
-    """The workload with sessions that begin at random, `rate` a second on average (Poisson)."""
+    """The workload with sessions that begin at random, `rate` a second on average (Poisson).
+
+    A session that another one started begins as long after that one as before.
+    """
     if not 0 < rate < float("inf"):
         raise ValueError(f"rate: must be finite and positive, got {rate}")
     random = np.random.default_rng(workload.seed if seed is None else seed)
-    starts = np.cumsum(random.exponential(1 / rate, len(workload.sessions)))
-    sessions = zip(workload.sessions, starts.tolist(), strict=True)
-    return replace(workload, sessions=tuple(replace(one, start_s=at) for one, at in sessions))
+    first = workload.top_level
+    starts: list[float] = np.cumsum(random.exponential(1 / rate, len(first))).tolist()
+    drawn = {one.session_id: at - one.start_s for one, at in zip(first, starts, strict=True)}
+    parents = {one.session_id: one.parent or "" for one in workload.sessions}
+
+    def later(name: str) -> float:
+        while name not in drawn:
+            name = parents[name]
+        return drawn[name]
+
+    moved = (replace(one, start_s=one.start_s + later(one.session_id)) for one in workload.sessions)
+    return replace(workload, sessions=tuple(sorted(moved, key=lambda one: one.start_s)))
 
 
 async def run_load(
@@ -89,13 +103,15 @@ async def run_load(
     """Sends the workload to every endpoint and returns their runs, in their order.
 
     `observe` sees each record when it is done; `stop` ends the runs early, with what they have;
-    `transport` takes the place of the network. Raises `ValueError` for two endpoints of one name
-    and for an empty workload.
+    `transport` takes the place of the network. Raises `ValueError` for two endpoints of one name,
+    for an empty workload, and for two sessions of one id.
     """
     if len({one.name for one in endpoints}) < len(endpoints) or not endpoints:
         raise ValueError("endpoints: each needs a name of its own, and there must be one")
     if not workload.sessions:
         raise ValueError("workload: has no sessions")
+    if len({one.session_id for one in workload.sessions}) < len(workload.sessions):
+        raise ValueError("workload: each session needs an id of its own")
     limits = httpx.Limits(
         max_connections=None, max_keepalive_connections=None, keepalive_expiry=_KEEPALIVE_S
     )
@@ -133,7 +149,7 @@ class _Lane:
         self._client = StreamClient(endpoint, http, self._now, options.stall_s)
         self._begun = 0.0  # what the clock showed when time 0 of the run was, had it never stopped
         self._dead = asyncio.Event()
-        starts = [session.start_s for session in workload.sessions]
+        starts = [session.start_s for session in workload.top_level]
         span = (max(starts) - min(starts)) * options.time_scale
         self.run = Run(
             endpoint=endpoint.name,
@@ -150,6 +166,7 @@ class _Lane:
             time_scale=options.time_scale,
             history=options.history,
             forced=options.forced,
+            num_turns=workload.num_turns,
         )
 
     def _now(self) -> float:

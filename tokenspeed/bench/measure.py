@@ -5,7 +5,8 @@
     goodput at floor F streams that did not break and were at or above F in 99% of their windows;
                        a client that hangs up breaks nothing
     tokens per minute  of every request that got a token, whether or not it ended well; times to
-                       first tokens too
+                       first tokens too. A stream that ended before its endpoint told what of the
+                       prompt was cached has an answer in them and no prompt
 
 Windows are those of `bench.windows`; percentiles are numpy's linear ones.
 """
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from tokenspeed.bench.records import RequestRecord, Run
+from tokenspeed.bench.turns import Turns, turns_of
 from tokenspeed.bench.windows import (
     Array,
     spread,
@@ -98,7 +100,8 @@ class Summary:
 
     `inter_token_s`: each token's share of the wait for its event; `event_gap_s`: the waits
     themselves. `stream_tps`: streams' means; `window_tps`: their windows, weighted by time. Tokens
-    per minute are for each device.
+    per minute are for each device. `untold_input_tokens` are prompts of `untold_requests` whose
+    cached part nobody knows: they are in no other figure.
     """
 
     endpoint: str
@@ -113,6 +116,7 @@ class Summary:
     num_sessions: int
     num_requests: int
     statuses: dict[str, int]
+    turns: Turns
     ttft_s: Percentiles | None
     ttft_by_uncached: tuple[TtftClass, ...]
     inter_token_s: Percentiles | None
@@ -124,6 +128,8 @@ class Summary:
     output_tokens: int
     cached_input_tokens: int
     computed_input_tokens: int
+    untold_input_tokens: int
+    untold_requests: int
     output_tokens_per_minute: float
     cached_input_per_minute: float
     computed_input_per_minute: float
@@ -155,8 +161,9 @@ def summary(
     streams = [one for one in map(_stream_of, served) if one is not None]
     seconds = run.duration_s or max((record.end_s for record in records), default=0.0)
     output = sum(record.output_tokens for record in served)
-    cached = sum(record.cached_tokens or 0 for record in served)
-    computed = sum(record.computed_tokens for record in served)
+    told = [record for record in served if record.computed_tokens is not None]
+    cached = sum(record.cached_tokens or 0 for record in told)
+    computed = sum(record.computed_tokens or 0 for record in told)
     per_minute = 60 / seconds / devices if seconds > 0 else 0.0
     return Summary(
         endpoint=run.endpoint,
@@ -171,6 +178,7 @@ def summary(
         num_sessions=len({record.session_id for record in records}),
         num_requests=len(records),
         statuses=_statuses(records),
+        turns=turns_of(run),
         ttft_s=_percentiles(_ttfts(records)),
         ttft_by_uncached=_ttft_classes(records),
         inter_token_s=_percentiles(_joined(one.inter_token_s for one in streams)),
@@ -182,6 +190,8 @@ def summary(
         output_tokens=output,
         cached_input_tokens=cached,
         computed_input_tokens=computed,
+        untold_input_tokens=sum(one.input_tokens for one in served) - cached - computed,
+        untold_requests=len(served) - len(told),
         output_tokens_per_minute=output * per_minute,
         cached_input_per_minute=cached * per_minute,
         computed_input_per_minute=computed * per_minute,
@@ -244,12 +254,13 @@ def _ttfts(records: Iterable[RequestRecord]) -> list[float]:
 
 
 def _ttft_classes(records: Sequence[RequestRecord]) -> tuple[TtftClass, ...]:
-    """Those that have a prompt in them. What is not told to be cached counts as not cached."""
+    """Those that have a prompt in them."""
+    told = [(each, n) for each in records if (n := each.computed_tokens) is not None]
     classes = []
     for i, least in enumerate(UNCACHED_EDGES):
         below = UNCACHED_EDGES[i + 1] if i + 1 < len(UNCACHED_EDGES) else None
         limit = float("inf") if below is None else below
-        inside = [record for record in records if least <= record.computed_tokens < limit]
+        inside = [record for record, computed in told if least <= computed < limit]
         if (found := _percentiles(_ttfts(inside))) is not None:
             classes.append(TtftClass(least, below, found))
     return tuple(classes)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, product
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 WIDTH, HEIGHT = 7.4, 4.3  # inches; an SVG scales, so only the ratio and the text's size count
 INK, SOFT, GRID, WARN = "#1f2328", "#59636e", "#d8dee4", "#c0392b"
 SERIES = ("#1f6fc4", "#c4560c", "#0f8a63", "#7c4dbd", "#a3154f", "#7a6a00")
+SHAPES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"))  # of a line and its marks
 # What a page may set, and what a bare picture falls back to.
 VARIABLES = {INK: "ink", SOFT: "soft", GRID: "grid", WARN: "warn"} | {
     color: f"series-{place}" for place, color in enumerate(SERIES, start=1)
@@ -86,10 +88,10 @@ def pareto(
     figure = _figure(HEIGHT)
     axes = figure.add_subplot()
     labels = []
-    for color, curve in _colored(curves):
+    for (color, line, mark), curve in _told_apart(curves):
         x = [point.tps_per_user for point in curve.points]
         y = [point.tokens_per_minute for point in curve.points]
-        axes.plot(x, y, color=color, marker="o", markersize=5, linewidth=2)
+        axes.plot(x, y, line, color=color, marker=mark, markersize=5, linewidth=2)
         for point in curve.points:
             at = (point.tps_per_user, point.tokens_per_minute)
             _text(axes, point.load, at, (3, 7), SOFT, size=8)
@@ -110,14 +112,14 @@ def ttft(clouds: Sequence[Cloud]) -> str:
     figure = _figure(HEIGHT)
     axes = figure.add_subplot(xscale="log", yscale="log")
     labels = []
-    for color, cloud in _colored(clouds):
+    for (color, line, mark), cloud in _told_apart(clouds):
         x = np.maximum(np.asarray(cloud.uncached_tokens, dtype=float), 1.0)
         y = np.asarray(cloud.ttft_s, dtype=float)
         thin = slice(None, None, math.ceil(len(x) / MOST_DOTS) or 1)
-        axes.scatter(x[thin], y[thin], s=14, color=color, alpha=0.5, linewidth=0)
+        axes.scatter(x[thin], y[thin], s=14, color=color, marker=mark, alpha=0.5, linewidth=0)
         middle = list(_medians(x, y))
         if middle:
-            axes.plot(*zip(*middle, strict=True), color=color, linewidth=2)
+            axes.plot(*zip(*middle, strict=True), line, color=color, linewidth=2)
             labels.append(_Label(*middle[-1], cloud.name, color))
     axes.set_xlabel("prompt tokens that were not in the cache (1: none or one)")
     axes.set_ylabel("seconds to the first token; line: median")
@@ -190,11 +192,12 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _colored(things: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """`ValueError` where colours would have to repeat: nobody could tell such lines apart."""
-    if len(things) > len(SERIES):
-        raise ValueError(f"{len(things)} endpoints in one picture; {len(SERIES)} can be told apart")
-    return zip(SERIES, things, strict=False)
+def _told_apart(things: Sequence[Any]) -> Iterator[tuple[tuple[str, str, str], Any]]:
+    """Each with a colour, a line and a mark. Colours repeat with another shape; where shapes run
+    out too, the name at a line still tells."""
+    shapes = product(SHAPES, SERIES)
+    looks = ((color, line, mark) for (line, mark), color in cycle(shapes))
+    return zip(looks, things, strict=False)
 
 
 def _medians(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> Iterator[tuple[float, float]]:

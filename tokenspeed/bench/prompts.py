@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: MIT
 """Block ids made into text of real words: one id and one seed are one text, everywhere.
 
-Knows no tokenizer: how many tokens a word has is asked of the server that is measured. A prompt's
+Knows no tokenizer and no server: how many tokens a word has is told, or counted. A prompt's
 tail is the beginning of the block that stands there in the next turn, and an answer is what that
 turn's prompt says next, so that a replay with dictated answers repeats the recorded prefixes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
 from itertools import accumulate
-
-import httpx
 
 from tokenspeed.bench.session import Session, Turn, shared_blocks
 
@@ -35,10 +33,7 @@ _WORDS = tuple(
     minute model moment money month more morning most mother mouth move much music must name
     near""".split()
 )
-# Where servers tokenize, and how they call the text: vLLM and TokenSpeed, llama.cpp,
-# llama-cpp-python.
-TIMEOUT_S = 30.0
-_TOKENIZERS = (("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"))
+CALIBRATION_WORDS = 4096
 
 Message = tuple[str, str]  # "user" or "assistant", text
 
@@ -157,42 +152,16 @@ def _joined(messages: Iterator[Message]) -> list[Message]:
     return found
 
 
-def tokens_per_word(count: Callable[[str], int]) -> float:
-    """How many tokens a word of these texts has, from what `count` says of a long one."""
-    words = Prompts(0)._made("calibration", 4096)
-    tokens = count(" ".join(words))
-    if tokens <= 0:
-        raise ValueError("the server's tokenizer finds no token in a text of 4,096 words")
-    return tokens / len(words)
+def calibration_text() -> str:
+    """A long text of these words, to count its tokens."""
+    return " ".join(Prompts(0)._made("calibration", CALIBRATION_WORDS))
 
 
-def server_count(
-    base_url: str, model: str | None = None, headers: Mapping[str, str] | None = None
-) -> Callable[[str], int]:
-    """Counts a text's tokens with the server's own tokenizer.
+def tokens_per_word(num_tokens: int) -> float:
+    """How many tokens a word of these texts has where `calibration_text` has `num_tokens`.
 
-    What it returns raises ValueError if the server offers none of the known ways to ask.
+    Raises ValueError where it has none.
     """
-
-    def count(text: str) -> int:
-        return len(server_ids(base_url, text, model, headers))
-
-    return count
-
-
-def server_ids(
-    base_url: str, text: str, model: str | None = None, headers: Mapping[str, str] | None = None
-) -> list[int]:
-    """A text's token ids, with no token added in front. Raises as `server_count` does."""
-    said = []
-    for path, field in _TOKENIZERS:
-        body: dict[str, object] = {field: text, "add_special_tokens": False}
-        body = body if field == "prompt" else {field: text}
-        url = base_url.rstrip("/").removesuffix("/v1") + path
-        body |= {"model": model} if model else {}
-        answer = httpx.post(url, json=body, headers=headers, timeout=TIMEOUT_S, trust_env=False)
-        tokens = answer.json().get("tokens") if answer.status_code == 200 else None
-        if isinstance(tokens, list) and (tokens or not text):
-            return [int(token) for token in tokens]
-        said.append(f"{path} with {field!r}: HTTP {answer.status_code}")
-    raise ValueError(f"{base_url} does not tokenize ({'; '.join(said)})")
+    if num_tokens <= 0:
+        raise ValueError(f"the tokenizer finds no token in a text of {CALIBRATION_WORDS} words")
+    return num_tokens / CALIBRATION_WORDS

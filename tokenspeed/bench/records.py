@@ -50,17 +50,21 @@ class RequestRecord:
         return None if self.first_token_s is None else self.first_token_s - self.sent_s
 
     @property
-    def computed_tokens(self) -> int:
-        """Tokens of the prompt that had to be computed, as far as the endpoint tells."""
+    def computed_tokens(self) -> int | None:
+        """Tokens of the prompt that had to be computed: all of it where the endpoint has answered
+        and does not tell; None where the stream ended before it could."""
+        if self.cached_tokens is None and self.status != "ok":
+            return None
         return self.input_tokens - (self.cached_tokens or 0)
 
 
 @dataclass(slots=True)
 class Run:
-    """One endpoint under one load. `rate` is sessions per second; None in a closed loop, where
-    `concurrency` sessions are under way at once.
+    """One endpoint under one load. `rate` is sessions per second, without those that others
+    started; None in a closed loop, where `concurrency` sessions are under way at once.
 
-    `died`: what ended the endpoint before the run was over.
+    `died`: what ended the endpoint before the run was over. `num_turns`: of the workload, whether
+    or not they were sent; None where nobody knows.
     """
 
     endpoint: str
@@ -78,6 +82,7 @@ class Run:
     history: str = "blocks"
     forced: bool = False
     died: str | None = None
+    num_turns: int | None = None
     records: list[RequestRecord] = field(default_factory=list)
 
     def header(self) -> dict[str, Any]:

@@ -60,13 +60,13 @@ def overview_table(summaries: Sequence[Summary]) -> Table:
     """A row a run, with the figures that decide; for more runs than stand beside one another."""
     floors = [floor.floor for floor in summaries[0].floors] if summaries else []
     header = [
-        "", "TPS p50", "in 1 s p1", "output/min", "all/min", "TTFT p50, ms", "p99", "hits", "failed"
+        "", "TPS p50", "in 1 s p1", "output/min", "all/min", "TTFT p50, ms", "p99", "hits",
+        "unanswered", "hung up"
     ]  # fmt: skip
     rows = []
     for each in summaries:
         ttft, tps, window = each.ttft_s, each.stream_tps, each.window_tps
         typical, slowest = (None, None) if ttft is None else (ttft.p50, ttft.p99)
-        unanswered = each.num_requests - each.statuses.get("ok", 0)
         cells = [
             number(None if tps is None else tps.p50),
             number(None if window is None else window.p1),
@@ -75,12 +75,14 @@ def overview_table(summaries: Sequence[Summary]) -> Table:
             number(typical, 1e3),
             number(slowest, 1e3),
             share(each.hit_rate),
-            number(unanswered),
+            number(each.turns.unanswered),
+            number(each.turns.hung_up),
         ]
         rows.append((label(each), *cells, *map(_attained, each.floors)))
     header += [f"at {floor:g} TPS" for floor in floors]
-    note = "Tokens are of one device; the last columns are shares of stream-seconds."
-    return Table("Runs", tuple(header), rows, note if floors else "Tokens are of one device.")
+    note = "Tokens are of one device; turns that got no answer, and that were left amid it."
+    note += " The last columns are shares of stream-seconds." if floors else ""
+    return Table("Runs", tuple(header), rows, note)
 
 
 def ttft_table(summaries: Sequence[Summary]) -> Table:
@@ -135,6 +137,12 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             each.cached_tokens is None for each in run.records
         ):
             said.append(f"{label(run)}: does not tell cached tokens; all count as computed")
+        untold = [each for each in run.records if each.token_times and each.computed_tokens is None]
+        if untold:
+            said.append(
+                f"{label(run)}: {len(untold)} of {len(run.records)} ended before it was told what"
+                " of their prompts was cached; these prompts are left out"
+            )
     return said
 
 
@@ -242,6 +250,24 @@ def _attained(floor: FloorResult) -> str:
     return share(floor.attainment if floor.num_streams else None)
 
 
+def _sent(each: Summary) -> str:
+    planned = "" if each.turns.planned is None else f" of {number(each.turns.planned)}"
+    return f"{number(each.turns.sent)}{planned}"
+
+
+def _unanswered(each: Summary) -> str:
+    found = each.turns
+    kinds = {"refused": found.refused, "failed": found.failed, "cut off": found.cut_off}
+    those = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    return f"{found.unanswered}: {those}" if those else "0"
+
+
+def _untold(each: Summary) -> str:
+    if not each.untold_requests:
+        return NONE
+    return f"{number(each.untold_input_tokens)} in {each.untold_requests} requests"
+
+
 def _refused(each: Summary) -> str:
     found = each.refusals
     if not found.count:
@@ -251,6 +277,8 @@ def _refused(each: Summary) -> str:
 
 _ROWS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("sessions", lambda s: number(s.num_sessions)),
+    ("turns sent", _sent),
+    ("turns without an answer", _unanswered),
     ("requests", lambda s: number(s.num_requests)),
     ("answered", lambda s: number(s.statuses.get("ok", 0))),
     ("refused", _refused),
@@ -267,6 +295,7 @@ _ROWS: tuple[tuple[str, Callable[[Summary], str]], ...] = (
     ("output tokens a minute and device", lambda s: number(s.output_tokens_per_minute)),
     ("computed prompt tokens a minute and device", lambda s: number(s.computed_input_per_minute)),
     ("cached prompt tokens a minute and device", lambda s: number(s.cached_input_per_minute)),
+    ("prompt tokens left out", _untold),
     ("all tokens a minute and device", lambda s: number(s.total_tokens_per_minute)),
     ("cache hit rate", lambda s: share(s.hit_rate)),
     ("cost of a session", lambda s: number(s.cost_per_session)),

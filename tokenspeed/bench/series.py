@@ -52,11 +52,13 @@ def timeline_of(run: Run) -> Timeline:
 
 
 def cloud_of(run: Run) -> Cloud:
-    """Tokens that the endpoint computed before its first one, and how long that took."""
+    """Tokens that the endpoint computed before its first one, and how long that took; where both
+    are known."""
     seen = [
-        (record.computed_tokens, ttft)
+        (computed, ttft)
         for record in run.records
         if (ttft := record.ttft_s) is not None and ttft > 0 and record.input_tokens > 0
+        if (computed := record.computed_tokens) is not None
     ]
     tokens, seconds = zip(*seen, strict=True) if seen else ((), ())
     return Cloud(run.endpoint, tuple(tokens), tuple(seconds))

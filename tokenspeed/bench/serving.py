@@ -36,6 +36,7 @@ def serving_result(
 ) -> dict[str, Any]:
     """What `--save-result` saves. Times in milliseconds, `duration` in seconds."""
     done = [record for record in run.records if record.status == "ok"]
+    left = [record for record in run.records if record.status == "cancelled"]
     tokens_in = sum(record.input_tokens for record in done)
     tokens_out = sum(record.output_tokens for record in done)
     seconds = run.duration_s or math.inf
@@ -46,7 +47,8 @@ def serving_result(
         "model_id": run.model,
         "duration": run.duration_s,
         "completed": len(done),
-        "failed": len(run.records) - len(done),
+        "failed": len(run.records) - len(done) - len(left),
+        "cancelled": len(left),
         "total_input_tokens": tokens_in,
         "total_output_tokens": tokens_out,
         "request_throughput": len(done) / seconds,
@@ -65,6 +67,7 @@ def serving_text(result: dict[str, Any], metrics: Sequence[str]) -> str:
     lines = [
         _line("Successful requests:", result["completed"]),
         _line("Failed requests:", result["failed"]),
+        *([_line("Cancelled requests:", result["cancelled"])] if result["cancelled"] else ()),
         _line("Benchmark duration (s):", result["duration"]),
         _line("Total input tokens:", result["total_input_tokens"]),
         _line("Total generated tokens:", result["total_output_tokens"]),

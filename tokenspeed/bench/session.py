@@ -60,6 +60,12 @@ class Workload:
         return sum(len(session.turns) for session in self.sessions)
 
     @property
+    def top_level(self) -> tuple[Session, ...]:
+        """Sessions that no other one of the workload started: those that arrive."""
+        names = {session.session_id for session in self.sessions}
+        return tuple(session for session in self.sessions if session.parent not in names)
+
+    @property
     def input_tokens(self) -> int:
         return sum(session.input_tokens for session in self.sessions)
 

@@ -105,6 +105,11 @@ def agentic(args: argparse.Namespace) -> int:
 
     if args.concurrency is not None and args.rate is not None:
         raise ValueError("--concurrency and --rate exclude each other")
+    if args.rate is not None and args.time_scale != 1:
+        raise ValueError(
+            f"--rate {args.rate:g} and --time-scale {args.time_scale:g} contradict each other: one"
+            " says when sessions begin, the other would multiply it"
+        )
     judge, options = bench_options.judge_of(args), bench_options.load_of(args, args.concurrency)
     workload = bench_options.workload_of(args, args.sessions, args.span)
     if args.rate is not None:

@@ -9,6 +9,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.config import traces_place
+
 if TYPE_CHECKING:
     from tokenspeed.bench.client import Endpoint
     from tokenspeed.bench.compare import Judge
@@ -125,7 +127,7 @@ def _sessions(name: str, path: Path | None, common: dict[str, Any]) -> "Workload
     if path is not None and name == "weka":
         return weka.make(path, **common)
     if name == "traces":
-        return traces.make(path, **common)
+        return traces.make(path or traces_place(), **common)
     return published.make(**common) if name == "published" else generated.make(**common)
 
 

@@ -74,7 +74,7 @@ def make_bench(
     from tokenspeed.bench.compare import Bench, calibrate
 
     if words is None:
-        words, reason = calibrate(endpoints)
+        words, reason = asyncio.run(calibrate(endpoints))
         if reason is not None:
             said = f"a word is taken for one token, for no endpoint tokenizes ({reason})"
             print(f"! {said}", file=sys.stderr)

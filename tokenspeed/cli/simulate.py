@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from tokenspeed.cli.options import add_options, flag_of, options_of
+from tokenspeed.config import traces_place
 from tokenspeed.planner.devices import DEVICES, find_device
 from tokenspeed.simulation.options import SimulationOptions
 from tokenspeed.spmd.mesh import Mesh
@@ -82,6 +83,8 @@ def _workload(args: argparse.Namespace) -> "Workload":
 
     given = _given(args, ("sessions", "seed", "scale", "span_s"))
     if args.workload in MADE:
+        if args.workload == "traces":
+            given["path"] = traces_place()
         made = import_module(f"tokenspeed.bench.workloads.{args.workload}").make(**given)
         return condense(made)
     if given:

@@ -6,7 +6,6 @@ stop, input_types, output_types, type]`; an object in its place is a subagent. B
 session's own: what sessions share (a client's system prompt) is not told, so none is assumed.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,25 @@ ROW = "t_s input_tokens output_tokens keep new_ranges think_time_s api_time_s tt
 ROW += "input_types output_types type".split()
 
 
-def default_path() -> Path:
-    """Of the file that `TOKENSPEED_TRACES` (a folder, or the file) names; it need not exist."""
-    place = Path(os.environ.get("TOKENSPEED_TRACES", "../shared/traces"))
-    return place if place.suffix in (".gz", ".jsonl") else place / FILE
+def file_in(place: Path) -> Path:
+    """Of a folder the file that is in it, of anything else itself."""
+    return place / FILE if place.is_dir() else place
 
 
 def make(
-    path: Path | None = None,
+    path: Path,
     *,
     sessions: int | None = None,
     seed: int = 0,
     scale: float = 1.0,
     span_s: float = 0.0,
 ) -> Workload:
-    """Sessions of the file: all, or so many chosen by the seed. They start within `span_s`.
+    """Sessions of the file, or of the one in the folder: all, or so many chosen by the seed. They
+    start within `span_s`.
 
     Raises ValueError for a malformed file (with the line), and for senseless arguments.
     """
-    chosen, rng = chosen_lines(path or default_path(), sessions, seed)
+    chosen, rng = chosen_lines(file_in(path), sessions, seed)
     ids, found = Ids(), list[Session]()
     begin = checks.starts(rng, len(chosen), span_s)
     for (where, line), start_s in zip(chosen, begin, strict=True):
