@@ -52,6 +52,7 @@ FIRST_ID, NUM_IDS = 10, 4000  # of the demo's vocabulary
 EXPERTS, PER_TOKEN = 8, 2
 LEARNT = (
     *("step", "decode_rows", "prefill_tokens", "context_thousands", "experts"),
+    *("prefills", "prefill_context_millions"),
     *PREFILL_FEATURES,
 )
 ROUNDS = 8

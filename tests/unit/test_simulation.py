@@ -153,7 +153,7 @@ def test_what_cannot_be_served_ends_its_session() -> None:
 
 
 def test_a_full_queue_refuses() -> None:
-    options = replace(ROOMY, max_num_seqs=1, max_queue_len=1)
+    options = replace(ROOMY, max_num_seqs=1, max_queue_len=1, retries=0)
     many = [session(turn([i], output=2), name=f"{i}", start_s=i / 64) for i in range(4)]
     found = play(*many, options=options)
     assert [o.status for o in found] == ["ok", "ok", "refused", "refused"]

@@ -23,11 +23,16 @@ from tokenspeed.simulation.options import SimulationOptions
 from tokenspeed.spmd.mesh import Mesh
 
 if TYPE_CHECKING:  # they need torch, which no other command should wait for
+    from tokenspeed.cli.simulated_floors import Floors
     from tokenspeed.simulation.device_profile import DeviceProfile
     from tokenspeed.simulation.sessions import Workload
     from tokenspeed.simulation.simulate import Simulation
 
 MADE = ("generated", "published", "traces")  # workloads that are made here, see bench/workloads
+COUNTS = (
+    *("num_steps", "num_calls", "num_preemptions", "num_drafts", "num_accepted_drafts"),
+    *("num_late", "floor_misses_for_progress", "num_unmeetable", "step_time_error"),
+)
 AXES = {"tp": "share each layer", "ep": "share the experts", "dp": "have requests of their own"}
 
 
@@ -57,23 +62,28 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the run's raw file")
     text = "tokens so near to each other are one event of the raw file (default: 0)"
     parser.add_argument("--event-s", type=float, default=0.0, metavar="X", help=text)
+    text = "floors of tokens per second whose attainment is printed (default: --tps-floor)"
+    parser.add_argument("--floors", type=float, nargs="+", metavar="F", help=text)
     parser.add_argument("--json", action="store_true", help="print values for programs")
     parser.set_defaults(run=run, parser=parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    from tokenspeed.cli.simulated_floors import Floors
     from tokenspeed.simulation.sessions import write_workload
     from tokenspeed.simulation.simulate import Simulation
 
     if not 0 <= args.event_s < math.inf:
         raise ValueError(f"--event-s must be finite and not negative: {args.event_s}")
     options = SimulationOptions(**options_of(args, SimulationOptions))
+    promised = [] if options.tps_floor is None else [options.tps_floor]
+    floors = Floors(args.floors or promised)
     workload = _workload(args)
     if args.write_workload:
         write_workload(args.write_workload, workload)
     profile, options, mesh = _devices(args, options)
     simulation = Simulation(workload, profile, options, num_dp=mesh.dp)
-    figures = _play(args, simulation, mesh.num_ranks)
+    figures = _play(args, simulation, mesh.num_ranks, floors)
     print(json.dumps(figures) if args.json else "\n".join(_lines(figures)))
     return 0
 
@@ -142,7 +152,9 @@ def _flags(given: dict[str, Any]) -> str:
     return ", ".join(map(flag_of, given))
 
 
-def _play(args: argparse.Namespace, simulation: "Simulation", num_devices: int) -> dict[str, Any]:
+def _play(
+    args: argparse.Namespace, simulation: "Simulation", num_devices: int, floors: "Floors"
+) -> dict[str, Any]:
     from tokenspeed.simulation.raw_file import RawFile
     from tokenspeed.simulation.tally import Tally
 
@@ -155,16 +167,18 @@ def _play(args: argparse.Namespace, simulation: "Simulation", num_devices: int) 
             stack.callback(raw.close)
         for outcome in simulation.outcomes():
             tally.add(outcome)
+            floors.add(outcome.token_times_s)
             if raw is not None:
                 raw.write(outcome)
             bar.update()
     stats = simulation.stats()
-    counts = {name: stats[name] for name in ("num_steps", "num_calls", "num_preemptions")}
+    counts = {name: stats[name] for name in COUNTS if name in stats}
     return {
         "profile": simulation.profile.name,
         "num_devices": num_devices,
         "duration_s": stats["now_s"],
         **tally.figures(stats["now_s"], num_devices),
+        **floors.figures(),
         **counts,
     }
 

@@ -35,6 +35,7 @@ class Sending:
 class _Progress:
     turn: int
     blocks: Blocks  # of the prompt before
+    retries: int = 0  # that are left for this turn
 
 
 class Clients:
@@ -42,8 +43,9 @@ class Clients:
     the first one's on; otherwise so many are under way at once, and another begins when one ends.
 
     `time_scale` multiplies starts and gaps. No turn is sent at `duration_s` or later. What is sent
-    arrives `request_s` later. `forced`: an answer is what the session's next prompt goes on with,
-    as if it were dictated.
+    arrives `request_s` later. A turn that is refused is sent again `retries` times, each after the
+    wait that it is told. `forced`: an answer is what the session's next prompt goes on with, as if
+    it were dictated.
     """
 
     def __init__(
@@ -54,10 +56,12 @@ class Clients:
         time_scale: float = 1.0,
         duration_s: float = float("inf"),
         request_s: float = 0.0,
+        retries: int = 0,
         forced: bool = False,
     ) -> None:
         self._sessions, self._time_scale = sessions, time_scale
-        self._duration_s, self._request_s, self._forced = duration_s, request_s, forced
+        self._duration_s, self._request_s = duration_s, request_s
+        self._retries, self._forced = retries, forced
         self._events: list[tuple[float, int, float]] = []  # arrival, session, sending
         self._under_way: dict[int, _Progress] = {}
         self._later: deque[int] = deque()  # of a closed loop
@@ -94,12 +98,24 @@ class Clients:
         if self._later:
             self._begin(self._later.popleft(), now_s)
 
+    def refused(self, index: int, now_s: float, wait_s: float) -> None:
+        """The turn that this session sent last was refused; it may come again after `wait_s`."""
+        progress = self._under_way[index]
+        if not progress.retries:
+            self.over(index, now_s, answered=False)
+            return
+        progress.retries -= 1
+        self._push(index, now_s + wait_s)
+
     def _begin(self, index: int, now_s: float) -> None:
         self._under_way[index] = _Progress(0, np.empty(0, np.int64))
         self._plan(index, now_s, self._sessions[index].turns[0])
 
     def _plan(self, index: int, now_s: float, turn: Turn) -> None:
-        sent_s = now_s + turn.gap_s * self._time_scale
+        self._under_way[index].retries = self._retries
+        self._push(index, now_s + turn.gap_s * self._time_scale)
+
+    def _push(self, index: int, sent_s: float) -> None:
         if sent_s < self._duration_s:
             heapq.heappush(self._events, (sent_s + self._request_s, index, sent_s))
 

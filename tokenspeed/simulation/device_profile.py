@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._policy import FEATURES, experts_touched
+from tokenspeed.engine.step_times import Experts
 from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, PlanView
 
 
@@ -27,6 +28,7 @@ class StepShape:
     prefill_starts: NDArray[np.int32]
     prefill_counts: NDArray[np.int32]
     sampled_rows: int
+    verify_tokens: int = 0  # drafts of the decoding rows, whose context they are part of
 
     @property
     def prefill_tokens(self) -> int:
@@ -45,16 +47,20 @@ NO_ROWS = np.empty(0, np.int32)
 NOTHING = StepShape(0, 0, NO_ROWS, NO_ROWS, 0)
 
 
-def shape_of(plan: PlanView) -> StepShape:
-    """Of a plan, its drafts left out."""
-    ends = plan.starts + plan.num_tokens - plan.num_draft
+def shape_of(plan: PlanView, *, verifies: bool = False) -> StepShape:
+    """Of a plan. `verifies`: with its drafts, which are left out otherwise."""
+    ends, drafts = plan.starts + plan.num_tokens, 0
+    if verifies:
+        drafts = int(plan.num_draft.sum())
+    else:
+        ends = ends - plan.num_draft
     sampled = int(np.count_nonzero(plan.flags & ROW_SAMPLE))
     is_prefill = plan.flags & ROW_PREFILL != 0
     if not is_prefill.any():
-        return StepShape(plan.num_rows, int(ends.sum()), NO_ROWS, NO_ROWS, sampled)
+        return StepShape(plan.num_rows, int(ends.sum()), NO_ROWS, NO_ROWS, sampled, drafts)
     starts, counts = plan.starts[is_prefill], plan.num_tokens[is_prefill]
     rows = plan.num_rows - len(starts)
-    return StepShape(rows, int(ends[~is_prefill].sum()), starts, counts, sampled)
+    return StepShape(rows, int(ends[~is_prefill].sum()), starts, counts, sampled, drafts)
 
 
 class DeviceProfile(Protocol):
@@ -74,6 +80,9 @@ class DeviceProfile(Protocol):
     def noise(self) -> float:
         """Standard deviation of a step's relative error."""
 
+    @property
+    def experts(self) -> Experts: ...
+
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         """Of one step on the device."""
 
@@ -82,8 +91,8 @@ class DeviceProfile(Protocol):
 
 
 # What a step with prompts costs beside `FEATURES`: that it has any, which no captured step has;
-# thousands of tokens that their rows read; millions of pairs of a new token and one that it sees.
-PREFILL_FEATURES = ("prefills", "prefill_context_thousands", "prefill_pairs_millions")
+# thousands of tokens that their rows read.
+PREFILL_FEATURES = ("prefill_step", "prefill_read_thousands")
 
 
 @dataclass(frozen=True)
@@ -116,22 +125,30 @@ class LinearProfile:
         if not 0 <= self.experts_per_token <= self.num_experts:
             raise ValueError(f"profile {self.name}: more experts_per_token than num_experts")
 
+    @property
+    def experts(self) -> Experts:
+        return Experts(self.num_experts, self.experts_per_token)
+
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         tell = self.coefficients.get
         return sum(tell(name, 0.0) * amount for name, amount in self.amounts(shapes).items())
 
     def amounts(self, shapes: Sequence[StepShape]) -> dict[str, float]:
-        """How much of each feature a step without drafts has; what is missing is 0."""
+        """How much of each feature a step has; what is missing is 0."""
         rows = sum(shape.decode_rows for shape in shapes)
         context = sum(shape.decode_context for shape in shapes)
         found = {"step": 1.0, "decode_rows": float(rows), "context_thousands": context / 1000}
-        prefill = 0
+        prefill, verify = 0, sum(shape.verify_tokens for shape in shapes)
+        if verify:
+            found |= {"verify_tokens": float(verify), "verifies": 1.0}
         for shape in shapes:
             if not shape.only_decodes:
                 prefill += shape.prefill_tokens
                 _add_prefill(found, shape.prefill_starts, shape.prefill_counts)
         if self.num_experts:
-            touched = experts_touched(rows + prefill, self.num_experts, self.experts_per_token)
+            touched = experts_touched(
+                rows + verify + prefill, self.num_experts, self.experts_per_token
+            )
             found["experts"] = touched
         return found
 
@@ -146,12 +163,13 @@ def _add_prefill(
     """The features of prompts' rows, on top of what is there."""
     new = counts.astype(np.float64)
     read = float((starts + new).sum()) / 1000
-    pairs = float((new * (starts + (new + 1) / 2)).sum()) / 1e6
-    values = {"prefill_tokens": float(new.sum()), "context_thousands": read}
-    values |= {"prefill_context_thousands": read, "prefill_pairs_millions": pairs}
+    pairs = float((new * (starts + new / 2)).sum()) / 1e6
+    values = {"prefills": float(len(new)), "prefill_tokens": float(new.sum())}
+    values |= {"context_thousands": read, "prefill_read_thousands": read}
+    values["prefill_context_millions"] = pairs
     for name, value in values.items():
         found[name] = found.get(name, 0.0) + value
-    found["prefills"] = 1.0
+    found["prefill_step"] = 1.0
 
 
 def read_profile(path: Path) -> LinearProfile:

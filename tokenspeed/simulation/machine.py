@@ -5,7 +5,7 @@ The loop is the engine's: plan, launch, commit the oldest when enough are in fli
 can change for some steps (all rows decode, nobody comes, nobody ends), these are one call: every
 row gets a draft as long as the stretch, and all of it comes true. The scheduler goes through the
 same states at the stretch's ends as it does step by step (a test compares both); each token has the
-time of the step that would have made it.
+time of the step that would have made it. Who paces, and drafts that may be wrong, want each step.
 """
 
 from array import array
@@ -16,10 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._scheduler import FINISH_NONE, Updates
+from tokenspeed.engine.pacing import Pacing
 from tokenspeed.engine.schedulers import Schedulers
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.execution.plan_view import PlanView
 from tokenspeed.simulation.clients import ANSWER_ID, Sending
 from tokenspeed.simulation.device_profile import NOTHING, DeviceProfile, StepShape, shape_of
+from tokenspeed.simulation.drafts import Drafts
 
 LONGEST_STRETCH = 4096  # steps
 NOISE_STEPS = 1 << 16  # the noise repeats after so many
@@ -33,8 +36,10 @@ class Live:
     sending: Sending
     left: int  # tokens until it ends or its client hangs up
     cancels: bool
+    chance: float = 0.0  # of its drafts
     cached_tokens: int = 0
     times_s: "array[float]" = field(default_factory=lambda: array("d"))  # of each token
+    retry_after_s: float | None = None  # it has waited too long, and will not run
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +52,10 @@ class _Step:
 
 
 class Machine:
-    """Submits, steps, and says who has ended. `now_s` goes from step to step."""
+    """Submits, steps, and says who has ended. `now_s` goes from step to step.
+
+    `pacing` comes with the `times` that it foretells steps by.
+    """
 
     def __init__(
         self,
@@ -60,12 +68,19 @@ class Machine:
         noise: float = 0.0,
         seed: int = 0,
         stretches: bool = True,
+        drafts: Drafts | None = None,
+        pacing: Pacing | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         self.now_s = 0.0
         self.num_steps = 0  # of the device
         self.num_calls = 0  # of `step` that planned anything
         self._schedulers, self._profile = schedulers, profile
-        self._depth, self._stretches = overlap_depth, stretches and overlap_depth == 0
+        self._drafts, self._pacing, self._times = drafts, pacing, times
+        if pacing is not None:
+            schedulers.pace(pacing.policy)
+        each = overlap_depth > 0 or drafts is not None or pacing is not None
+        self._depth, self._stretches = overlap_depth, stretches and not each
         self._budget, self._max_model_len = max_num_batched_tokens, max_model_len
         self._live: dict[int, Live] = {}
         self._slots: dict[tuple[int, int], int] = {}  # (scheduler, slot) -> request
@@ -86,15 +101,24 @@ class Machine:
 
     def submit(
         self, request_id: int, sending: Sending, cancel_after: int | None, **of: int
-    ) -> None:
-        """`of`: `max_tokens` and `user`. `ValueError` as the scheduler says it."""
+    ) -> float | None:
+        """`of`: `max_tokens` and `user`. None: it will run; or after how many seconds it may come
+        again. `ValueError` as the scheduler says it."""
+        if self._pacing is not None:
+            self._schedulers.advance(self.now_s)
         self._schedulers.submit(request_id, sending.prompt, b"", **of)
+        if self._pacing is not None and (refusal := self._pacing.refusal(request_id)):
+            self._schedulers.abort(request_id)
+            return refusal.retry_after_s
         left = min(of["max_tokens"], self._max_model_len - len(sending.prompt))
         cancels = cancel_after is not None and cancel_after < left
         self._live[request_id] = Live(
             request_id, sending, cancel_after if cancels and cancel_after else left, cancels
         )
+        if self._drafts is not None:
+            self._live[request_id].chance = self._drafts.chance(request_id)
         self._calm = False
+        return None
 
     def release(self, tokens: NDArray[np.int32]) -> int:
         """Drops the cached pages of these tokens, as far as nothing else needs them."""
@@ -106,12 +130,24 @@ class Machine:
         wanted = self._offer_stretch(next_s) if self._calm and self._stretches else 1
         plans = self._schedulers.next_plans()
         if plans is not None:
+            if self._times is not None:
+                self._times.launched(plans, self.now_s)
             self._launch(plans, wanted)
-        ended: list[Live] = []
+        ended = [] if self._pacing is None else self._overdue(self._pacing)
         if len(self._in_flight) > (self._depth if plans is not None else 0):
-            ended = self._commit(self._in_flight.popleft())
-        elif plans is None:
+            ended += self._commit(self._in_flight.popleft())
+        elif plans is None and not ended:
             raise RuntimeError("requests wait, and nothing can run")
+        return ended
+
+    def _overdue(self, pacing: Pacing) -> list[Live]:
+        """Ends who has waited for a first step longer than they may."""
+        ended = []
+        for answer in pacing.overdue():
+            live = self._live.pop(answer.request_id)
+            live.retry_after_s = answer.retry_after_s
+            self._schedulers.abort(answer.request_id)
+            ended.append(live)
         return ended
 
     def _offer_stretch(self, next_s: float | None) -> int:
@@ -131,7 +167,8 @@ class Machine:
         return steps
 
     def _launch(self, views: list[PlanView | None], wanted: int) -> None:
-        shapes = [NOTHING if view is None else shape_of(view) for view in views]
+        real = self._drafts is not None
+        shapes = [NOTHING if view is None else shape_of(view, verifies=real) for view in views]
         offered = [int(view.num_draft.min()) + 1 for view in views if view is not None]
         ends_s = self._ends_s(shapes, min([wanted, *offered]))
         self._free_s = float(ends_s[-1])
@@ -159,21 +196,31 @@ class Machine:
 
     def _commit(self, step: _Step) -> list[Live]:
         self.now_s = max(self.now_s, float(step.ends_s[-1]))
+        if self._pacing is not None:
+            self._schedulers.advance(self.now_s)
         ended: list[Live] = []
         for index, view in enumerate(step.views):
             if view is not None:
                 updates = self._schedulers.commit(index, self._result(index, view, step))
                 ended += self._take(updates, step.ends_s)
         self._calm = step.only_decodes and not ended
+        if self._times is not None:
+            self._times.committed(self.now_s)
+        if self._pacing is not None:
+            self._pacing.committed()
         return ended
 
     def _result(self, index: int, view: PlanView, step: _Step) -> NDArray[np.int32]:
-        """Every row that samples accepts one id for each step that this one stands for."""
+        """Every row that samples accepts one id for each step that this one stands for, or one more
+        than there are drafts that come true."""
         for slot, request_id in zip(
             view.binds[:, 0].tolist(), view.bound_request_ids(), strict=True
         ):
             self._slots[index, slot] = request_id
-        counts = np.minimum(view.num_places, len(step.ends_s))
+        if self._drafts is None:
+            counts = np.minimum(view.num_places, len(step.ends_s))
+        else:
+            counts = self._num_right(index, view, self._drafts)
         ids = np.full(int(counts.sum()), ANSWER_ID, np.int32)
         at = 0
         for slot, count in zip(view.slots.tolist(), counts.tolist(), strict=True):
@@ -182,6 +229,12 @@ class Machine:
                 ids[at : at + count] = self._answer(live, count)
             at += count
         return view.result(ids, counts, np.zeros(view.num_rows, np.bool_))
+
+    def _num_right(self, index: int, view: PlanView, drafts: Drafts) -> NDArray[np.int32]:
+        lives = (self._live.get(self._slots[index, slot]) for slot in view.slots.tolist())
+        chances = np.array([0.0 if live is None else live.chance for live in lives])
+        right = 1 + drafts.accepted(chances, view.num_draft)
+        return np.where(view.num_places > 0, right, 0).astype(np.int32)
 
     def _answer(self, live: Live, count: int) -> NDArray[np.int32]:
         """What the request says next."""
@@ -203,13 +256,16 @@ class Machine:
             if not live.times_s:
                 self._schedulers.started(request_id)
                 live.cached_tokens = num_cached
-            live.times_s.frombytes(ends_s[:num_ids].tobytes())
+            times_s = ends_s[:num_ids] if len(ends_s) > 1 else np.repeat(ends_s, num_ids)
+            live.times_s.frombytes(times_s.tobytes())
             live.left -= num_ids
             if finish != FINISH_NONE:
                 self._schedulers.forget(request_id)
             elif live.left <= 0:
                 self._schedulers.abort(request_id)
             else:
+                if self._drafts is not None:
+                    self._schedulers.speculate(request_id, self._answer(live, self._drafts.depth))
                 continue
             del self._live[request_id]
             ended.append(live)

@@ -67,7 +67,7 @@ def record(outcome: Outcome, event_s: float = 0.0) -> dict[str, Any]:
         "input_tokens": turn.input_tokens,
         "cached_tokens": outcome.cached_tokens,
         "output_tokens": len(outcome.token_times_s),
-        "retry_after_s": None,
+        "retry_after_s": outcome.retry_after_s,
         "token_times": times,
         "token_counts": counts,
     }

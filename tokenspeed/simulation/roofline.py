@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenspeed.engine.drafting import experts_of
 from tokenspeed.planner.devices import Device
 from tokenspeed.planner.estimate import Estimate
 from tokenspeed.planner.ops import Op
@@ -38,19 +39,20 @@ class RooflineProfile:
         self.name = f"{found.workload.planned.name} on {found.mesh.num_ranks} x {found.device.name}"
         self.host_s, self.request_s, self.noise = host_s, request_s, 0.0
         workload, device = found.workload, found.device
+        self.experts = experts_of(workload.planned.model.modules())
         self._attention = [
             (entry.counts[0], _Attention(entry.op, device))
             for entry in workload.entries
             if entry.op.kind == "attention"
         ]
         self._base, self._logits = _tables(workload, device, found.load.step_tokens, found.mesh.dp)
-        slope = sum(count * attention.decode_s for count, attention in self._attention)
+        slope = sum(count * attention.decode_s(1) for count, attention in self._attention)
         self._decode_s = float(slope)  # of a token of context that a decoding row reads
 
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         """All data-parallel ranks meet in each layer: the slowest of each part counts."""
-        tokens = max(shape.decode_rows + shape.prefill_tokens for shape in shapes)
-        sampled = max(shape.sampled_rows for shape in shapes)
+        tokens = max(s.decode_rows + s.verify_tokens + s.prefill_tokens for s in shapes)
+        sampled = max(shape.sampled_rows + shape.verify_tokens for shape in shapes)
         base = float(self._base[min(tokens, len(self._base) - 1)])
         logits = float(self._logits[min(sampled, len(self._logits) - 1)])
         return base + logits + max(map(self._attention_s, shapes))
@@ -60,7 +62,9 @@ class RooflineProfile:
         return slowest.decode_rows * self._decode_s
 
     def _attention_s(self, shape: StepShape) -> float:
-        seconds = shape.decode_context * self._decode_s
+        new = 1 + shape.verify_tokens / max(shape.decode_rows, 1)  # tokens of a row
+        slope = sum(count * attention.decode_s(new) for count, attention in self._attention)
+        seconds = shape.decode_context * float(slope)
         if not shape.only_decodes:
             for count, attention in self._attention:
                 seconds += count * attention.prefill_s(shape.prefill_starts, shape.prefill_counts)
@@ -68,12 +72,15 @@ class RooflineProfile:
 
 
 class _Attention:
-    """One attention op: what a row of one token costs for each token of its context, and chunks."""
+    """One attention op: what a decoding row costs for each token of its context, and chunks."""
 
     def __init__(self, op: Op, device: Device) -> None:
         self._read_s = op.kv_bytes / device.bytes_per_s()
         self._flop_s = op.kv_flops / device.flops_per_s("bf16")
-        self.decode_s = max(self._read_s, self._flop_s)
+
+    def decode_s(self, new: float) -> float:
+        """Of a row of so many tokens, each of which sees a token that is read once."""
+        return max(self._read_s, new * self._flop_s)
 
     def prefill_s(self, starts: NDArray[np.int32], counts: NDArray[np.int32]) -> float:
         context, new = starts.astype(np.float64), counts.astype(np.float64)

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokenspeed._scheduler import Scheduler
+from tokenspeed.engine.pacing import Pacing
 from tokenspeed.engine.schedulers import Schedulers, user_key
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.simulation.clients import Clients, Sending
 from tokenspeed.simulation.device_profile import DeviceProfile
+from tokenspeed.simulation.drafts import Drafts
 from tokenspeed.simulation.idle_cache import IdleCache
 from tokenspeed.simulation.machine import Live, Machine
 from tokenspeed.simulation.options import SimulationOptions
@@ -20,6 +23,12 @@ from tokenspeed.simulation.sessions import Session, Workload
 
 HASH_KEY = bytes(16)  # of prefixes: nobody can attack a simulation, and runs are alike
 OK, INVALID, OVERLOADED = 200, 400, 503  # as the gateway answers
+FULL_WAIT_S = 1.0  # told to who finds the queue full
+NO_ROOM = "no room: the request would wait longer than it may"
+PACING_STATS = (
+    *("num_late", "floor_misses_for_progress", "num_unmeetable", "num_refused"),
+    "step_time_error",
+)
 
 
 @dataclass(slots=True)
@@ -35,6 +44,7 @@ class Outcome:
     error: str | None
     cached_tokens: int
     token_times_s: "array[float]"
+    retry_after_s: float | None = None  # told with a refusal
 
 
 class Simulation:
@@ -54,6 +64,8 @@ class Simulation:
         """
         if options.num_pages is None or options.max_model_len is None:
             raise ValueError("num_pages and max_model_len: a run needs both")
+        if options.pacing.is_on and num_dp > 1:
+            raise ValueError("tps_floor and max_queue_wait_s: pacing is for one group (dp 1)")
         self.workload, self.profile, self.options = workload, profile, options
         self._sessions = workload.sessions
         self._clients = Clients(
@@ -62,11 +74,14 @@ class Simulation:
             time_scale=options.time_scale,
             duration_s=math.inf if options.duration_s is None else options.duration_s,
             request_s=profile.request_s,
+            retries=options.retries,
             forced=options.forced,
         )
         self._schedulers = Schedulers(
             [_scheduler(options, options.num_pages, options.max_model_len) for _ in range(num_dp)]
         )
+        times = StepTimes(profile.experts) if options.pacing.is_on else None
+        self._pacing, self._drafts = _pacing(options, times), _drafts(options)
         self.machine = Machine(
             self._schedulers,
             profile,
@@ -76,6 +91,9 @@ class Simulation:
             noise=profile.noise if options.noise is None else options.noise,
             seed=options.noise_seed,
             stretches=options.stretches,
+            drafts=self._drafts,
+            pacing=self._pacing,
+            times=times,
         )
         self._idle = None
         if options.idle_s is not None:
@@ -99,21 +117,27 @@ class Simulation:
     def stats(self) -> dict[str, float]:
         """The engine's counts, and how the virtual time was spent."""
         machine = self.machine
-        return self._schedulers.stats() | {
+        found = self._schedulers.stats() | {
             "now_s": machine.now_s,
             "num_steps": machine.num_steps,
             "num_calls": machine.num_calls,
         }
+        if self._drafts is not None:
+            given, accepted = self._drafts.num_given, self._drafts.num_accepted
+            found |= {"num_drafts": given, "num_accepted_drafts": accepted}
+        if self._pacing is not None:
+            found |= {name: getattr(self._pacing.stats(), name) for name in PACING_STATS}
+        return found
 
     def _submit(self, sending: Sending) -> Outcome | None:
         """What became of it at once, if it was refused."""
         session = self._sessions[sending.session]
         turn = session.turns[sending.number]
         if self.machine.num_waiting() >= self.options.max_queue_len:
-            return self._refused(sending, "refused", OVERLOADED, "too many requests wait")
+            return self._refused(sending, "too many requests wait", FULL_WAIT_S)
         request_id, self._num_sent = self._num_sent, self._num_sent + 1
         try:
-            self.machine.submit(
+            wait_s = self.machine.submit(
                 request_id,
                 sending,
                 turn.cancel_after,
@@ -121,28 +145,42 @@ class Simulation:
                 user=user_key(session.user),
             )
         except ValueError as error:
-            return self._refused(sending, "error", INVALID, str(error))
+            self._clients.over(sending.session, self.machine.now_s, answered=False)
+            return self._unanswered(sending, "error", INVALID, str(error), None)
+        if wait_s is not None:
+            return self._refused(sending, NO_ROOM, wait_s)
         if self._idle is not None:
             self._idle.used(sending)
         return None
 
-    def _refused(self, sending: Sending, status: str, code: int, why: str) -> Outcome:
-        now_s = self.machine.now_s
-        self._clients.over(sending.session, now_s, answered=False)
+    def _refused(self, sending: Sending, why: str, wait_s: float) -> Outcome:
+        told_s = max(1, math.ceil(wait_s))  # a header's seconds are whole
+        self._clients.refused(sending.session, self.machine.now_s, told_s)
+        return self._unanswered(sending, "refused", OVERLOADED, why, told_s)
+
+    def _unanswered(
+        self, sending: Sending, status: str, code: int, why: str, told_s: float | None
+    ) -> Outcome:
         return Outcome(
             self._sessions[sending.session],
             sending.number,
             sending.sent_s,
-            now_s,
+            self.machine.now_s,
             status,
             code,
             why,
             0,
             array("d"),
+            told_s,
         )
 
     def _ended(self, live: Live) -> Outcome:
-        sending, end_s = live.sending, live.times_s[-1]
+        sending = live.sending
+        if live.retry_after_s is not None:
+            if self._idle is not None:
+                self._idle.left(sending, 0, self.machine.now_s)
+            return self._refused(sending, NO_ROOM, live.retry_after_s)
+        end_s = live.times_s[-1]
         self._clients.over(sending.session, end_s)
         if self._idle is not None:
             self._idle.left(sending, len(live.times_s), end_s)
@@ -157,6 +195,19 @@ class Simulation:
             live.cached_tokens,
             live.times_s,
         )
+
+
+def _pacing(options: SimulationOptions, times: StepTimes | None) -> Pacing | None:
+    if times is None:
+        return None
+    return Pacing(options.pacing, max_num_seqs=options.max_num_seqs, times=times)
+
+
+def _drafts(options: SimulationOptions) -> Drafts | None:
+    if options.acceptance is None or options.draft_depth is None:
+        return None
+    spread, seed = options.acceptance_spread, options.noise_seed
+    return Drafts(options.acceptance, spread=spread, depth=options.draft_depth, seed=seed)
 
 
 def _scheduler(options: SimulationOptions, num_pages: int, max_model_len: int) -> Scheduler:
