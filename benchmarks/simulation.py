@@ -4,7 +4,9 @@
 First the engine serves a workload of its own, and the times of its steps make the profile. Then
 three others, for real and simulated with it: sessions of the published shape,
 single requests of random lengths, generated agents (both scaled down to the demo's context). Client
-and engine are in one process, and the same `Clients` send to both.
+and engine are in one process, and the same `Clients` send to both. The first of the three is played
+once more with a floor, at 60% of the rate that its streams had without: what pacing does then is
+compared too.
 
 `--clock cpu` counts the time that the one thread computes, and skips the rest: what else the
 machine does counts little then. `--write-profile` keeps the profile for `tokenspeed simulate`.
@@ -20,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +30,10 @@ import torch
 from numpy.typing import NDArray
 
 from tokenspeed import _cpu
+from tokenspeed.bench.windows import window_rates
 from tokenspeed.bench.workloads import fixed, generated, published
 from tokenspeed.config import EngineConfig
+from tokenspeed.engine import engine as engine_module
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
@@ -56,6 +61,7 @@ LEARNT = (
     *PREFILL_FEATURES,
 )
 ROUNDS = 8
+FLOOR_SHARE = 0.6  # of the rate without a floor
 
 Array = NDArray[np.float64]
 
@@ -68,6 +74,7 @@ class Load:
     workload: Workload
     concurrency: int
     time_scale: float = 1.0
+    tps_floor: float | None = None
 
 
 @dataclass
@@ -82,6 +89,7 @@ class Figures:
     ttft_p50_s: float
     ttft_p90_s: float
     hit_rate: float
+    attainment: float | None  # share of stream-seconds at or above the floor, if there is one
 
 
 @dataclass
@@ -153,7 +161,7 @@ class RealRun:
                 if output.finish_reason is not None:
                     over.append(live.pop(output.request_id))
                     clients.over(stream.sending.session, after_s - zero)
-        return figures(over, self._clock() - zero)
+        return figures(load, over, self._clock() - zero)
 
     def _request(self, load: Load, sending: Sending) -> GenerateRequest:
         turn = load.workload.sessions[sending.session].turns[sending.number]
@@ -169,7 +177,7 @@ def real_ids(prompt: NDArray[np.int32]) -> list[int]:
     return ids
 
 
-def figures(streams: Sequence[Stream], duration_s: float) -> Figures:
+def figures(load: Load, streams: Sequence[Stream], duration_s: float) -> Figures:
     outputs = sum(len(stream.times_s) for stream in streams)
     inputs = sum(len(stream.sending.prompt) for stream in streams)
     cached = sum(stream.cached_tokens for stream in streams)
@@ -187,7 +195,18 @@ def figures(streams: Sequence[Stream], duration_s: float) -> Figures:
         ttft_p50_s=p50,
         ttft_p90_s=p90,
         hit_rate=cached / inputs,
+        attainment=None if load.tps_floor is None else attained(streams, load.tps_floor),
     )
+
+
+def attained(streams: Sequence[Stream], floor: float) -> float:
+    held_s = whole_s = 0.0
+    for times_s in (stream.times_s for stream in streams):
+        rates = window_rates(times_s, np.ones(len(times_s)))
+        if len(rates):
+            whole_s += times_s[-1] - times_s[0]
+            held_s += (times_s[-1] - times_s[0]) * float(np.mean(rates >= floor))
+    return held_s / whole_s
 
 
 def learn(steps: Sequence[tuple[list[StepShape], float]]) -> LinearProfile:
@@ -234,6 +253,7 @@ def simulated(load: Load, profile: LinearProfile) -> Figures:
         max_num_batched_tokens=BUDGET,
         concurrency=load.concurrency,
         time_scale=load.time_scale,
+        tps_floor=load.tps_floor,
     )
     run = Simulation(load.workload, profile, options)
     streams = []
@@ -242,7 +262,7 @@ def simulated(load: Load, profile: LinearProfile) -> Figures:
         prompt = np.empty(turn.input_tokens, np.int32)  # only its length counts
         sending = Sending(0, one.number, one.sent_s, prompt, None)
         streams.append(Stream(sending, one.token_times_s.tolist(), one.cached_tokens))
-    return figures(streams, run.machine.now_s)
+    return figures(load, streams, run.machine.now_s)
 
 
 def fitting(workload: Workload) -> Workload:
@@ -276,7 +296,8 @@ def loads(size: float) -> tuple[list[Load], list[Load]]:
     ]
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def real_run(clock: Callable[[], float], warming: Load, tps_floor: float | None = None) -> RealRun:
+    """An engine that has served something, whose pacing goes by the same clock."""
     config = EngineConfig.of(
         model="demo",
         device="cpu",
@@ -284,12 +305,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         page_size=PAGE,
         max_num_seqs=SEQS,
         max_num_batched_tokens=BUDGET,
+        tps_floor=tps_floor,
     )
-    _cpu.set_num_threads(args.threads)
-    real = RealRun(build_engine(config), CLOCKS[args.clock])
-    lessons, others = loads(args.size)
-    real.play(lessons[0])  # warms up
+    vars(engine_module)["time"] = SimpleNamespace(monotonic=clock)
+    real = RealRun(build_engine(config), clock)
+    real.play(warming)
     real.steps.clear()
+    return real
+
+
+def median_of(runs: Sequence[Figures]) -> Figures:
+    return sorted(runs, key=lambda run: run.duration_s)[len(runs) // 2]
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    _cpu.set_num_threads(args.threads)
+    clock = CLOCKS[args.clock]
+    lessons, others = loads(args.size)
+    real = real_run(clock, lessons[0])
     steps: list[tuple[list[StepShape], float]] = []
     runs: dict[str, list[Figures]] = {load.name: [] for load in others}
     for _ in range(args.repeats):  # in turns, so that a change of the machine hits all alike
@@ -302,10 +335,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     profile = learn(steps)
     if args.write_profile:
         args.write_profile.write_text(json.dumps(asdict(profile), indent=1) + "\n")
+    floor = round(FLOOR_SHARE * median_of(runs[others[0].name]).tps_p50)
+    paced = replace(others[0], name=f"{others[0].name}, floor {floor}", tps_floor=float(floor))
+    real = real_run(clock, lessons[0], float(floor))
+    runs[paced.name] = [real.play(paced) for _ in range(args.repeats)]
     found: dict[str, Any] = {"profile": asdict(profile)}
-    for load in others:
-        middle = sorted(runs[load.name], key=lambda run: run.duration_s)[args.repeats // 2]
-        found[load.name] = {"real": asdict(middle), "simulated": asdict(simulated(load, profile))}
+    for load in (*others, paced):
+        middle = asdict(median_of(runs[load.name]))
+        found[load.name] = {"real": middle, "simulated": asdict(simulated(load, profile))}
     return found
 
 
@@ -321,14 +358,16 @@ def main() -> None:
     if args.clock == "cpu" and args.threads > 1:
         parser.error("--clock cpu adds up all threads: it needs --threads 1")
     found = measure(args)
-    print(f"{'workload':12}{'figure':24}{'real':>12}{'simulated':>12}{'error':>9}")
+    print(f"{'workload':24}{'figure':24}{'real':>12}{'simulated':>12}{'error':>9}")
     for name, both in found.items():
         if name == "profile":
             continue
         for figure, real in both["real"].items():
             predicted = both["simulated"][figure]
+            if real is None:
+                continue
             error = f"{predicted / real - 1:+.1%}" if real else ""
-            print(f"{name:12}{figure:24}{real:12.4g}{predicted:12.4g}{error:>9}")
+            print(f"{name:24}{figure:24}{real:12.4g}{predicted:12.4g}{error:>9}")
     options = {"clock": args.clock, "threads": args.threads, "size": args.size}
     line = json.dumps({"benchmark": "simulation", **options, **found})
     print(line)

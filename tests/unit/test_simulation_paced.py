@@ -49,6 +49,7 @@ def test_a_full_queue_is_tried_again() -> None:
 
 
 SPEEDS = {"step": 12e-3, "decode_rows": 5e-4, "prefill_tokens": 1e-4, "context_thousands": 2e-5}
+SPEEDS["verify_tokens"] = 1e-4
 DEVICE = LinearProfile("device", SPEEDS, noise=0.1)
 
 
@@ -126,6 +127,11 @@ def test_the_same_paced_run_twice_is_the_same() -> None:
     assert [times(o) for o in one] == [times(o) for o in other]
 
 
+def test_a_profile_must_say_what_drafts_cost() -> None:
+    with pytest.raises(ValueError, match="drafts need a coefficient `verify_tokens`"):
+        play(session(turn([1])), options=replace(ROOMY, acceptance=0.5, draft_depth=1))
+
+
 def test_pacing_is_for_one_group() -> None:
     workload = Workload("w", 0, 1.0, (session(turn([1])),))
     with pytest.raises(ValueError, match="tps_floor and max_queue_wait_s: pacing is for one"):
@@ -134,7 +140,8 @@ def test_pacing_is_for_one_group() -> None:
 
 # ---- Drafts -------------------------------------------------------------------------------------
 
-VERIFY = replace(HALF, coefficients={"step": 1.0, "verify_tokens": 0.125, "verifies": 0.25})
+VERIFY = LinearProfile("verify", {"step": 1.0, "verify_tokens": 0.125, "verifies": 0.25})
+FREE = LinearProfile("free", {"step": 0.5, "verify_tokens": 0.0})
 
 
 def drafting(acceptance: float, depth: int = 3, **options: float) -> SimulationOptions:
@@ -142,7 +149,7 @@ def drafting(acceptance: float, depth: int = 3, **options: float) -> SimulationO
 
 
 def test_right_drafts_come_with_their_step() -> None:
-    (found,) = play(session(turn([1], output=10)), options=drafting(1.0))
+    (found,) = play(session(turn([1], output=10)), profile=FREE, options=drafting(1.0))
     assert times(found) == [0.5] + [1.0] * 4 + [1.5] * 4 + [2.0]
 
 
@@ -156,7 +163,7 @@ def test_wrong_drafts_cost_what_verifying_costs() -> None:
 
 def test_a_row_with_drafts_waits_for_its_last_token() -> None:
     options = drafting(1.0, overlap_depth=1)
-    (found,) = play(session(turn([1], output=9)), options=options)
+    (found,) = play(session(turn([1], output=9)), profile=FREE, options=options)
     # The step behind the prompt's is planned before anything is known; then each waits for one.
     assert times(found) == [0.5, 1.0] + [1.5] * 4 + [2.0] * 3
 

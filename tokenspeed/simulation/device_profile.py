@@ -129,6 +129,11 @@ class LinearProfile:
     def experts(self) -> Experts:
         return Experts(self.num_experts, self.experts_per_token)
 
+    def check_drafts(self) -> None:
+        """`ValueError`: it does not say what drafts cost."""
+        if "verify_tokens" not in self.coefficients:
+            raise ValueError(f"profile {self.name}: drafts need a coefficient `verify_tokens`")
+
     def step_s(self, shapes: Sequence[StepShape]) -> float:
         tell = self.coefficients.get
         return sum(tell(name, 0.0) * amount for name, amount in self.amounts(shapes).items())

@@ -14,7 +14,7 @@ from tokenspeed.engine.pacing import Pacing
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.simulation.clients import Clients, Sending
-from tokenspeed.simulation.device_profile import DeviceProfile
+from tokenspeed.simulation.device_profile import DeviceProfile, LinearProfile
 from tokenspeed.simulation.drafts import Drafts
 from tokenspeed.simulation.idle_cache import IdleCache
 from tokenspeed.simulation.machine import Live, Machine
@@ -80,6 +80,8 @@ class Simulation:
         self._schedulers = Schedulers(
             [_scheduler(options, options.num_pages, options.max_model_len) for _ in range(num_dp)]
         )
+        if isinstance(profile, LinearProfile) and options.acceptance is not None:
+            profile.check_drafts()
         times = StepTimes(profile.experts) if options.pacing.is_on else None
         self._pacing, self._drafts = _pacing(options, times), _drafts(options)
         self.machine = Machine(
