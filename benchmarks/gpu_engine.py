@@ -159,6 +159,7 @@ def plan_of(
     size = pv.HEADER_WORDS + sum(len(words) for words in body)
     header[:5] = pv.PLAN_MAGIC, pv.LAYOUT_VERSION, size, step, 0
     header[5:10] = [len(section) for section in sections]
+    header[10] = True  # they only decode
     return pv.PlanView(np.concatenate([header, *body]))
 
 

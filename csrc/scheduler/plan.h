@@ -32,7 +32,7 @@ namespace tokenspeed {
 
 inline constexpr int32_t kPlanMagic = 0x4C505354;    // "TSPL"
 inline constexpr int32_t kResultMagic = 0x53525354;  // "TSRS"
-inline constexpr int32_t kLayoutVersion = 2;
+inline constexpr int32_t kLayoutVersion = 3;
 
 inline constexpr int kPlanHeaderWords = 16;
 enum PlanHeader : int {
@@ -46,6 +46,7 @@ enum PlanHeader : int {
     kPlanHeaderNumDeltas = 7,
     kPlanHeaderNumCopies = 8,
     kPlanHeaderNumBinds = 9,
+    kPlanHeaderOnlyDecodes = 10,  // 1: each row samples after its one token, none proposes
 };
 
 inline constexpr int kRowWords = 7;

@@ -319,6 +319,7 @@ std::span<const int32_t> Scheduler::emit() {
     plan_[kPlanHeaderNumTokens] = static_cast<int32_t>(num_tokens);
     plan_[kPlanHeaderNumDeltas] = static_cast<int32_t>(s.deltas.size()) / kDeltaWords;
     plan_[kPlanHeaderNumBinds] = static_cast<int32_t>(s.binds.size()) / kBindWords;
+    plan_[kPlanHeaderOnlyDecodes] = std::ranges::all_of(step_.rows, &Row::only_decodes);
     in_flight_.push_back(std::move(step_));
     step_ = Step();
     ++counters_.num_steps;

@@ -212,6 +212,9 @@ class Scheduler {
         int32_t end() const { return start + num_tokens; }
         int32_t num_draft() const { return static_cast<int32_t>(draft.size()); }
         bool speculates() const { return !draft.empty() || num_propose > 0; }
+        bool only_decodes() const {
+            return flags == kRowSample && num_tokens == 1 && num_propose == 0;
+        }
     };
     struct Step {
         uint64_t number = 0;

@@ -46,6 +46,7 @@ void World::plan() {
     take_binds(section(words[kPlanHeaderNumBinds], kBindWords));
     demand(rest.empty(), "the plan has words left over");
     take_deltas(deltas);
+    demand_kind(words[kPlanHeaderOnlyDecodes], rows);
     Flight flight{.header = {words[kPlanHeaderStepLow], words[kPlanHeaderStepHigh]}, .rows = {}};
     for (size_t at = 0; at < rows.size(); at += kRowWords) {
         take_row(rows.subspan(at, kRowWords), tokens, flight);
@@ -58,6 +59,17 @@ void World::plan() {
         count(flight);
     }
     flights_.push_back(std::move(flight));
+}
+
+// Whether the header says what the rows are.
+void World::demand_kind(int32_t only_decodes, std::span<const int32_t> rows) {
+    bool expected = true;
+    for (size_t at = 0; at < rows.size(); at += kRowWords) {
+        const auto row = rows.subspan(at, kRowWords);
+        expected &= row[kRowFlags] == kRowSample && row[kRowNumTokens] == 1 &&
+                    row[kRowNumDraft] == 0 && row[kRowNumPropose] == 0;
+    }
+    demand(only_decodes == (expected ? 1 : 0), "the header does not say what the rows are");
 }
 
 // A request that was retracted inside next_plan has no slot any more.

@@ -163,6 +163,7 @@ class World {
     void unbind(Life& life);
     void unbind_if_over(Life& life);
     void take_binds(std::span<const int32_t> words);
+    void demand_kind(int32_t only_decodes, std::span<const int32_t> rows);
     void take_deltas(std::span<const int32_t> words);
     void take_row(std::span<const int32_t> row, std::span<const int32_t> tokens, Flight& flight);
     void check_shape(const Row& row, int32_t flags) const;

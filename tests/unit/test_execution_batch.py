@@ -33,6 +33,7 @@ def plan(
     header = np.zeros(pv.HEADER_WORDS, np.int32)
     header[:5] = pv.PLAN_MAGIC, pv.LAYOUT_VERSION, pv.HEADER_WORDS + body.size, 9, 1
     header[5:10] = [len(s) for s in sections]
+    header[10] = all(row[1] == pv.ROW_SAMPLE and row[3] == 1 and not row[6] for row in full_rows)
     return np.concatenate([header, body]).astype(np.int32)
 
 

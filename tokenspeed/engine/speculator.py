@@ -25,8 +25,10 @@ from tokenspeed.execution.plan_view import ROW_SAMPLE, Plans, PlanView
 from tokenspeed.execution.speculation.drafter import Proposal, TokenDrafter
 
 NONE = np.empty(0, np.int32)
+Heard = tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]  # as `extend` is told
 PATIENCE = 3  # times that drafts do not pay before the first rest
-FIRST_REST, LONGEST_REST = 2, 32  # steps
+FIRST_REST, LONGEST_REST = 2, 128  # steps
+NAP = 8  # steps, of which drafters hear at once while everybody rests
 WAKING_MATCH = 8  # tokens, and twice what matched before
 TIRED = 24  # times that proposals were not worth it, more than
 TIMES_WORTH = 4  # times those that they were
@@ -93,6 +95,7 @@ class Speculator:
         self._histogram = [0] * (depth + 1)
         self._live: dict[int, _Live] = {}
         self._fresh: list[int] = []  # requests that are new, or have new ids, since the last plans
+        self._heard: list[Heard] = []  # that drafters were not told
         self._resting: dict[int, int] = {}  # the match that wakes each
         self._waking: defaultdict[int, list[int]] = defaultdict(list)  # by number of the step
         self._num_steps = self._num_added = self._tiredness = 0
@@ -118,6 +121,7 @@ class Speculator:
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
+        self._listen()
         del self._live[request_id]
         self._resting.pop(request_id, None)
         for drafter in self._drafters:
@@ -127,6 +131,8 @@ class Speculator:
 
     def prepare(self, schedulers: Drafts) -> None:
         """Gives the scheduler drafts for requests whose ids changed. Call it before planning."""
+        if not self._fresh:
+            return
         fresh, self._fresh = self._fresh, []
         ready: list[tuple[int, _Live]] = []
         for request_id in fresh:
@@ -178,8 +184,11 @@ class Speculator:
 
         `proposed`: what the model drafter says may follow.
         """
-        lengths = [drafter.extend(request_ids, num_ids, ids) for drafter in self._drafters]
-        matches = list(map(max, zip(*lengths, strict=True))) or [0] * len(request_ids)
+        self._heard.append((request_ids, num_ids, ids))
+        if len(self._heard) < NAP and len(self._resting) == len(self._live) and not self._ahead:
+            self._histogram[0] += len(request_ids)
+            return
+        matches = self._listen()[-len(request_ids) :]
         owners, resting = request_ids.tolist(), self._resting
         awake = [at for at, owner in enumerate(owners) if matches[at] >= resting.get(owner, 0)]
         self._histogram[0] += len(owners) - len(awake)
@@ -195,6 +204,16 @@ class Speculator:
             live.match_len = matches[at]
             own = ids[ends[at] - num_ids[at] : ends[at]].tolist()
             self._extend(owners[at], live, own, proposed)
+
+    def _listen(self) -> list[int]:
+        """Tells token drafters what they have not heard; how many tokens each piece ends with that
+        occurred before."""
+        if not self._heard:
+            return []
+        heard, self._heard = self._heard, []
+        told = heard[0] if len(heard) == 1 else [np.concatenate(of) for of in zip(*heard)]  # noqa: B905
+        lengths = [drafter.extend(*told) for drafter in self._drafters]
+        return list(map(max, zip(*lengths, strict=True))) or [0] * len(told[0])
 
     def _extend(
         self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]

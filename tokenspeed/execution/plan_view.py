@@ -17,7 +17,7 @@ Words = NDArray[np.int32]
 
 PLAN_MAGIC: Final = 0x4C505354
 RESULT_MAGIC: Final = 0x53525354
-LAYOUT_VERSION: Final = 2
+LAYOUT_VERSION: Final = 3
 STEP_VERSION: Final = 3  # of `execution/step_message.py`; here, as no tensor is needed to know it
 
 HEADER_WORDS: Final = 16
@@ -43,7 +43,7 @@ class PlanView:
     def __init__(self, words: Words) -> None:
         if words.size < HEADER_WORDS or words[0] != PLAN_MAGIC or words[1] != LAYOUT_VERSION:
             raise ValueError("not a plan of this layout's version")
-        size, _, _, *counts = words[2:10].tolist()
+        size, _, _, *counts, only_decodes = words[2:11].tolist()
         if size != words.size or size != HEADER_WORDS + sum(map(mul, counts, SECTIONS)):
             raise ValueError(f"a plan of {words.size} words does not hold what its header counts")
         self.words = words
@@ -57,14 +57,9 @@ class PlanView:
         columns = rows.T
         self.slots, self.flags, self.starts, self.num_tokens, self.num_draft = columns[:5]
         self.num_propose = columns[6]
+        # Each row samples after its one token, and nothing is proposed.
+        self.only_decodes = bool(only_decodes)
         self.tokens = tokens[:, 0]
-
-    @cached_property
-    def only_decodes(self) -> bool:
-        """Whether each row samples after its one token, and nothing is proposed after it."""
-        if len(self.tokens) != self.num_rows or self.num_propose.any():
-            return False
-        return bool((self.flags == ROW_SAMPLE).all())
 
     @cached_property
     def num_places(self) -> NDArray[np.int32]:

@@ -171,7 +171,11 @@ class StepRunner:
     def _captured_size(self, plan: PlanView) -> int | None:
         """Rows of the captured step that serves this plan; None: it is run as it is."""
         num_tokens = len(plan.tokens)
-        if self._graphs is None or num_tokens != len(plan.sample_index):
+        if self._graphs is None:
+            return None
+        if plan.only_decodes:
+            return self._graphs.size_for(num_tokens, num_tokens)
+        if num_tokens != len(plan.sample_index):
             return None
         if any(flags & ~ROW_PREFILL != ROW_SAMPLE for flags in plan.flags.tolist()):
             return None
