@@ -17,12 +17,11 @@ from tokenspeed.bench import compare
 from tokenspeed.bench.client import Endpoint
 from tokenspeed.bench.load import LoadOptions, run_load
 from tokenspeed.bench.measure import Price
-from tokenspeed.bench.records import read_runs
+from tokenspeed.bench.records import RequestRecord, Run, read_runs, write_runs
 from tokenspeed.bench.workloads import fixed
 from tokenspeed.cli import bench_options
 from tokenspeed.cli.main import build_parser, main
 
-ACTIONS = ("serve", "agentic", "pareto", "capacity", "offline", "compare")
 SMALL = ["--workload", "published", "--scale", "64", "--tokens-per-word", "1"]
 
 
@@ -47,11 +46,12 @@ class Server:
     def __init__(self) -> None:
         self.bodies: list[tuple[str, dict[str, Any]]] = []
         self.headers: list[httpx.Headers] = []
-        self.open = self.most_open = 0
+        self.open = self.most_open = self.requests = 0
         self.slow_above = 1000
         self.dead: set[str] = set()
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests += 1
         if request.url.host in self.dead:
             raise httpx.ConnectError("nobody listens")
         if request.url.path == "/v1/models":
@@ -109,11 +109,29 @@ COMMANDS = {
     "capacity": "--sessions-per-stream 1 --floor 1 --most 1 --scale 64 --tokens-per-word 1",
     "compare": "--endpoint a=http://a --endpoint b=http://b --sessions-per-stream 1 "
     "--concurrency 1 --scale 64 --tokens-per-word 1",
+    "report": "{folder}/raw.jsonl",
 }
+
+
+def ended(**given: Any) -> Run:
+    """A run that is over: one stream of 2 tokens per second."""
+    times = [1.0 + 0.5 * i for i in range(5)]
+    record = RequestRecord(
+        "s", 0, "ours", "chat", "user", 5, 0.5, 1.0, 3.0, "ok", 200, None, 100, 60, 5, None, times,
+        [1] * 5,
+    )  # fmt: skip
+    values = {
+        "endpoint": "ours", "base_url": "http://h", "model": "m", "started_at": "2026-01-02",
+        "duration_s": 10.0, "workload": "w", "seed": 0, "scale": 1.0, "dialect": "chat",
+        "concurrency": 2,
+    }  # fmt: skip
+    return Run(**(values | given), records=[record])
 
 
 @pytest.mark.parametrize("action", COMMANDS)
 def test_every_flag_is_read(action: str, server: Server, tmp_path: Path) -> None:
+    if action == "report":
+        write_runs(tmp_path / "raw.jsonl", [ended()])
     words = COMMANDS[action].format(folder=tmp_path).split()
     args = build_parser().parse_args(["bench", action, *words], namespace=Reads())
     flags = {each.dest for each in args.parser._actions} - {"help"}
@@ -241,7 +259,7 @@ def test_refusals_are_one_line(
     assert caught.out == ""
     assert said in caught.err
     assert caught.err.count("\n") == 1
-    assert server.bodies == []
+    assert server.requests == 0
 
 
 @pytest.mark.parametrize(
@@ -276,6 +294,114 @@ def test_serve_speaks_its_backend(
     text = capsys.readouterr().out
     assert "Successful requests:                             6" in text
     assert "P99 E2EL (ms):" in text
+
+
+def test_where_nothing_can_be_written_nothing_is_asked(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / "file"
+    file.touch()
+    (tmp_path / "full" / "summary.json").mkdir(parents=True)
+    few = "--num-prompts 1 --random-input-len 4 --random-output-len 1"
+    for words, said in (
+        (f"serve {few} --save-result --result-filename {tmp_path}/no/r.json", "No such file"),
+        (f"serve {few} --save-result --result-filename {tmp_path}", "Is a directory"),
+        (f"agentic --workload published --scale 64 --output {file}", "cannot be made: File exists"),
+        (f"pareto --scale 64 --output {file}/x", "cannot be made: Not a directory"),
+        (f"capacity --scale 64 --floor 1 --output {tmp_path}/full", "summary.json: cannot be writ"),
+    ):
+        assert main(["bench", *words.split()]) == 2, words
+        caught = capsys.readouterr()
+        assert said in caught.err
+        assert caught.err.count("\n") == 1
+    assert server.requests == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["summary.json"]
+
+
+def test_what_was_saved_before_is_there_until_the_run_is_over(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "r.json"
+    saved.write_text("before")
+    server.dead = {"127.0.0.1"}
+    words = "serve --num-prompts 1 --random-output-len 1 --random-input-len 4 --save-result"
+    kept = saved.read_text()
+    from tokenspeed.cli.bench_run import check_files
+
+    check_files("--result-filename", saved)
+    assert saved.read_text() == kept
+    assert main(["bench", *words.split(), "--result-filename", str(saved)]) == 1
+    assert json.loads(saved.read_text())["completed"] == 0
+
+
+def test_a_report_of_a_run_is_the_one_that_it_printed(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    words = [*SMALL, "--sessions-per-stream", "1", "--concurrency", "1", "2", "--floor", "9"]
+    assert main(["bench", "pareto", *words, "--output", str(tmp_path)]) == 0
+    *before, last = capsys.readouterr().out.splitlines()
+    raw, html = tmp_path / "raw.jsonl", tmp_path / "again.html"
+    assert main(["bench", "report", str(raw), "--html", str(html), "--floor", "9"]) == 0
+    *again, line = capsys.readouterr().out.splitlines()
+    assert again == before
+    assert json.loads(line)["runs"] == json.loads(last)["runs"]
+    assert json.loads(line)["raw"] == str(raw)
+    page, first = html.read_text(), (tmp_path / "report.html").read_text()
+    assert page.count("<svg ") == first.count("<svg ") == 5
+    assert f"<dt>{raw}</dt>" in page
+
+
+def test_runs_of_one_name_are_told_apart_by_their_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    write_runs(one, [ended(), ended(endpoint="theirs")])
+    write_runs(two, [ended(concurrency=4), ended(concurrency=8)])
+    assert main(["bench", "report", str(one), str(two)]) == 0
+    runs = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"]
+    assert [(run["endpoint"], run["concurrency"]) for run in runs] == [
+        (f"ours ({one})", 2), ("theirs", 2), (f"ours ({two})", 4), (f"ours ({two})", 8),
+    ]  # fmt: skip
+
+
+def test_a_simulated_run_is_reported_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    raw, html = tmp_path / "day.jsonl", tmp_path / "day.html"
+    begun = "1970-01-01T00:00:00+00:00"
+    write_runs(raw, [ended(endpoint="simulation", base_url="", started_at=begun, dialect="none")])
+    assert main(["bench", "report", str(raw), "--html", str(html)]) == 0
+    assert "TPS of a stream, p50 / p10 / p1" in capsys.readouterr().out
+    assert "1970" not in html.read_text()
+    assert "endpoints: simulation;" in html.read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("{folder}/none.jsonl", 1, "No such file"),
+        ("{folder}/empty.jsonl", 2, "empty.jsonl: holds no run"),
+        ("{folder}/other.jsonl", 2, "other.jsonl:1: "),
+        ("{folder}/raw.jsonl {folder}/raw.jsonl", 2, "a raw file is given twice"),
+        ("{folder}/raw.jsonl --html {folder}/no/x.html", 2, "--html {folder}/no/x.html: cannot be"),
+        ("{folder}/raw.jsonl --floor 0", 2, "--floor must be finite and positive"),
+    ],
+)
+def test_what_is_no_raw_file_is_refused(
+    words: str, status: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    write_runs(tmp_path / "raw.jsonl", [ended()])
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "other.jsonl").write_text('{"figures": 1}\n')
+    assert main(["bench", "report", *words.format(folder=tmp_path).split()]) == status
+    caught = capsys.readouterr()
+    assert (caught.out, caught.err.count("\n")) == ("", 1)
+    assert said.format(folder=tmp_path) in caught.err
 
 
 def test_the_rate_spreads_requests(server: Server) -> None:

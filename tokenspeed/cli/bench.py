@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`tokenspeed bench serve | agentic | pareto | capacity | offline | compare`.
+"""`tokenspeed bench serve | agentic | pareto | capacity | offline | compare | report`.
 
 Says which flags each has, and what it runs. Measures nothing itself.
 """
@@ -8,7 +8,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tokenspeed.cli import bench_offline, bench_options, bench_serve
+from tokenspeed.cli import bench_offline, bench_options, bench_report, bench_serve
 
 if TYPE_CHECKING:
     from tokenspeed.bench.client import Endpoint
@@ -32,6 +32,7 @@ def add_parser(subparsers: Any) -> None:
         ("capacity", "the most streams that hold a floor", _add_capacity),
         ("offline", "the engine in this process, without HTTP", bench_offline.add),
         ("compare", "several endpoints that take turns", _add_compare),
+        ("report", "tables and pictures of runs that are over", bench_report.add),
     ):
         each = actions.add_parser(action, help=text)
         each.set_defaults(parser=each)
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         "capacity": capacity,
         "offline": bench_offline.run,
         "compare": sweep,
+        "report": bench_report.run,
     }
     return actions[args.action](args)
 
@@ -59,6 +61,7 @@ def _add_agentic(parser: argparse.ArgumentParser) -> None:
     text = "sessions that begin in a second, at random"
     parser.add_argument("--rate", type=float, metavar="R", help=text)
     bench_options.add_judge(parser)
+    bench_options.add_output(parser)
 
 
 def _add_pareto(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +84,7 @@ def _add_sweep(parser: argparse.ArgumentParser, *, rounds: int) -> None:
         "--concurrency", type=int, nargs="+", default=list(LOADS), metavar="N", help=text
     )
     bench_options.add_judge(parser)
+    bench_options.add_output(parser)
 
 
 def _add_capacity(parser: argparse.ArgumentParser) -> None:
@@ -94,13 +98,14 @@ def _add_capacity(parser: argparse.ArgumentParser) -> None:
     text = "most streams to try (default: 64)"
     parser.add_argument("--most", type=int, default=64, metavar="N", help=text)
     bench_options.add_judge(parser, one_floor=True)
+    bench_options.add_output(parser)
 
 
 def agentic(args: argparse.Namespace) -> int:
     """One run; Ctrl-C ends it early."""
     from tokenspeed.cli import bench_run
 
-    bench_run.check_tools(args.output)
+    bench_run.check_output(args.output)
     from tokenspeed.bench.load import with_arrivals
 
     if args.concurrency is not None and args.rate is not None:
@@ -125,7 +130,7 @@ def sweep(args: argparse.Namespace) -> int:
     """`pareto` and `compare`: the same, on one endpoint and on several."""
     from tokenspeed.cli import bench_run
 
-    bench_run.check_tools(args.output)
+    bench_run.check_output(args.output)
     loads = sorted(set(args.concurrency))
     if loads[0] < 1:
         raise ValueError(f"--concurrency must be at least 1: {loads[0]}")
@@ -163,7 +168,7 @@ def capacity(args: argparse.Namespace) -> int:
     """A floor that not even one stream holds is a result: 0."""
     from tokenspeed.cli import bench_run
 
-    bench_run.check_tools(args.output)
+    bench_run.check_output(args.output)
     from tokenspeed.bench.capacity import find_capacity
     from tokenspeed.bench.compare import try_floor
 

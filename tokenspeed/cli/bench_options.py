@@ -178,8 +178,11 @@ def add_judge(parser: argparse.ArgumentParser, *, one_floor: bool = False) -> No
     for kind in ("computed-input", "cached-input", "output"):
         box.add_argument(f"--price-{kind}", type=float, metavar="PRICE", help="of 1M tokens")
     box.add_argument("--price-device-hour", type=float, metavar="PRICE")
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
     text = "write raw.jsonl, summary.json and report.html there"
-    box.add_argument("--output", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help=text)
 
 
 def judge_of(args: argparse.Namespace) -> "Judge":

@@ -17,6 +17,7 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
     from tokenspeed.bench.client import Endpoint
     from tokenspeed.bench.compare import Bench, Judge
     from tokenspeed.bench.load import LoadOptions
+    from tokenspeed.bench.measure import Summary
     from tokenspeed.bench.records import RequestRecord, Run
     from tokenspeed.bench.session import Workload
 
 T = TypeVar("T")
 SECRETS = ("--api-key",)
+RAW, SUMMARY, PAGE = "raw.jsonl", "summary.json", "report.html"  # in the folder of results
 
 
 class Progress:
@@ -51,16 +54,37 @@ class Progress:
         self.bar.update()
 
 
-def check_tools(output: Path | None = None) -> None:
+def check_tools(*, pictures: bool = False) -> None:
     """`ValueError` before anything is sent, not after hours of a run."""
     if find_spec("httpx") is None:
         raise ValueError("benchmarks need httpx: pip install tokenspeed[bench]")
-    if output is not None:
+    if pictures and find_spec("matplotlib") is None:
         from tokenspeed.bench.plots import PlotsNeedMatplotlibError
 
-        if find_spec("matplotlib") is None:
-            raise PlotsNeedMatplotlibError
-        output.mkdir(parents=True, exist_ok=True)
+        raise PlotsNeedMatplotlibError
+
+
+def check_output(folder: Path | None) -> None:
+    """As `check_tools`, and makes the folder: its files can be written."""
+    check_tools(pictures=folder is not None)
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {folder}: cannot be made: {error.strerror}") from error
+    check_files("--output", *(folder / name for name in (RAW, SUMMARY, PAGE)))
+
+
+def check_files(flag: str, *files: Path) -> None:
+    """`ValueError` for one that cannot be written. Changes none and leaves none behind."""
+    for file in files:
+        try:
+            there = file.exists()
+            with file.open("ab") if there else TemporaryFile(dir=file.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{flag} {file}: cannot be written: {error.strerror}") from error
 
 
 def make_bench(
@@ -124,29 +148,57 @@ def report(
 ) -> int:
     """Prints tables and, as the last line, JSON; fills `--output`. `found` is the command's own.
 
-    Raises `TokenSpeedError` where not one request was answered; what there is is written before.
+    Raises as `show` does; what there is is written before.
     """
     from tokenspeed.bench import report as reports
     from tokenspeed.bench.records import write_runs
 
     summaries = [judge.of(run) for run in runs]
     facts = facts_of()
-    line = reports.json_line(args.action, summaries, {**facts, **found})
     if args.output is not None:
-        write_runs(args.output / "raw.jsonl", runs)
-        (args.output / "summary.json").write_text(json.dumps(json.loads(line), indent=1) + "\n")
-        floor = judge.floors[0] if judge.floors else None
+        write_runs(args.output / RAW, runs)
+        line = reports.json_line(args.action, summaries, {**facts, **found})
+        (args.output / SUMMARY).write_text(json.dumps(json.loads(line), indent=1) + "\n")
         shown = facts | {name.replace("_", " "): str(value) for name, value in found.items()}
-        shown |= _workload_facts(runs)
-        title = f"tokenspeed bench {args.action}"
-        page = reports.html_report(title, runs, summaries, shown, floor)
-        (args.output / "report.html").write_text(page, encoding="utf-8")
+        shown |= workload_facts(runs) | {"raw data": f"{RAW} beside this file"}
+        write_page(args.output / PAGE, args.action, runs, summaries, shown, judge)
+    return show(args.action, runs, summaries, facts, found)
+
+
+def write_page(
+    path: Path,
+    action: str,
+    runs: Sequence["Run"],
+    summaries: Sequence["Summary"],
+    facts: Mapping[str, str],
+    judge: "Judge",
+) -> None:
+    from tokenspeed.bench.report import html_report
+
+    floor = judge.floors[0] if judge.floors else None
+    page = html_report(f"tokenspeed bench {action}", runs, summaries, facts, floor)
+    path.write_text(page, encoding="utf-8")
+
+
+def show(
+    action: str,
+    runs: Sequence["Run"],
+    summaries: Sequence["Summary"],
+    facts: Mapping[str, str],
+    found: Mapping[str, object],
+) -> int:
+    """Tables, what the command has found, and JSON as the last line.
+
+    Raises `TokenSpeedError` where not one request was answered.
+    """
+    from tokenspeed.bench import report as reports
+
     warn(runs)
     for table in reports.tables(summaries):
         print(reports.text(table) + "\n")
     for name, value in found.items():
         print(f"{name.replace('_', ' ')}: {value}")
-    print(line)
+    print(reports.json_line(action, summaries, {**facts, **found}))
     if not any(summary.statuses.get("ok") for summary in summaries):
         raise TokenSpeedError("not one request was answered")
     return 0
@@ -154,27 +206,27 @@ def report(
 
 def facts_of() -> dict[str, str]:
     """Under which circumstances: of the machine that asks, not of the one that answers."""
+    return software() | {"client": f"{platform.system()} {platform.machine()}, {_cpu()}"}
+
+
+def software() -> dict[str, str]:
     words = ["tokenspeed", *sys.argv[1:]]
     shown = [_hidden(before, word) for before, word in zip(["", *words], words, strict=False)]
-    return {
-        "command": shlex.join(shown),
-        "tokenspeed": version("tokenspeed"),
-        "client": f"{platform.system()} {platform.machine()}, {_cpu()}",
-    }
+    return {"command": shlex.join(shown), "tokenspeed": version("tokenspeed")}
 
 
-def _workload_facts(runs: Sequence["Run"]) -> dict[str, str]:
+def workload_facts(runs: Sequence["Run"]) -> dict[str, str]:
     if not runs:
         return {}
     run = runs[0]
-    return {
-        "begun": run.started_at,
-        "endpoints": ", ".join(dict.fromkeys(f"{r.endpoint} ({r.base_url})" for r in runs)),
+    names = (f"{r.endpoint} ({r.base_url})" if r.base_url else r.endpoint for r in runs)
+    begun = {"begun": run.started_at} if run.base_url else {}  # virtual time knows no date
+    return begun | {
+        "endpoints": ", ".join(dict.fromkeys(names)),
         "workload": f"{run.workload}, seed {run.seed}, lengths divided by {run.scale:g}",
         "gaps": f"multiplied by {run.time_scale:g}",
         "history": f"{run.history}{', dictated answers' if run.forced else ''}",
         "dialect": run.dialect,
-        "raw data": "raw.jsonl beside this file",
     }
 
 

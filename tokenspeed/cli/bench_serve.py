@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     percentiles = _numbers(args.metric_percentiles)
     check_metrics(metrics, percentiles)
     saved = _result_file(args)
+    if saved is not None:
+        bench_run.check_files("--result-filename", saved)
     workload, options, endpoint = _workload(args), _options(args), _endpoint(args)
     bench = bench_run.make_bench([endpoint], workload, options, None)
     with bench_run.watched(bench, workload.num_turns) as bench:
