@@ -2,6 +2,7 @@
 """What the simulator reads and writes, its rooflines, and its command."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from tests.unit.test_simulation import BLOCK, HALF, ROOMY, play, session, turn
 from tokenspeed.bench import cache_bound
 from tokenspeed.bench.measure import summary
 from tokenspeed.bench.records import read_runs
-from tokenspeed.bench.workloads import published
+from tokenspeed.bench.timeline import Pace
+from tokenspeed.bench.workloads import generated, published
 from tokenspeed.cli.main import main
 from tokenspeed.planner.catalog import open_model
 from tokenspeed.planner.devices import DEVICES
@@ -37,6 +39,20 @@ def test_hits_are_those_of_a_cache_without_limit() -> None:
     }
     assert {(o.session.session_id, o.number): o.cached_tokens for o in outcomes} == bound
     assert sum(bound.values()) > 0
+
+
+@pytest.mark.parametrize("ttl_s", [5.0, 20.0, 100.0, math.inf])
+@pytest.mark.parametrize("seed", [1, 3])
+def test_hits_by_time_to_live_are_those_of_a_cache_that_forgets(seed: int, ttl_s: float) -> None:
+    made = generated.make(sessions=1, scale=32.0, seed=seed)
+    workload = replace(made, sessions=made.sessions[:1])  # no side calls
+    idle_s = None if math.isinf(ttl_s) else ttl_s + 1e-6  # times are sums in another order
+    (one,) = condense(workload).sessions
+    outcomes = play(one, options=replace(ROOMY, page_size=one.block_size, idle_s=idle_s))
+    pace = Pace(first_token_s=0.0, tokens_per_s=2.0)  # a step takes half a second
+    expected = cache_bound.hit_rate(workload, ttl_s, pace) * workload.input_tokens
+    assert sum(o.cached_tokens for o in outcomes) == pytest.approx(expected, abs=1e-6)
+    assert len(outcomes) == len(one.turns)
 
 
 def test_a_workload_is_read_as_it_was_written(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ class IdleCache:
 
     def __init__(self, idle_s: float, release: Callable[[Ids], int]) -> None:
         self._idle_s, self._release = idle_s, release
-        self._branches: dict[int, list[Ids]] = {}  # prompts and answers of a session
+        # Prompts and answers of a session: ids, and how often each stands in a row.
+        self._branches: dict[int, list[tuple[Ids, Ids]]] = {}
         self._turns: dict[int, int] = {}  # the turn that each session sent last
         self._ends: deque[tuple[float, int, int]] = deque()  # when, session, turn
 
@@ -30,7 +31,7 @@ class IdleCache:
         """The turn is over, with an answer of so many tokens."""
         said = sending.answer
         ids = np.full(answer, ANSWER_ID, np.int32) if said is None else said[:answer]
-        branch = np.concatenate((sending.prompt, ids))
+        branch = _runs(np.concatenate((sending.prompt, ids)))
         self._branches.setdefault(sending.session, []).append(branch)
         self._ends.append((now_s + self._idle_s, sending.session, sending.number))
 
@@ -39,5 +40,10 @@ class IdleCache:
         while self._ends and self._ends[0][0] <= now_s:
             _, session, turn = self._ends.popleft()
             if self._turns[session] == turn:
-                for branch in reversed(self._branches.pop(session)):
-                    self._release(branch)
+                for ids, counts in reversed(self._branches.pop(session)):
+                    self._release(np.repeat(ids, counts))
+
+
+def _runs(ids: Ids) -> tuple[Ids, Ids]:
+    begins = np.flatnonzero(np.diff(ids, prepend=ids[:1] - 1))
+    return ids[begins], np.diff(begins, append=len(ids)).astype(np.int32)

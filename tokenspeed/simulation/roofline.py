@@ -62,9 +62,11 @@ class RooflineProfile:
         return slowest.decode_rows * self._decode_s
 
     def _attention_s(self, shape: StepShape) -> float:
-        new = 1 + shape.verify_tokens / max(shape.decode_rows, 1)  # tokens of a row
-        slope = sum(count * attention.decode_s(new) for count, attention in self._attention)
-        seconds = shape.decode_context * float(slope)
+        slope = self._decode_s
+        if shape.verify_tokens:
+            new = 1 + shape.verify_tokens / shape.decode_rows  # tokens of a row
+            slope = sum(count * attention.decode_s(new) for count, attention in self._attention)
+        seconds = shape.decode_context * slope
         if not shape.only_decodes:
             for count, attention in self._attention:
                 seconds += count * attention.prefill_s(shape.prefill_starts, shape.prefill_counts)
