@@ -27,14 +27,14 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 WORDS = "the page shows what a server does while it answers many agents at once".split()
-FLOOR = 30
+FLOOR = 15
 AGENTS = {  # session: words of its first prompt, its floor
     "billing-refactor": (900, None),  # the server's
     "docs-agents": (120, None),
-    "fix-flaky-tests": (300, 60),
+    "fix-flaky-tests": (300, 30),
     "migrate-db": (500, None),
-    "nightly-report": (600, 0),  # best effort
-    "parser-fuzz": (80, 45),
+    "nightly-report": (600, 0),  # best effort, without one
+    "parser-fuzz": (80, 20),
     "release-notes": (400, None),
     "search-index": (700, None),
     "type-hints": (250, None),
@@ -42,7 +42,10 @@ AGENTS = {  # session: words of its first prompt, its floor
 }
 SPECULATION = '{"method": "ngram", "num_speculative_tokens": 3}'
 ROWS = "return document.querySelectorAll('#streams .row').length > 3"
-SIZE = (1440, 900)
+DRAWN = """return [...document.querySelectorAll('.strip')].every(strip =>
+    [...strip.querySelectorAll('polygon, path')].some(one =>
+        (one.getAttribute('points') || one.getAttribute('d')).length > 60))"""
+SIZE = (1440, 960)
 
 
 def talk(url: str, session: str, stop: threading.Event) -> None:
@@ -50,15 +53,17 @@ def talk(url: str, session: str, stop: threading.Event) -> None:
     dice = random.Random(session)
     count, floor = AGENTS[session]
     headers = {"x-session-id": session, "user-agent": "agent/1.0"}
-    if floor is not None:
+    if floor:
         headers["x-tokenspeed-tps-floor"] = str(floor)
+    tier = "flex" if floor == 0 else "default"
     said = [dice.choice(WORDS) for _ in range(count)]
     with httpx.Client(timeout=120, trust_env=False) as http:
         while not stop.is_set():
             prompt = " ".join(said[: count + 600])
             body = {"prompt": prompt, "max_tokens": 600, "stream": True, "ignore_eos": True}
-            asked = body | {"temperature": 0.8}
+            asked = body | {"temperature": 0.8, "service_tier": tier}
             with http.stream("POST", f"{url}/v1/completions", headers=headers, json=asked) as reply:
+                reply.raise_for_status()
                 for _ in reply.iter_lines():
                     if stop.is_set():
                         return
@@ -116,6 +121,7 @@ def test_the_page_under_load_in_light_and_dark(tmp_path: Path) -> None:
         b.wait("return document.querySelector('#streams .fill').style.width > '0%'")
         b.wait("return document.querySelectorAll('#sessions tr').length >= 6", 60)
         check_loads_nothing(b, s.url)
+        check_the_policy_holds(b, s.url)
         check_shows_what_the_server_says(b, s)
         check_keys(b)
         pictures = {scheme: picture(b, scheme) for scheme in ("light", "dark")}
@@ -139,6 +145,23 @@ def check_loads_nothing(b: Browser, url: str) -> None:
     assert others <= {f"{url}/dashboard/events"}
 
 
+def check_the_policy_holds(b: Browser, url: str) -> None:
+    """Who got a script onto the page could load nothing with it, nor make markup of a text."""
+    refused = b.run(
+        "return new Promise(done => {"
+        " addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));"
+        " new Image().src = arguments[0] })",
+        f"{url}/picture.png",
+    )
+    assert refused == "img-src"
+    for script in (
+        "document.createElement('script').src = '/x.js'",
+        "document.body.innerHTML = ''",
+    ):
+        assert b.run(f"try {{ {script} }} catch (e) {{ return e.name }}") == "TypeError", script
+    b.log()  # of these refusals
+
+
 def check_shows_what_the_server_says(b: Browser, s: Server) -> None:
     text = httpx.get(f"{s.url}/dashboard/events?count=1", trust_env=False).text
     told = json.loads(text.split("event: snapshot\ndata: ")[1])
@@ -151,26 +174,20 @@ def check_shows_what_the_server_says(b: Browser, s: Server) -> None:
         " r.classList.contains('below')])"
     ):
         floor, tps, below = row
-        assert floor in ("30.0", "45.0", "60.0", "none")
+        assert floor in ("15.0", "20.0", "30.0", "none")
         assert below == tps.startswith("▼")
+    b.wait(DRAWN, 60)
     strips = b.run(
         "return [...document.querySelectorAll('.strip svg')].map(e => e.children.length)"
     )
     assert strips == [3, 3, 1, 1, 4, 4, 2, 2, 1, 1]
     assert b.run("return document.querySelector('#kv-note').textContent").startswith("device")
     assert b.run("return document.querySelector('#drafters').textContent").startswith("ngram")
-    check_is_drawn(b)
+    check_fits(b)
 
 
-def check_is_drawn(b: Browser) -> None:
-    """Every chart has something on it, and nothing on the page lies outside its box."""
-    flat = b.run(
-        "return [...document.querySelectorAll('.strip')].filter(strip => {"
-        " const text = [...strip.querySelectorAll('polygon, path')].map(e =>"
-        "  (e.getAttribute('points') || e.getAttribute('d')));"
-        " return !text.some(one => one.length > 40) }).map(strip => strip.textContent)"
-    )
-    assert flat == []
+def check_fits(b: Browser) -> None:
+    """Nothing on the page lies outside its box."""
     assert b.run("return document.documentElement.scrollWidth <= innerWidth")
     cut = b.run(
         "return [...document.querySelectorAll('.tile b, .tile span, .top *, th, .tps, .far, h2')]"

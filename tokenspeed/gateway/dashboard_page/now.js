@@ -80,15 +80,15 @@ function showTier(box, e) {
 
 function showSessions(room) {
   const sessions = told.last.sessions, now = told.last.second.at;
-  const size = s => s.held || s.context;
-  const longest = Math.max(1, ...sessions.map(size));
+  const size = s => s.held || s.context, length = s => Math.max(s.held, s.context);
+  const longest = Math.max(1, ...sessions.map(length));
   rows($("sessions"), sessions, 8, "No client has named a session.", (row, s) => {
     const texts = [s.session + (s.pinned ? " (pinned)" : ""), whole(size(s)), null,
       room ? exactly(size(s) / room) : "–", whole(s.turns), share(s.hit_rate),
       s.tps ? few(s.tps) : "–", s.running ? "now" : ago(now - s.last_seen)];
     texts.forEach((text, k) => { if (text !== null) set(row.children[k], text); });
     row.children[0].title = `${s.session} ${s.tenant} ${s.client}`;
-    meter(row.children[2], size(s) / longest, s.held ? "" : "idle");
+    meter(row.children[2], s.held / longest, "--decode", (length(s) - s.held) / longest);
   });
 }
 
@@ -100,7 +100,7 @@ export function showDrafts() {
     const each = count => d.drafts ? few(count / d.drafts) : "–";
     const texts = [d.name, share(accepted), null, each(d.drafted), each(d.accepted), whole(d.drafts)];
     texts.forEach((text, k) => { if (text !== null) set(row.children[k], text); });
-    meter(row.children[2], accepted || 0, "draft");
+    meter(row.children[2], accepted || 0, "--draft");
   });
 }
 
@@ -125,7 +125,12 @@ function rows(body, items, cells, none, fill) {
   });
 }
 
-function meter(cell, value, kind) {
-  cell.className = "meter " + kind;
-  (cell.firstChild || make("div", "", cell)).style.width = 100 * Math.min(1, value) + "%";
+function meter(cell, value, color, idle = 0) {
+  cell.className = "meter";
+  while (cell.children.length < 2) make("i", "", cell);
+  const parts = [[value, color], [idle, "--idle"]];
+  parts.forEach(([width, color], k) => {
+    cell.children[k].style.width = 100 * Math.min(1, width) + "%";
+    cell.children[k].style.background = `var(${color})`;
+  });
 }

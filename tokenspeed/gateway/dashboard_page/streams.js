@@ -5,7 +5,7 @@
 import { told } from "./feed.js";
 import { $, ago, few, make, nice, set, whole } from "./parts.js";
 
-const PATIENCE = 30; // looks for which an axis that is too long may stay
+const PATIENCE = 15; // looks for which an axis that is too long may stay
 const MOST = 8; // floors: what is faster ends at the edge, or the floors could not be seen
 
 let slowest = false, scale = 1, small = 0, opened = null;
