@@ -511,7 +511,7 @@ def test_what_a_stream_could_not_tell_is_not_taken_for_computed():
     assert [(one.least, one.ttft_s.count) for one in found.ttft_by_uncached] == [(0, 1)]
     assert cloud_of(run).uncached_tokens == (26,)
     assert warnings([run]) == [
-        "a, as recorded: 1 of 2 ended before it was told what of their prompts was cached; these"
+        "a, all at once: 1 of 2 ended before it was told what of their prompts was cached; these"
         " prompts are left out"
     ]
     assert dict(summary_table([found]).rows)["prompt tokens left out"] == "16 in 1 requests"

@@ -165,6 +165,15 @@ def test_cached_and_computed_input_are_apart():
     assert found.hit_rate == 0.64
 
 
+def test_an_answer_without_a_text_has_a_prompt():
+    """Its tokens are parts of a letter, or special ones: no event carries them."""
+    silent = record(end_s=2.0, input_tokens=400, cached_tokens=300, output_tokens=3)
+    found = summary(run(silent, FAST), floors=(4.0,))
+    assert (found.computed_input_tokens, found.cached_input_tokens) == (100, 300)
+    assert (found.output_tokens, found.hit_rate, found.ttft_s.count) == (44, 0.75, 1)
+    assert found.floors[0].num_streams == 1
+
+
 def test_a_hit_rate_is_of_those_that_tell():
     silent = stream([1.0, 2.0], input_tokens=1000)
     told = stream([1.0, 2.0], input_tokens=100, cached_tokens=25)

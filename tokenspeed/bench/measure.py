@@ -156,7 +156,7 @@ def summary(
     if devices < 1:
         raise ValueError(f"devices: must be at least 1, got {devices}")
     records = run.records
-    served = [record for record in records if record.token_times]
+    served = [record for record in records if record.output_tokens]  # not all have a text
     ended = [record for record in records if record.status == "ok"]
     streams = [one for one in map(_stream_of, served) if one is not None]
     seconds = run.duration_s or max((record.end_s for record in records), default=0.0)

@@ -20,10 +20,10 @@ NONE = "–"
 
 
 def load_of(one: Summary | Run) -> str:
-    """The load as a word: streams at once, or sessions that begin in a second."""
+    """The load as a word: streams at once, or sessions that begin in a second, if not all do."""
     if one.concurrency is not None:
         return str(one.concurrency)
-    return "as recorded" if one.rate is None else f"{one.rate:.3g}/s"
+    return "all at once" if one.rate is None else f"{one.rate:.3g}/s"
 
 
 def label(one: Summary | Run) -> str:
@@ -80,7 +80,7 @@ def overview_table(summaries: Sequence[Summary]) -> Table:
         ]
         rows.append((label(each), *cells, *map(_attained, each.floors)))
     header += [f"at {floor:g} TPS" for floor in floors]
-    note = "Tokens are of one device; turns that got no answer, and that were left amid it."
+    note = "Tokens are of one device. Turns: without an answer, and left by the client amid it."
     note += " The last columns are shares of stream-seconds." if floors else ""
     return Table("Runs", tuple(header), rows, note)
 
@@ -137,7 +137,9 @@ def warnings(runs: Sequence[Run]) -> list[str]:
             each.cached_tokens is None for each in run.records
         ):
             said.append(f"{label(run)}: does not tell cached tokens; all count as computed")
-        untold = [each for each in run.records if each.token_times and each.computed_tokens is None]
+        untold = [
+            each for each in run.records if each.output_tokens and each.computed_tokens is None
+        ]
         if untold:
             said.append(
                 f"{label(run)}: {len(untold)} of {len(run.records)} ended before it was told what"

@@ -58,7 +58,7 @@ def _add_agentic(parser: argparse.ArgumentParser) -> None:
     bench_options.add_load(parser, time_scale=1.0)
     text = "sessions at once, in place of when the workload says that each begins"
     parser.add_argument("--concurrency", type=int, metavar="N", help=text)
-    text = "sessions that begin in a second, at random"
+    text = "sessions that begin in a second, at random; with --time-scale 1 alone"
     parser.add_argument("--rate", type=float, metavar="R", help=text)
     bench_options.add_judge(parser)
     bench_options.add_output(parser)
