@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from bench_clients.lineup import CLIENTS, Client
@@ -200,14 +200,29 @@ def _run(command: list[str], place: Place, environ: dict[str, str]) -> str:
 def _seen(figures: Figures, lines: list[dict[str, str]]) -> Seen:
     answered = [line for line in lines if line.get("status") == "200" and "output" in line]
     refused = [line for line in lines if line not in answered]
-    sums = {name: sum(int(line[name]) for line in answered) for name in ("prompt", "cached")}
+    return Seen(
+        figures, _logged(answered), [" ".join(map("=".join, one.items())) for one in refused]
+    )
+
+
+def _logged(answered: list[dict[str, str]]) -> Figures:
+    """What the server says of the same requests; its times begin when it has read a request."""
+    prompt, cached, output = (
+        [int(line[name]) for line in answered] for name in ("prompt", "cached", "output")
+    )
+    first, total = ([float(line[name]) for line in answered] for name in ("ttft_ms", "total_ms"))
+    times = zip(first, total, output, strict=True)
+    tpots = [(end - begin) / (count - 1) for begin, end, count in times if count > 1]
     logged: Figures = {
         "requests": len(answered),
-        "input_tokens": sums["prompt"],
-        "cached_tokens": sums["cached"],
-        "output_tokens": sum(int(line["output"]) for line in answered),
+        "input_tokens": sum(prompt),
+        "cached_tokens": sum(cached),
+        "output_tokens": sum(output),
     }
-    return Seen(figures, logged, [" ".join(f"{k}={v}" for k, v in one.items()) for one in refused])
+    for name, values in (("ttft", first), ("tpot", tpots)):
+        if values:
+            logged |= {f"{name}_mean_ms": fmean(values), f"{name}_p50_ms": median(values)}
+    return logged
 
 
 def _unlike(who: str, seen: Seen) -> list[str]:
@@ -221,15 +236,23 @@ def _unlike(who: str, seen: Seen) -> list[str]:
 
 def _table(verdict: Verdict, tolerance: float) -> str:
     lines = [f"\n{verdict.client.name} {verdict.version}: {verdict.client.what}"]
-    lines.append(f"{'':<22}{'client':>12}{OURS:>12}{'ratio':>9}")
+    lines.append(f"{'':<22}{'client':>12}{'(server)':>12}{OURS:>12}{'(server)':>12}{'ratio':>9}")
     for name in FIGURES:
         if not verdict.pairs or (ratio := verdict.ratio(name)) is None:
             continue
-        one, two = (median(pair[i].figures[name] for pair in verdict.pairs) for i in (0, 1))
+        cells = [_middle(verdict, side, name) for side in (0, 1)]
         mark = "" if verdict.agrees(name, tolerance) else "  differs"
-        lines.append(f"{name:<22}{one:>12.5g}{two:>12.5g}{ratio:>9.3f}{mark}")
+        lines.append(f"{name:<22}{''.join(cells)}{ratio:>9.3f}{mark}")
     lines += [f"! {line}" for line in verdict.trouble]
     return "\n".join(lines)
+
+
+def _middle(verdict: Verdict, side: int, name: str) -> str:
+    """The median over the pairs of one side's figure, and of the server's own."""
+    seen = [pair[side] for pair in verdict.pairs]
+    told = median(one.figures[name] for one in seen)
+    logged = [one.logged[name] for one in seen if name in one.logged]
+    return f"{told:>12.5g}{median(logged) if logged else '':>12.5}"
 
 
 def _summary(verdicts: list[Verdict], load: Load, options: argparse.Namespace) -> dict[str, Any]:
