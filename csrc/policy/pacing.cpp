@@ -7,7 +7,6 @@
 namespace tokenspeed::policy {
 namespace {
 
-constexpr double kForever = std::numeric_limits<double>::infinity();
 constexpr double kMemory = 64;       // rows, or steps, that moving means remember
 constexpr double kLifeMemory = 16;   // streams
 constexpr double kLongestPause = 1;  // seconds between two calls that count for ageing
@@ -23,19 +22,22 @@ Pacing::Pacing(const StepTimeModel* times, const PacingOptions& options)
     : times_(times), options_(options) {}
 
 void Pacing::advance(TimeUs now) {
-    const double now_s = static_cast<double>(now) * 1e-6;
-    if (now_s <= now_s_) return;
+    const TimeUs passed = now - std::exchange(told_us_, now);
+    const double passed_s = static_cast<double>(passed) * 1e-6;
+    if (passed_s <= 0 || passed_s > kLeapS) return;
     const double token_s =
         std::clamp(times_->coefficients()[kPrefillTokens], kLeastTokenS, kMostTokenS);
-    aged_ += kAgeing * std::min(now_s - now_s_, kLongestPause) / token_s;
-    now_s_ = now_s;
+    aged_ += kAgeing * std::min(passed_s, kLongestPause) / token_s;
+    now_us_ += passed;
+    now_s_ = static_cast<double>(now_us_) * 1e-6;
 }
 
 // ---- Who runs -----------------------------------------------------------------------------------
 
 uint64_t Pacing::queued(uint64_t id, const Terms& terms, int32_t num_tokens, int32_t num_uncached) {
     Stream stream{};
-    stream.floor = terms.tps_floor.value_or(options_.tps_floor);
+    stream.id = id;
+    stream.floor = FloorSchedule(terms.tps_floor.value_or(options_.tps_floor), 1);
     stream.max_wait_s = terms.max_wait_us.has_value()
                             ? static_cast<double>(*terms.max_wait_us) * 1e-6
                             : options_.max_wait_s;
@@ -45,63 +47,62 @@ uint64_t Pacing::queued(uint64_t id, const Terms& terms, int32_t num_tokens, int
     stream.num_uncached = num_uncached;
     stream.key = static_cast<uint64_t>(aged_) + static_cast<uint64_t>(num_uncached);
     if (stream.deadline_s < kForever) deadlines_.emplace(stream.deadline_s, id);
-    join_queue(id, stream);
-    streams_.insert_or_assign(id, stream);
-    return stream.key;
+    join_queue(stream);
+    const uint64_t key = stream.key;
+    streams_.insert_or_assign(id, std::move(stream));
+    return key;
 }
 
 bool Pacing::admits(uint64_t id) {
-    if (num_running_ == 0) return true;
+    if (running_.empty()) return true;
+    if (num_behind() > 0) return false;
     const Stream& stream = streams_.at(id);
-    const double floor = meetable(stream) ? stream.floor : 0;
-    return holds(num_running_ + 1, running_context_ + stream.context,
-                 std::max(floor, highest_floor()));
+    const double own = meetable(stream) ? times_per_s(stream) : 0;
+    return holds(std::ssize(running_) + 1, running_context_ + stream.context,
+                 std::max(own, most_times_per_s()));
 }
 
 void Pacing::admitted(uint64_t id, int32_t num_uncached) {
     Stream& stream = streams_.at(id);
-    if (!meetable(stream)) {
-        ++num_unmeetable_;
-        last_unmeetable_ = std::exchange(stream.floor, 0);
-    }
-    leave_queue(id, stream);
+    if (!meetable(stream)) give_up(stream);
+    leave_queue(stream);
+    stream.floor = FloorSchedule(stream.floor.floor(), tokens_per_row_);
     stream.runs = true;
     stream.num_uncached = num_uncached;
-    prefilling_.emplace(turn(id, stream), num_uncached);
+    prefilling_.emplace(turn(stream), num_uncached);
     stream.admitted_s = now_s_;
-    ++num_running_;
+    running_.push_back(&stream);
     running_context_ += stream.context;
-    floors_.insert(stream.floor);
 }
 
-void Pacing::join_queue(uint64_t id, const Stream& stream) {
-    waiting_.emplace(turn(id, stream), stream.num_uncached);
+void Pacing::join_queue(Stream& stream) {
+    waiting_.emplace(turn(stream), stream.num_uncached);
     waiting_context_ += stream.context;
 }
 
 // A stream that waits again later has no deadline any more: it has begun.
-void Pacing::leave_queue(uint64_t id, Stream& stream) {
-    waiting_.erase(turn(id, stream));
+void Pacing::leave_queue(Stream& stream) {
+    waiting_.erase(turn(stream));
     waiting_context_ -= stream.context;
-    deadlines_.erase({stream.deadline_s, id});
+    deadlines_.erase({stream.deadline_s, stream.id});
     stream.deadline_s = kForever;
 }
 
 // REQUIRES: the stream runs.
-void Pacing::stop(uint64_t id, Stream& stream) {
-    clear_due(id, stream);
-    prefilling_.erase(turn(id, stream));
-    stream.runs = false;
-    --num_running_;
+void Pacing::stop(Stream& stream) {
+    prefilling_.erase(turn(stream));
+    std::erase(running_, &stream);
     running_context_ -= stream.context;
-    floors_.erase(floors_.find(stream.floor));
+    stream.behind_since_s = kForever;
+    stream.last_row = stream.row_before = -1;
+    stream.runs = stream.decodes = false;
 }
 
 void Pacing::retracted(uint64_t id) {
     Stream& stream = streams_.at(id);
-    stop(id, stream);
+    stop(stream);
     stream.num_uncached = static_cast<int32_t>(stream.context);
-    join_queue(id, stream);
+    join_queue(stream);
 }
 
 void Pacing::left(uint64_t id) {
@@ -112,9 +113,9 @@ void Pacing::left(uint64_t id) {
         const double life_s = now_s_ - stream.admitted_s;
         if (mean_life_s_ == 0) mean_life_s_ = life_s;
         move(&mean_life_s_, life_s, kLifeMemory);
-        stop(id, stream);
+        stop(stream);
     } else {
-        leave_queue(id, stream);
+        leave_queue(stream);
     }
     streams_.erase(found);
 }
@@ -123,101 +124,178 @@ void Pacing::emitted(uint64_t id, int32_t num_tokens) {
     const auto found = streams_.find(id);
     if (found == streams_.end()) return;
     Stream& stream = found->second;
+    const int64_t num_committed = num_planned_ - std::ssize(flights_);
     stream.context += num_tokens;
     running_context_ += num_tokens;
-    prefilling_.erase(turn(id, stream));
-    if (stream.num_emitted > 0) move(&tokens_per_row_, num_tokens);
     stream.num_emitted += num_tokens;
-    if (stream.floor == 0) return;
-    double from = now_s_;
-    if (stream.is_due) {
-        num_late_ += stream.due_s < now_s_;
-        from = std::clamp(stream.due_s, now_s_, now_s_ + kBankS);
+    prefilling_.erase(turn(stream));
+    if (std::exchange(stream.decodes, true)) {
+        move(&tokens_per_row_, num_tokens);
+        move(&steps_per_row_, static_cast<double>(num_committed - stream.last_commit));
     }
-    set_due(id, stream, from + num_tokens / rate(stream.floor));
+    stream.last_commit = num_committed;
+    num_late_ += stream.floor.due_s() < now_s_;
+    stream.floor.came(now_s_, num_tokens);
 }
 
-void Pacing::set_due(uint64_t id, Stream& stream, double due_s) {
-    clear_due(id, stream);
-    stream.due_s = due_s;
-    stream.is_due = true;
-    dues_.emplace(due_s, id);
+// Has its time of no other request. The room that it needs to come back grows with its tokens, and
+// comes as fast for whoever is chosen: so does the wait.
+Loss Pacing::loss(uint64_t id, int32_t num_tokens, int32_t num_uncached) const {
+    const Stream& stream = streams_.at(id);
+    const Work nothing;
+    const double again_s =
+        seconds(nothing.with(num_tokens - num_uncached, num_uncached)) - seconds(nothing);
+    return {stream.floor.floor() > 0, -stream.priority, num_tokens * again_s};
 }
-
-void Pacing::clear_due(uint64_t id, Stream& stream) {
-    if (stream.is_due) dues_.erase({stream.due_s, id});
-    stream.is_due = false;
-}
-
-double Pacing::rate(double floor) { return (floor < 1 ? floor : std::ceil(floor)) / (1 - kBankS); }
 
 // ---- What a step costs --------------------------------------------------------------------------
 
-Features Pacing::features(int64_t rows, double drafts, double proposed, double most_proposed,
-                          int64_t prefill, int64_t context) const {
+Pacing::Work Pacing::Work::with(int32_t start, int32_t num_tokens) const {
+    Work more = *this;
+    more.context += start + num_tokens;
+    more.prefills += 1;
+    more.prefill += num_tokens;
+    more.pairs += policy::pairs(start, num_tokens);
+    return more;
+}
+
+Features Pacing::features(const Work& work) const {
     Features x{};
     x[kStep] = 1;
-    x[kDecodeRows] = static_cast<double>(rows);
-    x[kVerifyTokens] = drafts;
-    x[kPrefillTokens] = static_cast<double>(prefill);
-    x[kContextThousands] = static_cast<double>(context) / 1000;
-    x[kExperts] = options_.experts.touched(x[kDecodeRows] + drafts + x[kPrefillTokens]);
-    x[kProposeTokens] = proposed;
-    x[kVerifies] = drafts > 0;
-    x[kProposeDepth] = most_proposed;
+    x[kDecodeRows] = work.rows;
+    x[kVerifyTokens] = work.drafts;
+    x[kPrefillTokens] = work.prefill;
+    x[kContextThousands] = work.context / 1000;
+    x[kExperts] = options_.experts.touched(work.rows + work.drafts + work.prefill);
+    x[kProposeTokens] = work.proposed;
+    x[kVerifies] = work.drafts > 0;
+    x[kProposeDepth] = work.most_proposed;
+    x[kPrefills] = work.prefills;
+    x[kPrefillContext] = work.pairs;
     return x;
 }
 
-Features Pacing::step_features(int64_t prefill, int64_t prefill_context) const {
-    return features(load_.num_decodes, load_.num_drafts, load_.num_proposed, load_.most_proposed,
-                    prefill, load_.num_context + prefill_context);
+// A step of so many rows, drafted for as lately.
+Pacing::Work Pacing::decoding(double rows, double context) const {
+    Work work;
+    work.rows = rows;
+    work.drafts = rows * drafts_per_row_;
+    work.proposed = rows * proposed_per_row_;
+    work.most_proposed = most_proposed_;
+    work.context = context;
+    return work;
 }
 
-// Between two tokens of one stream, prompts left out.
-double Pacing::seconds_per_token(int64_t rows, int64_t context) const {
-    const auto n = static_cast<double>(rows);
-    const Features x =
-        features(rows, n * drafts_per_row_, n * proposed_per_row_, most_proposed_, 0, context);
-    return times_->seconds(x) / tokens_per_row_;
+// From a stream's row to its next one, prompts left out: so many steps share the rows.
+double Pacing::row_interval_s(int64_t rows, int64_t context) const {
+    const double steps = rows > 1 ? steps_per_row_ : 1;
+    return steps * seconds(decoding(static_cast<double>(rows) / steps,
+                                    static_cast<double>(context) / steps));
 }
 
-bool Pacing::holds(int64_t rows, int64_t context, double floor) const {
-    return seconds_per_token(rows, context) * rate(floor) <= 1 - kLeastShare;
+bool Pacing::holds(int64_t rows, int64_t context, double times_per_s) const {
+    return row_interval_s(rows, context) * times_per_s <= 1 - kLeastShare;
+}
+
+// How often per second a stream must have tokens; if it has had none, as many come as to others.
+double Pacing::times_per_s(const Stream& stream) const {
+    if (stream.decodes) return stream.floor.times_per_s();
+    return FloorSchedule(stream.floor.floor(), tokens_per_row_).times_per_s();
+}
+
+double Pacing::most_times_per_s() const {
+    double most = 0;
+    for (const Stream* stream : running_) most = std::max(most, times_per_s(*stream));
+    return most;
 }
 
 bool Pacing::meetable(const Stream& stream) const {
-    if (stream.floor == 0 || times_->num_observed() < kKnown) return true;
-    return holds(1, stream.context, stream.floor);
+    if (stream.floor.floor() == 0 || times_->num_observed() < kKnown) return true;
+    return holds(1, stream.context, times_per_s(stream));
+}
+
+int64_t Pacing::num_behind() const {
+    return std::ranges::count_if(
+        running_, [this](const Stream* stream) { return stream->floor.behind(now_s_); });
+}
+
+// Whether nothing but one stream has run for a second.
+bool Pacing::was_alone() const {
+    return running_.size() == 1 && now_s_ - alone_since_s_ >= FloorSchedule::kWindowS;
+}
+
+void Pacing::give_up(Stream& stream) {
+    ++num_unmeetable_;
+    last_unmeetable_ = stream.floor.floor();
+    stream.floor = FloorSchedule();
+}
+
+void Pacing::judge() {
+    for (Stream* stream : running_) {
+        double& since_s = stream->behind_since_s;
+        since_s = stream->floor.behind(now_s_) ? std::min(since_s, now_s_) : kForever;
+        const bool lasts = now_s_ - since_s >= FloorSchedule::kWindowS;
+        if (lasts && (was_alone() || !meetable(*stream))) give_up(*stream);
+    }
 }
 
 // ---- A step -------------------------------------------------------------------------------------
 
+void Pacing::decodes(uint64_t id) {
+    Stream& stream = streams_.at(id);
+    stream.row_before = std::exchange(stream.last_row, num_planned_);
+}
+
+bool Pacing::in_flight(const Stream& stream) const {
+    const int64_t last = in_step(stream) ? stream.row_before : stream.last_row;
+    return last >= 0 && last >= num_planned_ - std::ssize(flights_);
+}
+
+// Of the step behind the one being planned: those that decode and are not in this one.
+double Pacing::next_step_s() const {
+    double rows = 0, context = 0;
+    for (const Stream* stream : running_) {
+        const bool left_out = !in_step(*stream) && (stream->decodes || in_flight(*stream));
+        rows += left_out;
+        context += left_out ? static_cast<double>(stream->context) : 0;
+    }
+    if (rows == 0) return 0;
+    const Prediction step = times_->predict(features(decoding(rows, context)));
+    return step.seconds + kMargin * step.stddev;
+}
+
 void Pacing::load(const StepLoad& load) {
-    load_ = load;
-    prefill_ = prefill_context_ = 0;
+    judge();
+    decodes_ = decoding(load.num_decodes, static_cast<double>(load.num_context));
+    decodes_.drafts = load.num_drafts;
+    decodes_.proposed = load.num_proposed;
+    decodes_.most_proposed = load.most_proposed;
+    work_ = decodes_;
     wanted_ = false;
     if (load.num_decodes > 0) {
-        move(&drafts_per_row_, static_cast<double>(load.num_drafts) / load.num_decodes);
-        move(&proposed_per_row_, static_cast<double>(load.num_proposed) / load.num_decodes);
+        move(&drafts_per_row_, decodes_.drafts / decodes_.rows);
+        move(&proposed_per_row_, decodes_.proposed / decodes_.rows);
         move(&most_proposed_, load.most_proposed);
     }
     budget_s_ = kForever;
-    if (load.must_run || dues_.empty()) return;
-    const double start_s = ends_.empty() ? now_s_ : std::max(now_s_, ends_.back());
-    // Each step in flight brings every stream a token first.
-    const double in_flight_s = static_cast<double>(ends_.size()) / rate(highest_floor());
-    budget_s_ = dues_.begin()->first + in_flight_s - start_s;
+    if (load.must_run) return;
+    const double start_s = flights_.empty() ? now_s_ : std::max(now_s_, flights_.back().end_s);
+    const double next_s = next_step_s();
+    for (const Stream* stream : running_) {
+        const FloorSchedule& floor = stream->floor;
+        const double due_s = in_flight(*stream) ? floor.due_after(start_s) : floor.due_s();
+        budget_s_ = std::min(budget_s_, due_s - start_s - (in_step(*stream) ? 0 : next_s));
+    }
 }
 
-bool Pacing::fits(int64_t prefill, int64_t context) const {
-    const Prediction step = times_->predict(step_features(prefill, context));
-    return step.seconds + kMargin * step.stddev <= budget_s_;
+bool Pacing::fits(const Work& work) const {
+    const Prediction step = times_->predict(features(work));
+    const double before = flights_.empty() ? 0 : flights_.back().stddev;
+    return step.seconds + kMargin * std::hypot(step.stddev, before) <= budget_s_;
 }
 
 int32_t Pacing::most_that_fits(int32_t start, int32_t num_wanted) const {
-    const auto fit = [&](int32_t count) {
-        return fits(prefill_ + count, prefill_context_ + start + count);
-    };
+    const auto fit = [&](int32_t count) { return fits(work_.with(start, count)); };
     if (budget_s_ == kForever || fit(num_wanted)) return num_wanted;
     int32_t low = 0,
             high = (num_wanted + kLeastChunk - 1) / kLeastChunk;  // low fits, high does not
@@ -231,114 +309,43 @@ int32_t Pacing::most_that_fits(int32_t start, int32_t num_wanted) const {
 // Whether prompts have had so little that the least chunk is due.
 bool Pacing::owes(int32_t start, int32_t num_wanted) const {
     const int32_t least = std::min(num_wanted, kLeastChunk);
-    return owed_s_ >= times_->seconds(step_features(least, start + least)) -
-                          times_->seconds(step_features(0, 0));
+    return owed_s_ >= seconds(decodes_.with(start, least)) - seconds(decodes_);
 }
 
 int32_t Pacing::chunk(uint64_t id, int32_t start, int32_t num_wanted) {
     wanted_ = true;
     int32_t count = most_that_fits(start, num_wanted);
-    if (count == 0 && prefill_ == 0 && owes(start, num_wanted)) {
+    if (count == 0 && work_.prefills == 0 && owes(start, num_wanted)) {
         count = std::min(num_wanted, kLeastChunk);
         ++num_forced_;
     }
     if (count == 0) return 0;
-    const auto prompt = prefilling_.find(turn(id, streams_.at(id)));
+    Stream& stream = streams_.at(id);
+    const auto prompt = prefilling_.find(turn(stream));
     if (prompt != prefilling_.end()) prompt->second = std::max(prompt->second - count, 0);
-    prefill_ += count;
-    prefill_context_ += start + count;
+    // Its first token comes with this step.
+    if (prompt == prefilling_.end() || prompt->second == 0) stream.last_row = num_planned_;
+    work_ = work_.with(start, count);
     return count;
 }
 
 void Pacing::planned() {
-    const double step_s = times_->seconds(step_features(prefill_, prefill_context_));
-    const double prompts_s = step_s - times_->seconds(step_features(0, 0));
+    const Prediction step = times_->predict(features(work_));
+    const double prompts_s = step.seconds - seconds(decodes_);
     if (wanted_ && planned_s_ >= 0) {
-        prompt_tokens_ += static_cast<double>(prefill_) - prompt_tokens_ / kMemory;
+        prompt_tokens_ += work_.prefill - prompt_tokens_ / kMemory;
         prompt_s_ += now_s_ - planned_s_ - prompt_s_ / kMemory;
     }
     planned_s_ = wanted_ ? now_s_ : -1;
-    owed_s_ = wanted_ ? std::max(owed_s_ + kLeastShare * step_s - prompts_s, 0.0) : 0;
-    ends_.push_back((ends_.empty() ? now_s_ : std::max(now_s_, ends_.back())) + step_s);
+    owed_s_ = wanted_ ? std::max(owed_s_ + kLeastShare * step.seconds - prompts_s, 0.0) : 0;
+    const double start_s = flights_.empty() ? now_s_ : std::max(now_s_, flights_.back().end_s);
+    flights_.push_back({start_s + step.seconds, step.stddev});
+    ++num_planned_;
+    if (running_.size() != 1 || work_.prefills > 0) alone_since_s_ = flights_.back().end_s;
 }
 
 void Pacing::committed() {
-    if (!ends_.empty()) ends_.pop_front();
-}
-
-// ---- Waits --------------------------------------------------------------------------------------
-
-double Pacing::predicted_wait_s(uint64_t id) const {
-    const auto found = streams_.find(id);
-    if (found == streams_.end() || found->second.runs) return 0;
-    const Stream& stream = found->second;
-    int64_t num_before = 0, tokens_before = 0;
-    for (const auto& [other, tokens] : waiting_) {
-        if (other >= turn(id, stream)) break;
-        ++num_before;
-        tokens_before += tokens;
-    }
-    for (const auto& [other, tokens] : prefilling_) {
-        if (other < turn(id, stream)) tokens_before += tokens;
-    }
-    const double prompts_s = prompt_tokens_ > 0 ? prompt_s_ / prompt_tokens_ : 0;
-    return std::max(stream_wait_s(stream, num_before),
-                    static_cast<double>(tokens_before) * prompts_s);
-}
-
-// Until so many streams have ended that this one and those before it may run.
-double Pacing::stream_wait_s(const Stream& stream, int64_t num_before) const {
-    const int64_t all = num_running_ + num_before + 1;
-    const int64_t before_context =
-        waiting_context_ / static_cast<int64_t>(waiting_.size()) * num_before;
-    const auto context = static_cast<double>(running_context_ + before_context + stream.context);
-    const double floor = std::max(meetable(stream) ? stream.floor : 0, highest_floor());
-    const auto suffice = [&](int64_t num_ended) {
-        const int64_t rows = all - num_ended;
-        const double share = static_cast<double>(rows) / static_cast<double>(all);
-        return rows <= 1 || (rows <= options_.max_num_seqs &&
-                             holds(rows, static_cast<int64_t>(context * share), floor));
-    };
-    if (suffice(0)) return 0;
-    if (mean_life_s_ == 0) return kUnknownWaitS;
-    int64_t low = 0, high = all - 1;  // low ends do not suffice, high do
-    while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        (suffice(middle) ? high : low) = middle;
-    }
-    // Little's law: so many run, each for so long.
-    const auto running = static_cast<double>(std::max<int64_t>(num_running_, 1));
-    return static_cast<double>(high) * mean_life_s_ / running;
-}
-
-bool Pacing::hopeless(uint64_t id) const {
-    const auto found = streams_.find(id);
-    return found != streams_.end() && predicted_wait_s(id) > found->second.max_wait_s;
-}
-
-double Pacing::retry_after_s(uint64_t id) const {
-    const auto found = streams_.find(id);
-    if (found == streams_.end()) return kLeastRetryS;
-    return std::max(predicted_wait_s(id) - found->second.max_wait_s, kLeastRetryS);
-}
-
-std::vector<uint64_t> Pacing::overdue() const {
-    std::vector<uint64_t> ids;
-    for (const auto& [deadline_s, id] : deadlines_) {
-        if (deadline_s >= now_s_) break;
-        ids.push_back(id);
-    }
-    return ids;
-}
-
-std::vector<StreamView> Pacing::streams() const {
-    std::vector<StreamView> views;
-    for (const auto& [id, stream] : streams_) {
-        const double ahead_s = stream.is_due ? stream.due_s - now_s_ : 0;
-        views.push_back({id, stream.floor, stream.num_emitted, ahead_s, stream.runs});
-    }
-    std::ranges::sort(views, {}, &StreamView::id);
-    return views;
+    if (!flights_.empty()) flights_.pop_front();
 }
 
 }  // namespace tokenspeed::policy

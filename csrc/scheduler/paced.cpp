@@ -45,10 +45,47 @@ void Scheduler::queue(Request& request, const Terms& terms) {
     request.key = pacer_->queued(request.id, terms, request.known(), request.known() - num_cached);
 }
 
+// ---- Who gives pages back -----------------------------------------------------------------------
+
+// Tokens that would be computed again if the request were retracted: all but those of the first
+// pages that others read too. Its own are what somebody lacks.
+int32_t Scheduler::num_lost(const Request& request) const {
+    if (!reads_cache(request)) return request.known();
+    const PageList& pages = holdings(request.state)->pages;
+    int num_shared = 0;
+    while (num_shared < pages.num_sealed() && pool_.num_users(pages.id(num_shared)) > 1) {
+        ++num_shared;
+    }
+    return request.known() - std::min(num_shared * options_.page_size, request.known());
+}
+
+// If a page may be lacking: puts who loses least last in `turns_`, to be planned last and retracted
+// first. So whoever is retracted has not been planned for this step.
+void Scheduler::order_by_loss() {
+    if (pool_.num_available() - ledger_.firm >= std::ssize(turns_)) return;
+    for (Request* request : turns_) {
+        request->loss = pacer_->loss(request->id, request->known(), num_lost(*request));
+    }
+    std::ranges::sort(turns_, [](const Request* a, const Request* b) {
+        return a->loss == b->loss ? a->arrival < b->arrival : a->loss > b->loss;
+    });
+}
+
+Request* Scheduler::cheapest_to_retract() const {
+    for (auto it = turns_.rbegin(); it != turns_.rend(); ++it) {
+        const bool runs = holdings((*it)->state) != nullptr;
+        if (runs && (*it)->retractions < options_.max_retractions) return *it;
+    }
+    return nullptr;
+}
+
+// ---- What prompts have --------------------------------------------------------------------------
+
 // Of the rows that are planned already: those that decode.
 StepLoad Scheduler::load() const {
     StepLoad load;
     for (const Row& row : step_.rows) {
+        pacer_->decodes(row.request->id);
         load.num_decodes += row.samples();
         load.num_drafts += row.num_draft();
         load.num_proposed += row.num_propose;

@@ -4,9 +4,10 @@
 // values. Without a pacer the scheduler asks nobody.
 //
 //   queued -> [admitted -> emitted ... -> retracted] ... -> left        one request
-//   load -> chunk ... -> planned -> committed                           one step
+//   decodes ... -> load -> chunk ... -> planned -> committed            one step
 #pragma once
 
+#include <compare>
 #include <cstdint>
 #include <optional>
 
@@ -26,6 +27,14 @@ struct StepLoad {
     int32_t num_decodes = 0, num_drafts = 0, num_proposed = 0, most_proposed = 0;
     int64_t num_context = 0;  // tokens of KV that these rows read
     bool must_run = false;    // nothing is in flight, and nothing else is in the step
+};
+
+// What is lost with a request that gives its pages back and comes again; less goes first.
+struct Loss {
+    bool floor = false;   // that it could not hold meanwhile
+    int32_t urgency = 0;  // higher is sooner
+    double cost = 0;      // the time until it returns x the time to compute it again
+    auto operator<=>(const Loss&) const = default;
 };
 
 inline constexpr double kMostFloor = 10'000;  // tokens per second
@@ -48,6 +57,10 @@ class Pacer {
     virtual void emitted(uint64_t id, int32_t num_tokens) = 0;
     virtual void left(uint64_t id) = 0;  // over, whichever way
 
+    // Of a request that runs, has `num_tokens`, and would compute `num_uncached` of them again.
+    virtual Loss loss(uint64_t id, int32_t num_tokens, int32_t num_uncached) const = 0;
+
+    virtual void decodes(uint64_t id) = 0;  // the step being planned has a row of it
     virtual void load(const StepLoad& load) = 0;
     // How many of a request's next `num_wanted` tokens, from `start` on, the step takes too.
     virtual int32_t chunk(uint64_t id, int32_t start, int32_t num_wanted) = 0;

@@ -50,6 +50,7 @@ Decoding* Scheduler::decodable(Request& request) const {
 // in flight count for the share: they come back.
 int32_t Scheduler::take_turns() {
     turns_.assign(running_.begin(), running_.end());
+    if (pacer_ != nullptr) order_by_loss();
     if (options_.num_micro_steps == 1) return static_cast<int32_t>(turns_.size());
     std::erase_if(turns_, [](const Request* request) {
         const auto* decoding = std::get_if<Decoding>(&request->state);
@@ -80,7 +81,7 @@ void Scheduler::plan_decodes() {
             continue;
         }
         if (reclaim_spare()) continue;
-        // `request` itself can be retracted, so there is a victim, and it arrived no earlier.
+        // `request` itself can be retracted, so there is a victim, and it has its turn no earlier.
         Request* victim = retractable();
         TS_CHECK(victim != nullptr);
         if (holdings(victim->state)->slot.leased() && !mutant(Mutant::kK2RetractInFlight)) {
@@ -257,8 +258,9 @@ void Scheduler::plan_row(Request& request, Holdings& held, int32_t num_tokens) {
     }
 }
 
-// The latest arrival that may still be retracted.
+// The latest arrival that may still be retracted; with a pacer, whoever loses least by it.
 Request* Scheduler::retractable() const {
+    if (pacer_ != nullptr) return cheapest_to_retract();
     for (auto it = running_.rbegin(); it != running_.rend(); ++it) {
         const bool may = (*it)->retractions < options_.max_retractions;
         if (may || mutant(Mutant::kK12NoAgeing)) return *it;

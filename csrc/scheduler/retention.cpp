@@ -9,10 +9,10 @@
 namespace tokenspeed {
 
 void Scheduler::advance(TimeUs now) {
+    if (pacer_ != nullptr) pacer_->advance(now);
     if (now <= now_) return;
     now_ = now;
     log_.advance(now);
-    if (pacer_ != nullptr) pacer_->advance(now_);
     index_.advance(now);
 }
 

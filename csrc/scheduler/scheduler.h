@@ -8,9 +8,10 @@
 // starves:
 //  S1  A request is admitted only if the pages of its whole known sequence, and one page for each
 //      decoding request, are there on top of what others were promised.
-//  S2  When a decoding request finds no page, the latest arrival is retracted: its pages go back,
-//      it waits at its old place and is recomputed. A request that was retracted
-//      `max_retractions` times is admitted only with a firm promise of all it can ever need.
+//  S2  When a decoding request finds no page, the latest arrival (with a pacer, whoever loses least
+//      by it) is retracted: its pages go back, it waits at its old place and is recomputed. A
+//      request that was retracted `max_retractions` times is admitted only with a firm promise of
+//      all it can ever need.
 //  S3  A request that could not finish alone on an empty machine is refused when it is submitted.
 // A retracted request never has a step in flight: the planner leaves it out of plans until then.
 //
@@ -117,6 +118,7 @@ struct Request {
     FairQueue::User* user = nullptr;  // while it is live
     Retention retention;
     int32_t chunk = 0;        // of the plan being made
+    Loss loss;                // ... where pages may be lacking, with a pacer
     uint64_t served = 0;      // its last row's number among all rows
     uint64_t refused_at = 0;  // the room_version at which it did not fit
     uint64_t twin = 0;        // arrival of the request that computes pages [0, twin_pages) now
@@ -237,6 +239,9 @@ class Scheduler {
     void check_terms(const Terms& terms) const;
     void queue(Request& request, const Terms& terms);
     StepLoad load() const;
+    void order_by_loss();
+    Request* cheapest_to_retract() const;
+    int32_t num_lost(const Request& request) const;
     void pace_prefills();
     bool prompts_before(const Request& request) const;
 
