@@ -252,7 +252,7 @@ def _middle(verdict: Verdict, side: int, name: str) -> str:
     seen = [pair[side] for pair in verdict.pairs]
     told = median(one.figures[name] for one in seen)
     logged = [one.logged[name] for one in seen if name in one.logged]
-    return f"{told:>12.5g}{median(logged) if logged else '':>12.5}"
+    return f"{told:>12.6g}" + (f"{median(logged):>12.6g}" if logged else " " * 12)
 
 
 def _summary(verdicts: list[Verdict], load: Load, options: argparse.Namespace) -> dict[str, Any]:
