@@ -3,9 +3,11 @@
 
 `evalscope perf`, `aiperf`, `guidellm` and `vllm bench serve` each ask a server for a load, and in
 turns with them `tokenspeed bench` for the same one: as many requests, as long, as many at once, in
-texts that no run before had. Compared are what both say, and with it the server's own log. A
-figure agrees if the median ratio of its pairs is within `--tolerance`; counts must be equal, and
-every request answered.
+texts that no run before had. Compared is what both say. A figure agrees if the median ratio of its
+pairs is within `--tolerance`; counts must be equal, to those of the server's log too, and every
+request answered. `(server)` is what the log says of the same requests, `by log` the ratio that
+is left when both figures are divided by it: a client that slows the server down is seen in the
+first ratio alone.
 
 Each PATH is the folder of a virtual environment with that client. `--server steady` is the demo
 model on a device of a known speed (`steady_engine.py`): the processor is free for the clients.
@@ -78,6 +80,16 @@ class Verdict:
         """The median of client over ours; None where the client does not tell, or all are 0."""
         both = [(one.figures.get(name), two.figures[name]) for one, two in self.pairs]
         ratios = [one / two for one, two in both if one is not None and two]
+        return median(ratios) if ratios else None
+
+    def ratio_by_log(self, name: str) -> float | None:
+        """The same of what each said over what the server's log said of the very requests: what
+        drifts on the machine between two runs is not in it."""
+        ratios = [
+            (one.figures[name] / one.logged[name]) / (two.figures[name] / two.logged[name])
+            for one, two in self.pairs
+            if name.endswith("_ms") and name in one.figures.keys() & one.logged.keys()
+        ]
         return median(ratios) if ratios else None
 
     def agrees(self, name: str, tolerance: float) -> bool:
@@ -236,13 +248,17 @@ def _unlike(who: str, seen: Seen) -> list[str]:
 
 def _table(verdict: Verdict, tolerance: float) -> str:
     lines = [f"\n{verdict.client.name} {verdict.version}: {verdict.client.what}"]
-    lines.append(f"{'':<22}{'client':>12}{'(server)':>12}{OURS:>12}{'(server)':>12}{'ratio':>9}")
+    lines.append(
+        f"{'':<22}{'client':>12}{'(server)':>12}{OURS:>12}{'(server)':>12}{'ratio':>9}{'by log':>9}"
+    )
     for name in FIGURES:
         if not verdict.pairs or (ratio := verdict.ratio(name)) is None:
             continue
         cells = [_middle(verdict, side, name) for side in (0, 1)]
         mark = "" if verdict.agrees(name, tolerance) else "  differs"
-        lines.append(f"{name:<22}{''.join(cells)}{ratio:>9.3f}{mark}")
+        by_log = verdict.ratio_by_log(name)
+        shown = " " * 9 if by_log is None else f"{by_log:>9.3f}"
+        lines.append(f"{name:<22}{''.join(cells)}{ratio:>9.3f}{shown}{mark}")
     lines += [f"! {line}" for line in verdict.trouble]
     return "\n".join(lines)
 
@@ -278,6 +294,7 @@ def _about(verdict: Verdict, tolerance: float) -> dict[str, Any]:
         "agrees": bool(verdict.pairs) and not differs and not verdict.trouble,
         "differs": differs,
         "ratios": {name: verdict.ratio(name) for name in FIGURES},
+        "ratios by log": {name: verdict.ratio_by_log(name) for name in FIGURES},
         "pairs": [{"client": asdict(one), OURS: asdict(two)} for one, two in verdict.pairs],
         "trouble": verdict.trouble,
     }

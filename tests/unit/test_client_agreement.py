@@ -193,6 +193,16 @@ def test_a_figure_agrees_by_its_median_ratio() -> None:
     assert client_agreement._table(found, 0.03).count("differs") == 1
 
 
+def test_a_slower_server_is_taken_out_by_its_log() -> None:
+    found = Verdict(CLIENTS["vllm"], "1")
+    slow = Seen(FIGURES | {"ttft_mean_ms": 242.0}, LOGGED | {"ttft_mean_ms": 220.0}, [])
+    found.pairs.append((slow, Seen(FIGURES, LOGGED | {"ttft_mean_ms": 110.0}, [])))
+    assert found.ratio("ttft_mean_ms") == pytest.approx(242 / 120)
+    assert found.ratio_by_log("ttft_mean_ms") == pytest.approx(1.1 / (120 / 110))
+    assert found.ratio_by_log("itl_mean_ms") is None
+    assert found.ratio_by_log("input_tokens") is None
+
+
 def test_counts_must_be_equal_and_no_pair_is_no_agreement() -> None:
     assert not verdict(({"output_tokens": 16.1}, {})).agrees("output_tokens", 0.05)
     assert not client_agreement._about(Verdict(CLIENTS["vllm"], "1"), 0.05)["agrees"]
