@@ -254,11 +254,18 @@ def take_pictures(folder: Path) -> None:
         b.open(f"{s.url}/dashboard")
         b.wait(ROWS, 90)
         b.press("1")
-        time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 75)
+        time.sleep(75)
         for scheme in ("light", "dark"):
             found = picture(b, scheme)
-            found = found.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
-            found.save(folder / f"dashboard-{scheme}.png", optimize=True)
+            few_colors(found).save(folder / f"dashboard-{scheme}.png", optimize=True)
+
+
+def few_colors(found: Image.Image) -> Image.Image:
+    """The 256 that most of it has, exactly; of the others, at the edges of letters, the nearest."""
+    counts = sorted(found.getcolors(1 << 24), reverse=True)[:256]
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([part for _, color in counts for part in color])
+    return found.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
 if __name__ == "__main__":
