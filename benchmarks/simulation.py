@@ -4,9 +4,9 @@
 First the engine serves a workload of its own, and the times of its steps make the profile. Then
 three others, for real and simulated with it: sessions of the published shape,
 single requests of random lengths, generated agents (both scaled down to the demo's context). Client
-and engine are in one process, and the same `Clients` send to both. The first of the three is played
-once more with a floor, at 60% of the rate that its streams had without: what pacing does then is
-compared too.
+and engine are in one process, and the same `Clients` send to both. The single requests, whose
+streams are the longest, are played once more with a floor at 60% of the rate that they had without:
+what pacing does then is compared too.
 
 `--clock cpu` counts the time that the one thread computes, and skips the rest: what else the
 machine does counts little then. `--write-profile` keeps the profile for `tokenspeed simulate`.
@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from tokenspeed import _cpu
+from tokenspeed._policy import FEATURES
 from tokenspeed.bench.windows import window_rates
 from tokenspeed.bench.workloads import fixed, generated, published
 from tokenspeed.config import EngineConfig
@@ -37,6 +38,7 @@ from tokenspeed.engine import engine as engine_module
 from tokenspeed.engine.build import build_engine
 from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.messages import GenerateRequest
+from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.execution.plan_view import Plans
 from tokenspeed.execution.runner import InFlight
 from tokenspeed.execution.sampling_params import SamplingParams
@@ -244,7 +246,16 @@ def least_errors(amounts: Array, seconds: Array) -> Array:
     return found
 
 
-def simulated(load: Load, profile: LinearProfile) -> Figures:
+def learnt(steps: Sequence[tuple[list[StepShape], float]], profile: LinearProfile) -> StepTimes:
+    """As an engine's that has served before."""
+    times = StepTimes(profile.experts)
+    for shapes, seconds in steps:
+        told = profile.amounts(shapes)
+        times.model.observe(np.array([told.get(name, 0.0) for name in FEATURES]), seconds)
+    return times
+
+
+def simulated(load: Load, profile: LinearProfile, times: StepTimes) -> Figures:
     options = SimulationOptions(
         num_pages=PAGES,
         max_model_len=CONTEXT,
@@ -255,7 +266,7 @@ def simulated(load: Load, profile: LinearProfile) -> Figures:
         time_scale=load.time_scale,
         tps_floor=load.tps_floor,
     )
-    run = Simulation(load.workload, profile, options)
+    run = Simulation(load.workload, profile, options, times=times)
     streams = []
     for one in run.outcomes():
         turn = one.session.turns[one.number]
@@ -335,14 +346,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     profile = learn(steps)
     if args.write_profile:
         args.write_profile.write_text(json.dumps(asdict(profile), indent=1) + "\n")
-    floor = round(FLOOR_SHARE * median_of(runs[others[0].name]).tps_p50)
-    paced = replace(others[0], name=f"{others[0].name}, floor {floor}", tps_floor=float(floor))
+    free = others[1]
+    floor = round(FLOOR_SHARE * median_of(runs[free.name]).tps_p50)
+    paced = replace(free, name=f"{free.name}, floor {floor}", tps_floor=float(floor))
     real = real_run(clock, lessons[0], float(floor))
     runs[paced.name] = [real.play(paced) for _ in range(args.repeats)]
     found: dict[str, Any] = {"profile": asdict(profile)}
     for load in (*others, paced):
         middle = asdict(median_of(runs[load.name]))
-        found[load.name] = {"real": middle, "simulated": asdict(simulated(load, profile))}
+        foretold = simulated(load, profile, learnt(steps, profile))
+        found[load.name] = {"real": middle, "simulated": asdict(foretold)}
     return found
 
 

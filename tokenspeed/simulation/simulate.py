@@ -57,8 +57,10 @@ class Simulation:
         options: SimulationOptions,
         *,
         num_dp: int = 1,
+        times: StepTimes | None = None,
     ) -> None:
-        """`num_dp`: groups of devices with requests of their own, each with `num_pages`.
+        """`num_dp`: groups of devices with requests of their own, each with `num_pages`. `times`:
+        what pacing foretells steps by, if it has learnt before; nothing is in flight there.
 
         `ValueError`: options that are impossible together, or no `num_pages` or `max_model_len`.
         """
@@ -82,7 +84,7 @@ class Simulation:
         )
         if isinstance(profile, LinearProfile) and options.acceptance is not None:
             profile.check_drafts()
-        times = StepTimes(profile.experts) if options.pacing.is_on else None
+        times = (times or StepTimes(profile.experts)) if options.pacing.is_on else None
         self._pacing, self._drafts = _pacing(options, times), _drafts(options)
         self.machine = Machine(
             self._schedulers,
