@@ -11,8 +11,10 @@ import pytest
 from benchmarks.null_engine import Echo
 from tests.gateway.harness import gateway
 from tests.gateway.test_tenants import one, write
+from tokenspeed.config import EngineConfig, PacingOptions, ServerOptions
 from tokenspeed.engine import messages as m
 from tokenspeed.errors import RequestError
+from tokenspeed.gateway.serving import _keys, _reload, prepare
 from tokenspeed.gateway.tenants import read_tenants
 from tokenspeed.gateway.urgency import Standing, Urgency, urgency_of
 
@@ -145,6 +147,26 @@ def test_a_file_with_a_floor_that_is_no_number_is_refused(tmp_path, text):
     body = json.dumps(one(tps_floor=1)).replace('"tps_floor": 1', f'"tps_floor": {text}')
     with pytest.raises(ValueError, match="tenants"):
         read_tenants(write(tmp_path / "t", body))
+
+
+def test_a_floor_that_the_server_does_not_keep_is_refused_when_it_starts(tmp_path):
+    path = write(tmp_path / "t", one(name="web", tps_floor=12.5))
+    options = ServerOptions(tenants=path)
+    with pytest.raises(ValueError, match=r"'web' has a tps_floor of 12\.5, .*--tps-floor"):
+        prepare(EngineConfig(), options)
+    for pacing in (PacingOptions(tps_floor=20.0), PacingOptions(max_queue_wait_s=5.0)):
+        assert _keys(EngineConfig(pacing=pacing), options)
+    write(tmp_path / "t", one(name="web", priority=-3))
+    assert _keys(EngineConfig(), options)
+
+
+def test_nor_is_it_taken_when_the_file_is_read_again(tmp_path, caplog):
+    path = write(tmp_path / "t", one(name="web"))
+    config, options = EngineConfig(), ServerOptions(tenants=path)
+    keys = _keys(config, options)
+    write(tmp_path / "t", one(name="web", tps_floor=12.5))
+    _reload(config, options, keys)
+    assert "the tenants stay as they were: tenants: 'web' has a tps_floor" in caplog.text
 
 
 # -- refusals

@@ -12,7 +12,7 @@ import signal
 import pytest
 
 from tests.gateway.harness import gateway
-from tokenspeed.config import ServerOptions
+from tokenspeed.config import EngineConfig, ServerOptions
 from tokenspeed.gateway.auth import Keys
 from tokenspeed.gateway.limits import Limits
 from tokenspeed.gateway.serving import _keys, _reload_on_hangup
@@ -320,8 +320,9 @@ def test_others_from_now_on():
 async def test_hangup_reads_the_file_again(tmp_path, caplog):
     path = tmp_path / "tenants.json"
     options = ServerOptions(tenants=write(path, one()))
-    keys = _keys(options)
-    _reload_on_hangup(options, keys)
+    config = EngineConfig()
+    keys = _keys(config, options)
+    _reload_on_hangup(config, options, keys)
     try:
 
         async def hang_up():

@@ -40,7 +40,7 @@ from tokenspeed.gateway.routes import route_table
 from tokenspeed.gateway.service import Service
 from tokenspeed.gateway.sibling_answers import answer, has
 from tokenspeed.gateway.siblings import Siblings
-from tokenspeed.gateway.tenants import read_tenants
+from tokenspeed.gateway.tenants import TenantSpec, read_tenants
 from tokenspeed.gateway.tracing import Tracing, tracing_to
 from tokenspeed.models.hub import resolve_model
 from tokenspeed.text.channels import Format
@@ -73,7 +73,7 @@ def prepare(config: EngineConfig, options: ServerOptions, secret: bytes | None =
     """Raises `ModelLoadError`, `ValueError` or `OSError` for what cannot be served as asked."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("tokenspeed.text").setLevel(logging.INFO)  # what is changed in prompts
-    keys = _keys(options, secret)
+    keys = _keys(config, options, secret)
     tracing = [] if options.otlp_endpoint is None else [tracing_to(options.otlp_endpoint)]
     if options.log_requests:
         request_log.log.setLevel(logging.INFO)
@@ -116,12 +116,12 @@ async def run(
         if further is not None:
             link = further.link()
             listening = asyncio.create_task(
-                obey(pool, stops, functools.partial(_reload, options, keys))
+                obey(pool, stops, functools.partial(_reload, config, options, keys))
             )
             pool.join(further.folders)
         else:
             await pool.start()
-            _reload_on_hangup(options, keys, family)
+            _reload_on_hangup(config, options, keys, family)
             if options.num_gateways > 1:
                 link = await family.start(config, keys.secret, sockets[0])
         gc.collect()
@@ -167,16 +167,22 @@ def _public_name(model: str) -> str:
     return path.resolve().name if path.is_dir() else model
 
 
-def _keys(options: ServerOptions, secret: bytes | None = None) -> Keys:
-    tenants = () if options.tenants is None else read_tenants(options.tenants)
+def _keys(config: EngineConfig, options: ServerOptions, secret: bytes | None = None) -> Keys:
+    tenants = () if options.tenants is None else _tenants(config, options.tenants)
     return Keys(options.api_key, tenants, secret)
 
 
-def _reload_on_hangup(options: ServerOptions, keys: Keys, family: Family | None = None) -> None:
+def _tenants(config: EngineConfig, path: str) -> list[TenantSpec]:
+    return read_tenants(path, paced=config.pacing.is_on)
+
+
+def _reload_on_hangup(
+    config: EngineConfig, options: ServerOptions, keys: Keys, family: Family | None = None
+) -> None:
     """SIGHUP reads the tenants again, here and in further gateways."""
 
     def reload() -> None:
-        _reload(options, keys)
+        _reload(config, options, keys)
         if family is not None:
             family.tell("reload")
 
@@ -184,10 +190,10 @@ def _reload_on_hangup(options: ServerOptions, keys: Keys, family: Family | None 
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
 
 
-def _reload(options: ServerOptions, keys: Keys) -> None:
+def _reload(config: EngineConfig, options: ServerOptions, keys: Keys) -> None:
     """Reads the tenants again. A file that is wrong changes nothing."""
     try:
-        keys.replace(read_tenants(options.tenants or ""))
+        keys.replace(_tenants(config, options.tenants or ""))
     except ValueError as error:
         log.error("the tenants stay as they were: %s", error)
     else:

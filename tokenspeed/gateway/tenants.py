@@ -85,8 +85,11 @@ def tenants_of_keys(keys: Sequence[str]) -> list[TenantSpec]:
     return [TenantSpec(f"key{i}", (_digest(key),)) for i, key in enumerate(keys, 1)]
 
 
-def read_tenants(path: str) -> list[TenantSpec]:
-    """The file's tenants. `ValueError` naming the entry, or the file if it cannot be read."""
+def read_tenants(path: str, *, paced: bool = True) -> list[TenantSpec]:
+    """The file's tenants. `ValueError` naming the entry, or the file if it cannot be read.
+
+    `paced`: the server keeps floors. Where it does not, a tenant that has one could ask nothing.
+    """
     try:
         with Path(path).open("rb") as file:
             data = file.read(_MAX_FILE_BYTES + 1)
@@ -103,7 +106,18 @@ def read_tenants(path: str) -> list[TenantSpec]:
         raise ValueError(f"tenants: {path}: tenants is empty, so no key would be accepted")
     specs = [_spec(entry, f"tenants[{i}]") for i, entry in enumerate(entries)]
     check_tenants(specs)
+    if not paced:
+        _check_floorless(specs)
     return specs
+
+
+def _check_floorless(specs: Sequence[TenantSpec]) -> None:
+    for spec in specs:
+        if (floor := spec.standing.tps_floor) is not None:
+            raise ValueError(
+                f"tenants: {spec.name!r} has a tps_floor of {floor:g}, and this server keeps no"
+                " floors: it needs --tps-floor (or --max-queue-wait-s, to promise the others none)"
+            )
 
 
 def check_tenants(specs: Sequence[TenantSpec]) -> None:
