@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,8 +115,12 @@ def least_rate(options: SimulationOptions) -> float:
     return min(float(window_rates(times(o), np.ones(1200)).min()) for o in found[:8])
 
 
-def test_floors_hold_while_a_long_prompt_arrives() -> None:
-    options = replace(ROOMY, max_num_batched_tokens=2048)
+@pytest.mark.parametrize("overlap_depth", [0, 1])
+@pytest.mark.parametrize("drafts", [{}, {"acceptance": 0.7, "draft_depth": 3}], ids=len)
+def test_floors_hold_while_a_long_prompt_arrives(
+    overlap_depth: int, drafts: dict[str, Any]
+) -> None:
+    options = replace(ROOMY, max_num_batched_tokens=2048, overlap_depth=overlap_depth, **drafts)
     assert least_rate(options) < 8
     assert least_rate(replace(options, tps_floor=36.0)) >= 36  # of 62 without others
 
