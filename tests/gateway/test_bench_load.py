@@ -93,6 +93,16 @@ def test_what_is_sent_is_what_the_trace_says():
     assert (seen.headers["x-session-id"], seen.headers["x-parent-session-id"]) == ("s", "p")
 
 
+def test_a_session_of_any_name_is_sent():
+    servers = ScriptedServers(steady())
+    names = ["a/b 1:2", "s\u00e9ance", "line\nbreak", "100%"]
+    (run,) = load(servers, [session(name, turn([1]), parent="\u00e9") for name in names])
+    assert [record.status for record in run.records] == ["ok"] * 4
+    sent = [seen.headers["x-session-id"] for seen in servers.seen]
+    assert sent == ["a/b 1:2", "s%C3%A9ance", "line%0Abreak", "100%25"]
+    assert servers.seen[0].headers["x-parent-session-id"] == "%C3%A9"
+
+
 def test_an_endpoints_key_headers_and_fields_are_sent():
     servers = ScriptedServers(steady())
     endpoint = Endpoint(
@@ -359,6 +369,11 @@ def test_a_retry_after_that_is_no_time_is_none():
         ([b"data: {nonsense\n\n"], "not JSON"),
         ([b"data: [1]\n\n"], "not an object"),
         ([event({"choices": [None]})], "another shape"),
+        ([event({"choices": [{"delta": {"content": 5}}]})], "says 5"),
+        ([event({"choices": [], "usage": "many"})], "another shape"),
+        ([event({"choices": [], "usage": {"prompt_tokens": "many"}})], "counts 'many'"),
+        ([event({"choices": [], "usage": {"completion_tokens": -3}})], "counts -3"),
+        ([event({"choices": [], "usage": {"prompt_tokens_details": [1]}})], "another shape"),
         ([httpx.ReadError("reset by peer")], "ReadError: reset by peer"),
     ],
 )
@@ -608,6 +623,10 @@ def test_a_load_needs_endpoints_with_names_and_sessions():
         Endpoint("a", "http://a", dialect="telepathy")
     with pytest.raises(ValueError, match="base_url"):
         Endpoint("a", "a:80")
+    with pytest.raises(ValueError, match="base_url: Invalid port"):
+        Endpoint("a", "http://a:port")
+    with pytest.raises(ValueError, match="headers: "):
+        Endpoint("a", "http://a", headers={"x-name": "s\u00e9ance"})
 
 
 RESPONSES = [

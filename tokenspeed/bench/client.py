@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -23,6 +24,7 @@ _MAX_ERROR = 500  # characters of an endpoint's words that a record keeps
 # llama-cpp-python.
 _TOKENIZERS = (("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"))
 _TOKENIZING_S = 30.0
+_PLAIN = " !\"#$&'()*+,/:;<=>?@[\\]^`{|}"  # what a name in a header may have besides letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,14 @@ class Endpoint:
         dialect_of(self.dialect)
         if not self.base_url.startswith(("http://", "https://")):
             raise ValueError(f"base_url: must be an http URL, got {self.base_url!r}")
+        try:
+            httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"base_url: {error}") from error
+        try:
+            httpx.Headers(self.signed())
+        except UnicodeEncodeError as error:
+            raise ValueError(f"headers: {error}") from error
 
     @property
     def root(self) -> str:
@@ -148,9 +158,16 @@ class StreamClient:
 
     def _delta(self, event: dict[str, Any]) -> Delta:
         try:
-            return self._dialect.read(event)
+            delta = self._dialect.read(event)
+            told = self._dialect.usage(delta.usage)
         except (AttributeError, KeyError, TypeError) as error:
             raise httpx.DecodingError(f"an event of another shape: {str(event)[:80]}") from error
+        for number in (delta.num_tokens, told.prompt, told.cached, told.output):
+            if number is not None and (type(number) is not int or number < 0):
+                raise httpx.DecodingError(f"an event counts {number!r} tokens")
+        if not isinstance(delta.text, str):
+            raise httpx.DecodingError(f"an event says {delta.text!r}")
+        return delta
 
     async def first_model(self) -> str:
         """The name of the first model that the endpoint lists. Raises `httpx.HTTPError`."""
@@ -260,8 +277,9 @@ class _Reading:
 
 
 def _headers_of(ask: Ask) -> dict[str, str]:
-    parent = {} if ask.parent is None else {"x-parent-session-id": ask.parent}
-    return {"content-type": "application/json", "x-session-id": ask.session} | parent
+    parent = {} if ask.parent is None else {"x-parent-session-id": quote(ask.parent, _PLAIN)}
+    session = {"x-session-id": quote(ask.session, _PLAIN)}
+    return {"content-type": "application/json"} | session | parent
 
 
 def _ids(reply: httpx.Response) -> list[int] | None:
