@@ -21,7 +21,7 @@ from tokenspeed.planner.devices import DEVICES
 from tokenspeed.planner.estimate import Estimate, Load, estimate
 from tokenspeed.planner.roofline import Step, stage_time
 from tokenspeed.simulation.device_profile import NO_ROWS, NOTHING, StepShape, read_profile
-from tokenspeed.simulation.raw_file import RawFile, record
+from tokenspeed.simulation.raw_file import RawFile, header, record
 from tokenspeed.simulation.roofline import RooflineProfile
 from tokenspeed.simulation.sessions import Workload, condense, read_workload, write_workload
 from tokenspeed.simulation.simulate import Simulation
@@ -122,6 +122,7 @@ def test_the_raw_file_is_one_of_the_benchmark(tmp_path: Path) -> None:
         raw.write(outcome)
     raw.close()
     (found,) = read_runs(tmp_path / "raw.jsonl")
+    assert found.num_turns == SMALL.num_turns == summary(found).turns.answered
     assert (found.workload, found.seed, found.scale) == ("published", 0, SMALL.scale)
     assert found.duration_s == run.machine.now_s == max(o.end_s for o in outcomes)
     for one, other in zip(found.records, outcomes, strict=True):
@@ -131,6 +132,13 @@ def test_the_raw_file_is_one_of_the_benchmark(tmp_path: Path) -> None:
     figures = summary(found)
     assert figures.hit_rate == pytest.approx(cache_bound.hit_rate(SMALL), abs=1e-12)
     assert figures.output_tokens == SMALL.output_tokens
+
+
+def test_a_rate_is_of_sessions_that_nobody_started() -> None:
+    own = [session(turn([i]), name=f"s{i}", start_s=10.0 * i) for i in range(3)]
+    child = replace(session(turn([7]), name="s0/a", start_s=90.0), parent="s0")
+    run = Simulation(Workload("w", 0, 1.0, (*own, child)), HALF, ROOMY)
+    assert header(run, 1.0)["rate"] == 2 / 20.0
 
 
 def test_tokens_that_are_near_may_be_one_event() -> None:

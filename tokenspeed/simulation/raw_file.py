@@ -36,12 +36,15 @@ def header(simulation: Simulation, duration_s: float) -> dict[str, Any]:
         "history": "blocks",
         "forced": options.forced,
         "died": None,
+        "num_turns": sum(len(session.turns) for session in workload.sessions),
     }
 
 
 def _rate(simulation: Simulation) -> float | None:
-    """Sessions a second in an open loop."""
-    starts = [session.start_s for session in simulation.workload.sessions]
+    """Sessions a second in an open loop, without those that others started."""
+    sessions = simulation.workload.sessions
+    names = {session.session_id for session in sessions}
+    starts = [session.start_s for session in sessions if session.parent not in names]
     span = (max(starts) - min(starts)) * simulation.options.time_scale if starts else 0.0
     return (len(starts) - 1) / span if span else None
 
