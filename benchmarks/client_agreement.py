@@ -175,14 +175,15 @@ def _compare(
     for number in range(pairs + 1):
         seen: dict[str, Seen] = {}
         for who in (client.name, OURS) if number % 2 else (OURS, client.name):
-            place, start = next(places), log.stat().st_size
-            if who == OURS:
-                said = _run(client.ours(load, place), place, {})
-            else:
-                said = _run(client.command(environment, load, place), place, client.environ)
+            place, start, said = next(places), log.stat().st_size, ""
             try:
-                figures = our_figures(place.folder) if who == OURS else client.figures(place.folder)
-            except (OSError, LookupError, ValueError) as error:
+                if who == OURS:
+                    said = _run(client.ours(load, place), place, {})
+                    figures = our_figures(place.folder)
+                else:
+                    said = _run(client.command(environment, load, place), place, client.environ)
+                    figures = client.figures(place.folder)
+            except (OSError, LookupError, ValueError, subprocess.TimeoutExpired) as error:
                 verdict.trouble.append(f"{who}: {error!r} after {said[-500:]!r}")
                 return
             time.sleep(0.5)  # the log's last lines come after the last answer

@@ -2,6 +2,8 @@
 """The clients: commands for a load, and the files that they leave read into figures of one name.
 
 Knows the clients' flags and the names of their figures (versions: `Client.tried`); judges nothing.
+Figures that count something else than ours are left out: guidellm's TPOT has the first token's time
+in it, the ITL of aiperf and evalscope knows events with text alone.
 """
 
 import json
@@ -134,7 +136,6 @@ def _aiperf_figures(folder: Path) -> Figures:
         "ttft_p50_ms": told["time_to_first_token"]["p50"],
         "tpot_mean_ms": told["inter_token_latency"]["avg"],
         "tpot_p50_ms": told["inter_token_latency"]["p50"],
-        "itl_mean_ms": told["inter_chunk_latency"]["avg"],
     }
 
 
@@ -165,7 +166,6 @@ def _evalscope_figures(folder: Path) -> Figures:
         "ttft_p50_ms": middle["TTFT (ms)"],
         "tpot_mean_ms": told["Avg TPOT (ms)"],
         "tpot_p50_ms": middle["TPOT (ms)"],
-        "itl_mean_ms": told["Avg ITL (ms)"],
     }
 
 
