@@ -126,11 +126,13 @@ class Pacing:
     @property
     def budget_s(self) -> float: ...  # of the step planned last; infinite: nothing is due
     @property
+    def num_behind(self) -> int: ...  # streams that had less than their floor in the last second
+    @property
     def num_forced(self) -> int: ...  # chunks of prompts that were taken though they do not fit
     @property
     def num_late(self) -> int: ...  # outputs that came after they were due
     @property
-    def num_unmeetable(self) -> int: ...  # requests whose floor cannot be met even alone
+    def num_unmeetable(self) -> int: ...  # requests whose floor was given up: not even alone
     @property
     def last_unmeetable(self) -> float: ...  # such a floor; 0: there was none
 

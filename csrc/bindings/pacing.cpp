@@ -72,6 +72,7 @@ void bind_pacing(nb::module_& m) {
         .def("overdue", &Pacing::overdue)
         .def("streams", streams)
         .def_prop_ro("budget_s", &Pacing::budget_s)
+        .def_prop_ro("num_behind", &Pacing::num_behind)
         .def_prop_ro("num_forced", &Pacing::num_forced)
         .def_prop_ro("num_late", &Pacing::num_late)
         .def_prop_ro("num_unmeetable", &Pacing::num_unmeetable)

@@ -219,3 +219,25 @@ def test_refusals_say_when_to_come_back() -> None:
     pacing.committed()
     stats = pacing.stats()
     assert (stats.num_refused, stats.num_steps, stats.measured_s) == (2, 1, 0.02)
+
+
+def test_a_floor_that_cannot_be_met_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    times = StepTimes(Experts())
+    x = np.zeros(len(FEATURES))
+    x[FEATURES.index("step")] = x[FEATURES.index("decode_rows")] = 1
+    for _ in range(64):
+        times.model.observe(x, STEP_S)
+    pacing = Pacing(PacingOptions(50.0), max_num_seqs=8, times=times)
+    made = scheduler()
+    made.pace(pacing.policy)
+    for request_id, floor in enumerate([50.0, 9000.0, 9000.0, 8000.0], 1):
+        made.submit(request_id, prompt(4, request_id), max_tokens=9, tps_floor=floor)
+        words = made.next_plan()
+        assert words is not None
+        commit(made, words)
+        pacing.committed()
+    floors = [record.args for record in caplog.records]
+    assert floors == [(9000.0,), (8000.0,)]
+    assert pacing.stats().num_unmeetable == 3
+    assert [stream[1] for stream in pacing.policy.streams()] == [50.0, 0.0, 0.0, 0.0]
+    assert pacing.policy.num_behind == 0

@@ -16,6 +16,7 @@ from tokenspeed.errors import RequestError
 
 OVERLOADED = "overloaded"
 MAX_PRIORITY = 1000
+MAX_TOLD = 16  # floors: clients may name any
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Pacing:
             experts_per_token=times.experts.per_token,
         )
         self._num_refused = 0
-        self._has_warned = False
+        self._num_unmeetable = 0
+        self._told: set[float] = set()  # floors that cannot be met
 
     def refusal(self, request_id: int) -> TokenOutput | None:
         """Of a request that the scheduler has just taken: its answer, if it would wait too long."""
@@ -66,11 +68,18 @@ class Pacing:
         return [self._answer(request_id) for request_id in self.policy.overdue()]
 
     def committed(self) -> None:
-        """A step is over."""
-        if self.policy.num_unmeetable and not self._has_warned:
-            self._has_warned = True
-            floor = self.policy.last_unmeetable
-            _log.warning("a floor of %g tokens per second cannot be met even alone", floor)
+        """A step is over. A floor that nobody can be held at is told once."""
+        if self.policy.num_unmeetable == self._num_unmeetable:
+            return
+        self._num_unmeetable = self.policy.num_unmeetable
+        floor = self.policy.last_unmeetable
+        if floor not in self._told and len(self._told) < MAX_TOLD:
+            self._told.add(floor)
+            _log.warning(
+                "a floor of %g tokens per second cannot be met even alone: who has it is served as"
+                " fast as can be",
+                floor,
+            )
 
     def stats(self) -> PacingStats:
         """Counts since the start."""
