@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -281,10 +282,19 @@ def _summary(verdicts: list[Verdict], load: Load, options: argparse.Namespace) -
         "model": MODEL,
         "tolerance": options.tolerance,
         "load": asdict(load),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} x {_cpu()}",
+        "tokenspeed": version("tokenspeed"),
         "clients": {one.client.name: _about(one, options.tolerance) for one in verdicts},
         "left out": [name for name in CLIENTS if name not in {v.client.name for v in verdicts}],
     }
+
+
+def _cpu() -> str:
+    """Its name where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "a CPU without a name")
 
 
 def _about(verdict: Verdict, tolerance: float) -> dict[str, Any]:
