@@ -205,6 +205,7 @@ def test_refusals_say_when_to_come_back() -> None:
     made.pace(pacing.policy)
     made.submit(1, prompt(4), max_tokens=10)
     words = made.next_plan()
+    assert words is not None
     times.launched([PlanView(words)], 0.0)
     assert pacing.refusal(1) is None
     assert pacing.overdue() == []
