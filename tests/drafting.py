@@ -111,7 +111,7 @@ class Drafting:
             np.array(wants, np.int32),
             self.sample,
         )
-        skips = self.drafter.skips(work.num_propose)
+        skips = self.drafter.skips(asked=bool(work.num_propose.any()))
         found = torch.empty((len(order), 0)) if skips else self.drafter.draft(work)
         for slot, row in zip(order, found.tolist(), strict=True):
             self.drafts[slot] = [token for token in row if token >= 0]

@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
+from tokenspeed.engine.hearing import NAP
 from tokenspeed.engine.messages import DrafterStats
-from tokenspeed.engine.speculator import NAP, Speculator, Weighted
+from tokenspeed.engine.speculator import Speculator, Weighted
 from tokenspeed.engine.step_times import PLAIN_INTERVAL, Experts, StepTimes, features_of
 from tokenspeed.execution.plan_view import (
     HEADER_WORDS,
@@ -111,6 +112,8 @@ class Harness:
         new = {i: i for i in numbers if i not in self.bound}
         self.bound.update(new)
         made = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
+        if self.it.dozes([made]):
+            return
         self.it.launched([made])
         if self.times is not None:
             self.times.launched([made], self.now)
@@ -127,9 +130,11 @@ class Harness:
         for name, given in ids.items():
             self.extend(int(name[1:]), given)
         self.now += seconds
+        if self.it.is_dozing:
+            return
         if self.times is not None:
             self.times.committed(self.now)
-        self.it.committed()
+        self.it.committed(self.now - 100)
 
     def start(self, *request_ids: int) -> None:
         """These have their first id, 10, and nothing was drafted."""
@@ -324,7 +329,7 @@ def test_depths_follow_what_is_accepted() -> None:
     poor = run(h, drafter, 60, right=False, per_draft=0.004)[-20:]
     assert sum(depth > 0 for depth in poor) <= 2
     stats = h.it.stats()
-    assert stats.num_steps == 121
+    assert 90 <= stats.num_steps <= 121  # some are slept through
     assert stats.predicted_s == pytest.approx(stats.measured_s, rel=0.2)
     assert stats.step_time_error < 0.1
 

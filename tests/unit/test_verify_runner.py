@@ -40,7 +40,7 @@ class Dice:
     def bind(self, slots: np.ndarray[Any, np.dtype[np.int32]]) -> None:
         self.bound += slots.tolist()
 
-    def skips(self, num_propose: np.ndarray[Any, np.dtype[np.int32]]) -> bool:
+    def skips(self, *, asked: bool) -> bool:
         return False
 
     def draft(self, work: DraftWork) -> torch.Tensor:

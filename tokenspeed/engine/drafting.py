@@ -8,6 +8,7 @@ from torch import nn
 
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.depths import Depths
+from tokenspeed.engine.ledger import Ledger
 from tokenspeed.engine.part import Part, mesh_of
 from tokenspeed.engine.speculator import Speculator, Weighted
 from tokenspeed.engine.step_times import Experts, StepTimes
@@ -37,13 +38,15 @@ def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Specu
     if asked.adaptive:
         proposes = [False] * len(tokens) + [True] * (weighted is not None)
         depths = Depths(proposes, config.scheduler.max_num_batched_tokens, times)
+    ahead = config.scheduler.overlap_depth > 0
     return Speculator(
         tokens,
         depth=asked.depth,
         weighted=weighted,
         depths=depths,
         num_dp=mesh_of(config).dp,
-        ahead=config.scheduler.overlap_depth > 0,
+        ledger=Ledger() if asked.adaptive and not ahead else None,
+        ahead=ahead,
     )
 
 

@@ -231,11 +231,13 @@ class Engine:
         if speculator is not None:
             speculator.prepare(self._schedulers)
         plans = self._schedulers.next_plans()
+        dozes = False
         if plans is not None:
-            if speculator is not None:
+            dozes = speculator is not None and speculator.dozes(plans)
+            if speculator is not None and not dozes:
                 speculator.launched(plans)
-            if self._times is not None:
-                self._times.launched(plans, time.monotonic())
+            if self._times is not None and not dozes:
+                self._times.launched(plans, began_s)
             self._counts.planned(plans)
             self._in_flight.append(self._runner.launch(plans))
         outputs = [] if self._pacing is None else self._refusals(self._pacing)
@@ -249,10 +251,12 @@ class Engine:
                 if step is not None:
                     outputs += self._commit(index, step)
                     is_typical = is_typical and step.is_typical
-            if self._times is not None:
-                self._times.committed(time.monotonic(), is_typical=is_typical)
-            if speculator is not None:
-                speculator.committed()
+            now_s = time.monotonic()
+            if self._times is not None and not dozes:
+                self._times.committed(now_s, is_typical=is_typical)
+            if speculator is not None and not dozes:
+                busy_s = self._counts.busy_s + now_s - began_s
+                speculator.committed(busy_s, is_typical=is_typical)
             if self._pacing is not None:
                 self._pacing.committed()
             if plans is None:

@@ -10,7 +10,7 @@ Nothing here can change an output: a draft is verified by the step that it is pa
 slots; refuses to know how drafts are found and verified, and how depths are learnt.
 """
 
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,16 +20,16 @@ from numpy.typing import NDArray
 
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
+from tokenspeed.engine.hearing import Hearing
+from tokenspeed.engine.ledger import Ledger
 from tokenspeed.engine.messages import SpeculationStats
-from tokenspeed.execution.plan_view import ROW_SAMPLE, Plans, PlanView
+from tokenspeed.engine.worth import Worth
+from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, Plans, PlanView
 from tokenspeed.execution.speculation.drafter import Proposal, TokenDrafter
 
 NONE = np.empty(0, np.int32)
-Heard = tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]  # as `extend` is told
 PATIENCE = 3  # times that drafts do not pay before the first rest
 FIRST_REST, LONGEST_REST = 2, 128  # steps
-NAP = 8  # steps, of which drafters hear at once while everybody rests
-WAKING_MATCH = 8  # tokens, and twice what matched before
 TIRED = 24  # times that proposals were not worth it, more than
 TIMES_WORTH = 4  # times those that they were
 TRIED_ANEW = 32
@@ -83,9 +83,11 @@ class Speculator:
         weighted: Weighted | None = None,
         depths: Depths | None = None,
         num_dp: int = 1,
+        ledger: Ledger | None = None,
         ahead: bool = False,
     ) -> None:
-        """`depth`: most tokens of a draft. `ahead`: steps are planned before the last ids came."""
+        """`depth`: most tokens of a draft. `ahead`: steps are planned before the last ids came,
+        and there is no `ledger`."""
         self._drafters, self._weighted = list(drafters), weighted
         self._depth, self._depths, self._ahead = depth, depths, ahead
         names = [drafter.name for drafter in drafters]
@@ -95,10 +97,12 @@ class Speculator:
         self._histogram = [0] * (depth + 1)
         self._live: dict[int, _Live] = {}
         self._fresh: list[int] = []  # requests that are new, or have new ids, since the last plans
-        self._heard: list[Heard] = []  # that drafters were not told
-        self._resting: dict[int, int] = {}  # the match that wakes each
-        self._waking: defaultdict[int, list[int]] = defaultdict(list)  # by number of the step
-        self._num_steps = self._num_added = self._tiredness = 0
+        self._worth = Worth()
+        self._hearing = Hearing(self._drafters, ledger, ahead=ahead)
+        self._num_added = self._tiredness = 0
+        self._num_accepted = 0  # of the oldest step in flight
+        self._num_rows = 0  # of the latest plans; 0: there was prefill
+        self._is_awake = False  # somebody was, before the latest plans
         self._latest: Plans = ()
         # Of each step in flight: how many draft tokens the row of each busy request has.
         self._flights: deque[dict[int, int]] = deque()
@@ -113,6 +117,7 @@ class Speculator:
         """A request that the scheduler has taken."""
         for drafter in self._drafters:
             drafter.add(request_id, prompt_ids, salt)
+        self._hearing.rouse()
         self._num_added += 1
         tries = self._tiredness < TIRED or self._num_added % TRIED_ANEW == 0
         live = self._live[request_id] = _Live(tries and self._weighted is not None)
@@ -121,9 +126,8 @@ class Speculator:
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
-        self._listen()
+        self._hearing.remove(request_id)
         del self._live[request_id]
-        self._resting.pop(request_id, None)
         for drafter in self._drafters:
             drafter.remove(request_id)
         if self._depths is not None:
@@ -131,8 +135,12 @@ class Speculator:
 
     def prepare(self, schedulers: Drafts) -> None:
         """Gives the scheduler drafts for requests whose ids changed. Call it before planning."""
-        if not self._fresh:
+        napped, naps = self._hearing.naps, self._hearing.prepared()
+        self._is_awake = bool(self._fresh) and not naps
+        if not self._is_awake:
             return
+        if napped:
+            self._wake()
         fresh, self._fresh = self._fresh, []
         ready: list[tuple[int, _Live]] = []
         for request_id in fresh:
@@ -153,9 +161,25 @@ class Speculator:
             draft = np.array(live.draft, np.int32) if live.draft else NONE
             schedulers.speculate(request_id, draft, live.num_propose)
 
+    def _wake(self) -> None:
+        """After a nap: what was proposed before it is of no use any more."""
+        self._hearing.listen()
+        for request_id in self._fresh:
+            if request_id in self._live:
+                self._live[request_id].proposed = ()
+
+    def dozes(self, plans: Plans) -> bool:
+        """Once for each step: whether of one of these plans nothing is told but `extend`."""
+        return self._hearing.dozes(plans)
+
+    @property
+    def is_dozing(self) -> bool:
+        return self._hearing.is_dozing
+
     def launched(self, plans: Plans) -> None:
         """These plans run now: notes which drafts they verify, as the planner shortened them."""
         carried: dict[int, int] = {}
+        self._num_rows = sum(plan.num_rows for plan in plans if plan is not None)
         for owners, plan in zip(self._owners, plans, strict=True):
             if plan is None:
                 continue
@@ -165,6 +189,8 @@ class Speculator:
                 for slot in plan.slots[plan.flags & ROW_SAMPLE != 0].tolist():
                     self._live[owners[slot]].in_flight += 1
             if not plan.only_decodes:
+                if (plan.flags & ROW_PREFILL).any():
+                    self._num_rows = 0
                 rows = (plan.num_draft + plan.num_propose).nonzero()[0]
                 busy = [owners[slot] for slot in plan.slots[rows].tolist()]
                 carried.update(zip(busy, plan.num_draft[rows].tolist(), strict=True))
@@ -184,36 +210,21 @@ class Speculator:
 
         `proposed`: what the model drafter says may follow.
         """
-        self._heard.append((request_ids, num_ids, ids))
-        if len(self._heard) < NAP and len(self._resting) == len(self._live) and not self._ahead:
-            self._histogram[0] += len(request_ids)
-            return
-        matches = self._listen()[-len(request_ids) :]
-        owners, resting = request_ids.tolist(), self._resting
-        awake = [at for at, owner in enumerate(owners) if matches[at] >= resting.get(owner, 0)]
-        self._histogram[0] += len(owners) - len(awake)
-        if self._ahead and len(awake) < len(owners):
-            for owner in set(owners) - {owners[at] for at in awake}:
-                self._arrived(self._live[owner])
+        is_busy = not self._hearing.is_dozing and bool(self._flights[0])
+        heard = request_ids, num_ids, ids
+        awake = self._hearing.hear(heard, len(self._live), is_busy=is_busy)
+        if self._ahead:
+            for request_id in request_ids.tolist():
+                live = self._live[request_id]
+                live.in_flight -= live.in_flight > 0
         if not awake:
             return
-        ends = np.cumsum(num_ids)
-        for at in awake:
-            live = self._live[owners[at]]
-            resting.pop(owners[at], None)
-            live.match_len = matches[at]
-            own = ids[ends[at] - num_ids[at] : ends[at]].tolist()
-            self._extend(owners[at], live, own, proposed)
-
-    def _listen(self) -> list[int]:
-        """Tells token drafters what they have not heard; how many tokens each piece ends with that
-        occurred before."""
-        if not self._heard:
-            return []
-        heard, self._heard = self._heard, []
-        told = heard[0] if len(heard) == 1 else [np.concatenate(of) for of in zip(*heard)]  # noqa: B905
-        lengths = [drafter.extend(*told) for drafter in self._drafters]
-        return list(map(max, zip(*lengths, strict=True))) or [0] * len(told[0])
+        owners, ends = request_ids.tolist(), np.cumsum(num_ids)
+        for row, match_len in awake:
+            live = self._live[owners[row]]
+            live.match_len = match_len
+            own = ids[ends[row] - num_ids[row] : ends[row]].tolist()
+            self._extend(owners[row], live, own, proposed)
 
     def _extend(
         self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]
@@ -225,6 +236,7 @@ class Speculator:
                 accepted = num_accepted(live.draft[:carried], ids)
                 live.num_draft += carried
                 live.num_accepted += accepted
+                self._num_accepted += accepted
                 live.rest = FIRST_REST if accepted else live.rest
                 self._counts[live.drafter].record(carried, accepted)
         if self._depths is not None and live.found and (carried or not self._ahead):
@@ -233,21 +245,18 @@ class Speculator:
             live.draft = []
             live.found.clear()
         live.proposed = proposed.get(request_id, ())
-        self._arrived(live)
         live.has_ids = live.has_ids or bool(ids)
-        self._fresh.append(request_id)
+        if live.tries_weights or self._worth.tries(live.match_len):
+            self._fresh.append(request_id)
 
-    def _arrived(self, live: _Live) -> None:
-        live.in_flight -= self._ahead and live.in_flight > 0
-
-    def committed(self) -> None:
-        """The oldest step in flight is over, and all that it gave was told."""
-        self._flights.popleft()
+    def committed(self, busy_s: float = 0.0, *, is_typical: bool = True) -> None:
+        """The oldest step in flight is over, and all that it gave was told. `busy_s`: in
+        all steps so far."""
+        carried, accepted, self._num_accepted = self._flights.popleft(), self._num_accepted, 0
         if self._depths is not None:
             self._depths.learn()
-        self._num_steps += 1
-        for request_id in self._waking.pop(self._num_steps, ()):
-            self._resting.pop(request_id, None)
+        found = accepted if carried or self._is_awake else None
+        self._hearing.over(self._num_rows, busy_s, found, is_typical=is_typical)
 
     def drafted(self, request_id: int) -> tuple[int, int]:
         """Of a live request: tokens drafted so far, and how many of them were accepted."""
@@ -258,10 +267,15 @@ class Speculator:
         """Counts since the start."""
         drafters, depths = [counts.stats() for counts in self._counts], self._depths
         if depths is None:
-            return SpeculationStats(drafters, list(self._histogram))
+            return SpeculationStats(drafters, self._depth_counts())
         times = depths.times
         told = (times.num_steps, times.predicted_s, times.measured_s, times.error)
-        return SpeculationStats(drafters, list(self._histogram), *told)
+        return SpeculationStats(drafters, self._depth_counts(), *told)
+
+    def _depth_counts(self) -> list[int]:
+        counts = list(self._histogram)
+        counts[0] += self._hearing.num_unseen
+        return counts
 
     def _find(self, request_id: int, live: _Live) -> None:
         """What may come next, and whose draft to take: all of it, and as deep as can be."""
@@ -323,6 +337,7 @@ class Speculator:
                 self._tiredness = min(max(self._tiredness - worth, 0), TIRED)
             else:
                 live.draft = live.draft[:depth]
+                self._worth.found(live.match_len, is_taken=depth > 0)
 
     def _compare(self, request_id: int, live: _Live, ids: list[int], depths: Depths) -> None:
         """All that was found with what came, whether a step carried it or not."""
@@ -339,8 +354,7 @@ class Speculator:
         live.num_idle += 1
         if live.num_idle < PATIENCE and live.rest == FIRST_REST:
             return
-        self._resting[request_id] = max(WAKING_MATCH, 2 * live.match_len)
-        self._waking[self._num_steps + live.rest].append(request_id)
+        self._hearing.rest(request_id, live.match_len, live.rest)
         live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)
 
     def _bind(self, owners: dict[int, int], plan: PlanView) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from tokenspeed._policy import StepTimeModel, experts_touched
 from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, Plans
 
-PLAIN_INTERVAL = 32  # of steps that only decode, every so many is learnt from, once enough are known
+PLAIN_INTERVAL = 32  # of steps that only decode, so many bring one to learn from, in the end
 WELL_KNOWN = 256  # steps
 
 Features = NDArray[np.float64]  # [F], in the order of `_policy.FEATURES`

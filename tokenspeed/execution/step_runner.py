@@ -255,7 +255,8 @@ class StepRunner:
         sampled: Sampled,
     ) -> torch.Tensor | None:
         """What the drafter proposes, [num_rows, n]; None where nobody asked."""
-        if self._drafter is None or self._drafter.skips(plan.num_propose):
+        asked = not plan.only_decodes and plan.num_propose.any()
+        if self._drafter is None or self._drafter.skips(asked=bool(asked)):
             return None
         forward, ids = batch.forward, sampled.ids
         if len(ids) < len(forward.token_ids):

@@ -89,8 +89,8 @@ class ModelDrafter(Protocol):
     def bind(self, slots: NDArray[np.int32]) -> None:
         """These slots begin anew."""
 
-    def skips(self, num_propose: NDArray[np.int32]) -> bool:
-        """Once for each step: whether it has no use for one that asks for so many drafts [R]."""
+    def skips(self, *, asked: bool) -> bool:
+        """Once for each step: whether it has no use for it. `asked`: drafts are wanted of it."""
 
     def draft(self, work: DraftWork) -> torch.Tensor:
         """Unless it skips the step: int64 [R, max num_propose]: proposed ids, -1 where none."""

@@ -113,8 +113,8 @@ class ChainDrafter:
         if self._later:
             self._later.append(slots.copy())
 
-    def skips(self, num_propose: NDArray[np.int32]) -> bool:
-        self._num_unasked = 0 if num_propose.any() else self._num_unasked + 1
+    def skips(self, *, asked: bool) -> bool:
+        self._num_unasked = 0 if asked else self._num_unasked + 1
         if self._complete or self._num_unasked <= SLEEPS_AFTER:
             return False
         self._later.clear()

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: MIT
+"""Drafts may lose so much of the time and no more, whatever anybody believes of them."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tokenspeed.engine.ledger import FORGIVES_EVERY, LOOK, LOOK_EVERY, MOST, SHARE, Ledger
+from tokenspeed.engine.worth import PATIENCE, RETRIED, Worth
+
+PLAIN_S = 0.01
+
+
+def played(ledger: Ledger, steps: int, drafted: Callable[[int], tuple[float, int]]) -> list[bool]:
+    """Steps of four rows; `drafted` gives the seconds of one with drafts, and what was accepted.
+    Which of them were naps."""
+    naps = []
+    for step in range(steps):
+        naps.append(ledger.naps())
+        if naps[-1]:
+            ledger.over(4, PLAIN_S, None)
+        else:
+            ledger.over(4, *drafted(step))
+    return naps
+
+
+@pytest.mark.parametrize(("cost", "accepted"), [(1.5, 0), (1.5, 1), (3.0, 4)])
+def test_what_drafts_lose_is_bounded(cost: float, accepted: int) -> None:
+    naps = played(Ledger(), 4000, lambda step: (cost * PLAIN_S, accepted))
+    awake = len(naps) - sum(naps)
+    lost = awake * (cost - 1 - accepted / 4)
+    assert 0 < lost <= SHARE * 4000 + MOST + cost + 1
+
+
+def test_drafts_that_pay_are_left_alone_but_for_looks() -> None:
+    naps = played(Ledger(), 4000, lambda step: (1.5 * PLAIN_S, 3))
+    assert sum(naps) <= 4000 * LOOK / LOOK_EVERY + LOOK
+
+
+def test_a_step_that_was_held_up_counts_as_a_long_one_and_no_more() -> None:
+    def drafted(step: int) -> tuple[float, int]:
+        return (5.0 if step == 100 else 1.2 * PLAIN_S), 2
+
+    naps = played(Ledger(), 400, drafted)
+    assert not all(naps[110:130])
+    assert sum(naps[150:]) < 60
+
+
+def test_the_broke_are_forgiven_now_and_then() -> None:
+    ledger = Ledger()
+    played(ledger, 200, lambda step: (2 * PLAIN_S, 0))
+    while not ledger.is_broke:
+        played(ledger, 1, lambda step: (2 * PLAIN_S, 0))
+    ledger.forgive()
+    assert not ledger.naps()
+    ledger.over(4, 3 * PLAIN_S, 0)
+    ledger.forgive()
+    assert ledger.naps()  # it was so lately
+    for _ in range(FORGIVES_EVERY):
+        ledger.over(4, PLAIN_S, None)
+    ledger.forgive()
+    assert not ledger.is_broke
+
+
+def test_times_of_other_numbers_of_rows_hold_near_by_only() -> None:
+    ledger = Ledger()
+    ledger.over(16, 0.02, None)
+    ledger.over(14, 0.03, 7)
+    assert not ledger.naps()
+    ledger.over(2, 0.03, 1)  # nobody knows what two rows take
+    assert [ledger.naps() for _ in range(LOOK + 1)] == [True] * LOOK + [False]
+
+
+def test_steps_alike_count_as_many() -> None:
+    one, other = Ledger(), Ledger()
+    for ledger in (one, other):
+        ledger.over(1, PLAIN_S, None)
+        for _ in range(9):
+            ledger.over(1, 1.5 * PLAIN_S, 0)
+        assert ledger.is_broke
+    one.over(1, PLAIN_S, None, 300)
+    for _ in range(300):
+        other.over(1, PLAIN_S, None)
+    assert one.is_broke == other.is_broke is False
+
+
+def test_matches_that_give_nothing_are_looked_at_rarely() -> None:
+    worth = Worth()
+    for _ in range(PATIENCE):
+        assert worth.tries(3)
+        worth.found(3, is_taken=False)
+    assert sum(worth.tries(2) for _ in range(10 * RETRIED)) == 10  # 2 and 3 are of a kind
+    assert worth.tries(4)
+    worth.found(3, is_taken=True)
+    assert all(worth.tries(3) for _ in range(20))
