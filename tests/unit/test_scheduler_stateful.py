@@ -135,7 +135,12 @@ class Device:
             words += [at.slot, status, len(sampled)]
             ids += sampled
         assert len({row.slot for row in step.rows}) == len(rows)
-        head = [RESULT_MAGIC, 2, RESULT_HEADER + len(words) + len(ids), *plan[3:5].tolist()]
+        head = [
+            RESULT_MAGIC,
+            int(plan[1]),
+            RESULT_HEADER + len(words) + len(ids),
+            *plan[3:5].tolist(),
+        ]
         result = np.array([*head, len(rows), len(ids), 0, *words, *ids], np.int32)
         return step._replace(result=result)
 
