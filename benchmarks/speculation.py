@@ -10,117 +10,142 @@ Three parts, greedy unless said otherwise, the demo model:
   is replaced by the script's. Drafts are checked against the script like against any choice;
 - nothing accepted: drafters propose what never comes.
 
-Time is that of decoding: of all tokens less that of the first. Rounds alternate; ratios are taken
-within a round; the first ones warm up. Prefix caching is off. A step has room for all prompts at
-once, so that each is read in one piece: ids must be the same with and without, and in bfloat16 they
-may depend on the pieces.
+Batches stay full: who ends is followed by the next at once, and answers are of different lengths.
+Prompts are in the prefix cache, as an agent's are, so that steps are almost only those of decoding.
+The two engines take turns step by step, on one thread, the one that is behind in time: what else
+the machine does holds up both alike. `ratio` is the median of rounds of a second each, after some
+to warm up. `same` is the share of answers that are alike in both: in bfloat16 the pieces in which
+prompts are read may change a last bit.
 
-    python benchmarks/speculation.py [--rounds 5] [--tokens 192] [--parts source edit nothing]
+    python benchmarks/speculation.py [--rounds 8] [--tokens 160] [--parts source edit nothing]
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokenspeed import LLM, SamplingParams
+from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.execution.speculation.drafter import Proposal
 
-PROMPT_TOKENS = 256
+PROMPT_TOKENS = 257  # whole pages, and the token that is computed in any case
 BATCHES = (1, 4, 16)
-SINGLES = 8  # prompts that the batch of one goes through, one after the other
 TEMPERATURES = (0.0, 0.7)
-WARM_UP = 2  # rounds in which steps are captured, and first times and rates learnt
-EDIT_CHARACTERS, EDIT_TOKENS = 3000, 600
+NUM_PAGES = 40_000
+WARM_UP_S = 3.0  # in which steps are captured, and first times and rates learnt
+PER_SECOND = {1: 45, 4: 70, 16: 110}  # more prompts than any engine gets through
+EDIT_CHARACTERS, EDIT_TOKENS, EDIT_WARM_UP = 3000, 600, 3
 _UNLIKELY = 1  # a special token
 METHODS = {
     "auto": '{"method": "auto"}',
     "suffix": '{"method": "suffix"}',
     "mtp": '{"method": "mtp"}',
 }
+Asked = tuple[list[int], SamplingParams]  # a prompt, and how its answer is sampled
 
 
-def engine(config: str | None) -> LLM:
-    """The demo, with this speculative_config."""
-    return LLM(
-        "demo",
-        speculative_config=config,
-        max_num_seqs=max(BATCHES),
-        max_num_batched_tokens=max(BATCHES) * PROMPT_TOKENS * 2,
-        enable_prefix_caching=False,
-    )
+def engine(config: str | None, batch: int) -> LLM:
+    """The demo, with this speculative_config, for so many requests at once."""
+    return LLM("demo", speculative_config=config, max_num_seqs=batch, num_pages=NUM_PAGES)
 
 
-def source_prompts(llm: LLM, count: int, part: int) -> list[list[int]]:
-    """The `part`-th piece of each of this package's largest files, in tokens."""
-    folder = Path(__file__).parents[1] / "tokenspeed"
-    files = sorted(folder.rglob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
-    texts = [path.read_text(encoding="utf-8") for path in files[:count]]
-    start = part * PROMPT_TOKENS
-    prompts = [llm.get_tokenizer().encode(text)[start : start + PROMPT_TOKENS] for text in texts]
-    if any(len(prompt) < PROMPT_TOKENS for prompt in prompts):
-        raise ValueError("there is not enough source for so many rounds")
+def sources() -> list[Path]:
+    """This package's files, the largest first."""
+    files = (Path(__file__).parents[1] / "tokenspeed").rglob("*.py")
+    return sorted(files, key=lambda path: (-path.stat().st_size, path.name))
+
+
+def source_prompts(llm: LLM, count: int) -> list[list[int]]:
+    """Pieces of files, in tokens: the first of each, then the second, and so on."""
+    encode = llm.get_tokenizer().encode
+    texts = [encode(path.read_text(encoding="utf-8")) for path in sources()]
+    starts = range(0, max(map(len, texts)) - PROMPT_TOKENS, PROMPT_TOKENS)
+    pieces = [text[at : at + PROMPT_TOKENS] for at in starts for text in texts]
+    prompts = [piece for piece in pieces if len(piece) == PROMPT_TOKENS][:count]
+    if len(prompts) < count:
+        raise ValueError(f"the source gives {len(prompts)} prompts: ask for fewer than {count}")
     return prompts
 
 
-def source_groups(llm: LLM, batch: int, part: int) -> list[list[list[int]]]:
-    """What one round runs: a batch, or for a batch of one some prompts one after the other."""
-    if batch == 1:
-        return [[one] for one in source_prompts(llm, SINGLES, part)]
-    return [source_prompts(llm, batch, part)]
+def params(tokens: int, temperature: float = 0.0) -> SamplingParams:
+    return SamplingParams(temperature=temperature, seed=7, max_tokens=tokens, ignore_eos=True)
 
 
-def decode_seconds(
-    llm: LLM, prompts: Sequence[list[int]], tokens: int, temperature: float
-) -> tuple[float, list[list[int]]]:
-    """Seconds from everybody's first token to everybody's last, and the ids."""
-    asked: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+class Side:
+    """An engine, the seconds that it spent in steps, and what it answered."""
 
-    def run(count: int) -> tuple[float, list[list[int]]]:
-        params = SamplingParams(
-            temperature=temperature, seed=7, max_tokens=count, ignore_eos=True, min_tokens=0
-        )
+    def __init__(self, llm: LLM, batch: int) -> None:
+        self._engine: Any = llm._engine
+        self._batch, self._ids = batch, itertools.count(1)
+        self.seconds, self.num_tokens, self.num_live = 0.0, 0, 0
+        self.answers: defaultdict[int, list[int]] = defaultdict(list)  # by number of the request
+
+    def ask(self, asked: Asked) -> None:
+        prompt, how = asked
+        self._engine.add_request(GenerateRequest(next(self._ids), prompt, how, []))
+        self.num_live += 1
+
+    def step(self, waiting: Iterator[Asked] | None = None) -> None:
+        """One step, with as many of those who wait as there is room for."""
+        while waiting is not None and self.num_live < self._batch:
+            self.ask(next(waiting))
         start = time.perf_counter()
-        outputs = llm.generate(asked, params, use_tqdm=False)
-        return time.perf_counter() - start, [output.outputs[0].token_ids for output in outputs]
+        outputs = self._engine.step()
+        self.seconds += time.perf_counter() - start
+        for output in outputs:
+            self.num_tokens += len(output.token_ids)
+            self.answers[output.request_id] += output.token_ids
+            self.num_live -= output.finish_reason is not None
 
-    first, _ = run(1)
-    whole, ids = run(tokens + 1)
-    return whole - first, ids
+    def read(self, prompts: list[list[int]]) -> None:
+        """Brings prompts into the prefix cache, and forgets the time that it took."""
+        for prompt in prompts:
+            self.ask((prompt, params(1)))
+        while self.num_live:
+            self.step()
+        self._ids = itertools.count(1_000_000)
+        self.answers.clear()
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds, self.num_tokens = 0.0, 0
 
 
-def compare(
-    off: LLM,
-    on: LLM,
-    groups_of: Callable[[int], Sequence[Sequence[list[int]]]],
-    args: Any,
-    temperature: float,
+def full_batches(
+    off: LLM, on: LLM, prompts: list[list[int]], batch: int, args: Any, temperature: float
 ) -> dict[str, Any]:
-    """Both engines through the groups of each round, in turns; ratios of tokens per second."""
-    ratios, rates = [], []
-    for number in range(WARM_UP + args.rounds):
-        groups = groups_of(number)
-        seconds = {"off": 0.0, "on": 0.0}
-        answers: dict[str, list[list[list[int]]]] = {"off": [], "on": []}
-        order: list[tuple[str, LLM]] = [("off", off), ("on", on)]
-        for group in groups:
-            for name, llm in order if number % 2 else order[::-1]:
-                spent, ids = decode_seconds(llm, group, args.tokens, temperature)
-                seconds[name] += spent
-                answers[name].append(ids)
-        if answers["off"] != answers["on"]:
-            raise RuntimeError("speculation changed the ids")
-        if number >= WARM_UP:
-            ratios.append(seconds["off"] / seconds["on"])
-            rates.append(
-                {name: tokens_per_s(groups, args.tokens, s) for name, s in seconds.items()}
-            )
+    """Both engines with full batches, in turns; ratios of tokens per second."""
+    sides = {"off": Side(off, batch), "on": Side(on, batch)}
+    for side in sides.values():
+        side.read(prompts)
+    half = args.tokens // 2
+    asked = [
+        (prompt, params(half + at * 37 % args.tokens, temperature))
+        for at, prompt in enumerate(prompts)
+    ]
+    waiting = {name: iter(asked) for name in sides}
+    rates: list[dict[str, float]] = []
+    for seconds in [WARM_UP_S, *[args.round_s] * args.rounds]:
+        for side in sides.values():
+            side.restart()
+        while min(side.seconds for side in sides.values()) < seconds:
+            name = min(sides, key=lambda name: sides[name].seconds)
+            sides[name].step(waiting[name])
+        rates.append({name: side.num_tokens / side.seconds for name, side in sides.items()})
+    return summary(rates[1:]) | {"same": same(sides["off"], sides["on"])}
+
+
+def summary(rates: list[dict[str, float]]) -> dict[str, Any]:
+    ratios = [rate["on"] / rate["off"] for rate in rates]
     return {
         "off_tokens_per_s": round(statistics.median(rate["off"] for rate in rates), 1),
         "on_tokens_per_s": round(statistics.median(rate["on"] for rate in rates), 1),
@@ -129,24 +154,43 @@ def compare(
     }
 
 
-def tokens_per_s(groups: Sequence[Sequence[list[int]]], tokens: int, seconds: float) -> float:
-    return sum(len(group) for group in groups) * tokens / seconds
+def same(one: Side, other: Side) -> float:
+    """The share of answers that begin alike, as far as both have come."""
+    both = one.answers.keys() & other.answers.keys()
+    alike = [
+        all(a == b for a, b in zip(one.answers[i], other.answers[i], strict=False)) for i in both
+    ]
+    return round(sum(alike) / max(len(alike), 1), 4)
 
 
-def source(off: LLM, args: Any) -> list[dict[str, Any]]:
+def source(args: Any) -> list[dict[str, Any]]:
     rows = []
-    for method in args.methods:
-        for batch in BATCHES:
-            for temperature in TEMPERATURES:
-                with engine(METHODS[method]) as on:
-
-                    def groups(number: int, batch: int = batch) -> list[list[list[int]]]:
-                        return source_groups(off, batch, number)
-
-                    found = compare(off, on, groups, args, temperature)
-                case = {"part": "source", "method": method, "batch": batch}
-                rows.append(show(case | {"temperature": temperature} | found))
+    for method, batch, temperature in itertools.product(args.methods, args.batches, TEMPERATURES):
+        case = {"part": "source", "method": method, "batch": batch, "temperature": temperature}
+        rows.append(show(case | pair(args, method, batch, temperature)))
     return rows
+
+
+def nothing(args: Any) -> list[dict[str, Any]]:
+    rows = []
+    for method, batch in itertools.product(args.methods, args.batches):
+        found = pair(args, method, batch, 0.0, spoil)
+        rows.append(show({"part": "nothing accepted", "method": method, "batch": batch} | found))
+    return rows
+
+
+def pair(
+    args: Any,
+    method: str,
+    batch: int,
+    temperature: float,
+    prepare: Callable[[LLM], None] = lambda on: None,
+) -> dict[str, Any]:
+    with engine('{"method": "off"}', batch) as off, engine(METHODS[method], batch) as on:
+        prepare(on)
+        seconds = WARM_UP_S + args.rounds * args.round_s
+        prompts = source_prompts(off, int(PER_SECOND[batch] * seconds * 160 / args.tokens) + batch)
+        return full_batches(off, on, prompts, batch, args, temperature)
 
 
 def edited(text: str) -> str:
@@ -162,7 +206,8 @@ class Dictation:
     def __init__(self, *llms: LLM) -> None:
         self._start, self._script = 0, torch.zeros(1, dtype=torch.int64)
         for llm in llms:
-            sampler = sampler_of(llm)
+            engine: Any = llm._engine
+            sampler = engine._runner._part._sampler
             sampler._kernel = self._instead_of(sampler._kernel)
 
     def tell(self, start: int, script: list[int]) -> None:
@@ -177,33 +222,33 @@ class Dictation:
         return sample
 
 
-def sampler_of(llm: LLM) -> Any:
-    engine: Any = llm._engine
-    return engine._runner._part._sampler
-
-
 def edit(args: Any) -> list[dict[str, Any]]:
     rows = []
-    folder = Path(__file__).parents[1] / "tokenspeed"
-    files = sorted(folder.rglob("*.py"), key=lambda path: (-path.stat().st_size, path.name))
     for method in args.methods:
         if method == "mtp":
             continue  # it hears the model, which does not know what is dictated
-        with engine('{"method": "off"}') as off, engine(METHODS[method]) as on:
-            encode, dictation = off.get_tokenizer().encode, Dictation(off, on)
-
-            def groups(
-                number: int, encode: Any = encode, dictation: Dictation = dictation
-            ) -> list[list[list[int]]]:
-                file = files[number].read_text(encoding="utf-8")[:EDIT_CHARACTERS]
-                prompt = encode(f"Add comments to this file:\n{file}\nThe file with comments:\n")
-                dictation.tell(len(prompt), encode(edited(file)))
-                return [[prompt]]
-
-            asked = argparse.Namespace(rounds=args.rounds, tokens=EDIT_TOKENS)
-            found = compare(off, on, groups, asked, 0.0)
-        rows.append(show({"part": "edit", "method": method, "batch": 1} | found))
+        with engine('{"method": "off"}', 1) as off, engine(METHODS[method], 1) as on:
+            encode, dictation, rates = off.get_tokenizer().encode, Dictation(off, on), []
+            for file in sources()[: EDIT_WARM_UP + args.rounds]:
+                text = file.read_text(encoding="utf-8")[:EDIT_CHARACTERS]
+                prompt = encode(f"Add comments to this file:\n{text}\nThe file with comments:\n")
+                dictation.tell(len(prompt), encode(edited(text)))
+                rates.append(one_answer(off, on, prompt))
+        rows.append(show({"part": "edit", "method": method} | summary(rates[EDIT_WARM_UP:])))
     return rows
+
+
+def one_answer(off: LLM, on: LLM, prompt: list[int]) -> dict[str, float]:
+    """Tokens per second of one answer, its prompt read before."""
+    sides = {"off": Side(off, 1), "on": Side(on, 1)}
+    for side in sides.values():
+        side.read([prompt])
+        side.ask((prompt, params(EDIT_TOKENS)))
+    while live := [side for side in sides.values() if side.num_live]:
+        min(live, key=lambda side: side.seconds).step()
+    if same(*sides.values()) < 1:
+        raise RuntimeError("speculation changed the ids")
+    return {name: side.num_tokens / side.seconds for name, side in sides.items()}
 
 
 def spoil(llm: LLM) -> None:
@@ -232,23 +277,6 @@ def _spoilt_drafts(inner: Callable[[Any], torch.Tensor]) -> Callable[[Any], torc
     return draft
 
 
-def nothing(off: LLM, args: Any) -> list[dict[str, Any]]:
-    rows = []
-    for method in args.methods:
-        for batch in BATCHES:
-            with engine(METHODS[method]) as on:
-                spoil(on)
-
-                def groups(number: int, batch: int = batch) -> list[list[list[int]]]:
-                    return source_groups(off, batch, number)
-
-                found = compare(off, on, groups, args, 0.0)
-            rows.append(
-                show({"part": "nothing accepted", "method": method, "batch": batch} | found)
-            )
-    return rows
-
-
 def show(row: dict[str, Any]) -> dict[str, Any]:
     print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return row
@@ -256,20 +284,16 @@ def show(row: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--round-s", type=float, default=1.0, help="seconds of each engine")
+    parser.add_argument("--tokens", type=int, default=160, help="of an answer, in the mean")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parts = ("source", "edit", "nothing")
-    parser.add_argument("--parts", nargs="+", default=list(parts), choices=parts)
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES, choices=BATCHES)
+    parts = {"source": source, "edit": edit, "nothing": nothing}
+    parser.add_argument("--parts", nargs="+", default=list(parts), choices=list(parts))
     parser.add_argument("--json", type=Path, help="write the result here too")
     args = parser.parse_args()
-    off, rows = engine('{"method": "off"}'), []
-    if "source" in args.parts:
-        rows += source(off, args)
-    if "edit" in args.parts:
-        rows += edit(args)
-    if "nothing" in args.parts:
-        rows += nothing(off, args)
+    rows = [row for part in args.parts for row in parts[part](args)]
     result = {
         "benchmark": "speculation",
         "python": platform.python_version(),

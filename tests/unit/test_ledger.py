@@ -5,7 +5,15 @@ from collections.abc import Callable
 
 import pytest
 
-from tokenspeed.engine.ledger import FORGIVES_EVERY, LOOK, LOOK_EVERY, MOST, SHARE, Ledger
+from tokenspeed.engine.ledger import (
+    FORGIVES_EVERY,
+    LEAST,
+    LOOK,
+    LOOK_EVERY,
+    MOST,
+    SHARE,
+    Ledger,
+)
 from tokenspeed.engine.worth import PATIENCE, RETRIED, Worth
 
 PLAIN_S = 0.01
@@ -18,7 +26,7 @@ def played(ledger: Ledger, steps: int, drafted: Callable[[int], tuple[float, int
     for step in range(steps):
         naps.append(ledger.naps())
         if naps[-1]:
-            ledger.over(4, PLAIN_S, None)
+            ledger.over(4, LEAST * PLAIN_S, None, LEAST)
         else:
             ledger.over(4, *drafted(step))
     return naps
@@ -27,9 +35,16 @@ def played(ledger: Ledger, steps: int, drafted: Callable[[int], tuple[float, int
 @pytest.mark.parametrize(("cost", "accepted"), [(1.5, 0), (1.5, 1), (3.0, 4)])
 def test_what_drafts_lose_is_bounded(cost: float, accepted: int) -> None:
     naps = played(Ledger(), 4000, lambda step: (cost * PLAIN_S, accepted))
-    awake = len(naps) - sum(naps)
+    awake, num_steps = len(naps) - sum(naps), len(naps) + (LEAST - 1) * sum(naps)
     lost = awake * (cost - 1 - accepted / 4)
-    assert 0 < lost <= SHARE * 4000 + MOST + cost + 1
+    assert 0 < lost <= SHARE * num_steps * cost + MOST + cost + 1
+
+
+def test_what_was_gained_may_be_lost_again_as_far_as_it_is_remembered() -> None:
+    ledger = Ledger()
+    played(ledger, 500, lambda step: (1.5 * PLAIN_S, 4))
+    naps = played(ledger, 2000, lambda step: (2 * PLAIN_S, 0))
+    assert MOST / 2 < 2000 - sum(naps) <= MOST + SHARE * 2000 * LEAST + 2
 
 
 def test_drafts_that_pay_are_left_alone_but_for_looks() -> None:
@@ -48,12 +63,12 @@ def test_a_step_that_was_held_up_counts_as_a_long_one_and_no_more() -> None:
 
 def test_the_broke_are_forgiven_now_and_then() -> None:
     ledger = Ledger()
-    played(ledger, 200, lambda step: (2 * PLAIN_S, 0))
+    played(ledger, 1100, lambda step: (2 * PLAIN_S, 0))
     while not ledger.is_broke:
         played(ledger, 1, lambda step: (2 * PLAIN_S, 0))
     ledger.forgive()
     assert not ledger.naps()
-    ledger.over(4, 3 * PLAIN_S, 0)
+    ledger.over(4, 6 * PLAIN_S, 0)
     ledger.forgive()
     assert ledger.naps()  # it was so lately
     for _ in range(FORGIVES_EVERY):
@@ -64,7 +79,7 @@ def test_the_broke_are_forgiven_now_and_then() -> None:
 
 def test_times_of_other_numbers_of_rows_hold_near_by_only() -> None:
     ledger = Ledger()
-    ledger.over(16, 0.02, None)
+    ledger.over(16, 0.08, None, LEAST)
     ledger.over(14, 0.03, 7)
     assert not ledger.naps()
     ledger.over(2, 0.03, 1)  # nobody knows what two rows take
@@ -74,11 +89,11 @@ def test_times_of_other_numbers_of_rows_hold_near_by_only() -> None:
 def test_steps_alike_count_as_many() -> None:
     one, other = Ledger(), Ledger()
     for ledger in (one, other):
-        ledger.over(1, PLAIN_S, None)
-        for _ in range(9):
+        ledger.over(1, LEAST * PLAIN_S, None, LEAST)
+        for _ in range(130):
             ledger.over(1, 1.5 * PLAIN_S, 0)
         assert ledger.is_broke
-    one.over(1, PLAIN_S, None, 300)
+    one.over(1, 300 * PLAIN_S, None, 300)
     for _ in range(300):
         other.over(1, PLAIN_S, None)
     assert one.is_broke == other.is_broke is False

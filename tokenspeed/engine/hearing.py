@@ -17,7 +17,8 @@ from tokenspeed.engine.ledger import Ledger
 from tokenspeed.execution.plan_view import Plans
 from tokenspeed.execution.speculation.drafter import TokenDrafter
 
-NAP: Final = 8  # steps, of which drafters hear at once while nobody is awake
+NAP: Final = 32  # steps, of which drafters hear at once while nobody is awake,
+LEAST_NAP: Final = 8  # or as many as a rest has left, but not fewer
 WAKING_MATCH: Final = 8  # tokens, and twice what matched before: ends a rest
 LONG_MATCH: Final = 32  # tokens
 
@@ -61,26 +62,32 @@ class Hearing:
 
     def dozes(self, plans: Plans) -> bool:
         """Whether nobody need know anything of this step but the ids that it brings."""
-        self.is_dozing = self._num_dozes > 0 and all(
-            plan is None or (plan.only_decodes and not len(plan.binds)) for plan in plans
-        )
-        self._num_dozes -= self._num_dozes > 0
+        self.is_dozing = self._num_dozes > 0
+        if not self.is_dozing:
+            return False
+        self._num_dozes -= 1
+        for plan in plans:
+            if plan is not None and (not plan.only_decodes or len(plan.binds)):
+                self.is_dozing = False
         self._num_dozed += self.is_dozing
         return self.is_dozing
+
+    def overhear(self, heard: Heard) -> None:
+        """As `hear`, dozing."""
+        self._heard.append(heard)
 
     def hear(self, heard: Heard, num_live: int, *, is_busy: bool) -> list[tuple[int, int]]:
         """Requests [R] got the next `num_ids[r]` of ids. The rows of those that are awake, and how
         many tokens matched. `is_busy`: the step verified, or proposed."""
         self._heard.append(heard)
-        if self.is_dozing:
-            return []
         sleep = not self._ahead and not is_busy and (self.naps or len(self._resting) == num_live)
         broke = self._ledger is not None and self._ledger.is_broke
-        if sleep and self.naps and not broke:
-            return []  # it is measured what steps take without drafts
+        if sleep and self.naps and not broke:  # it is measured what steps take without drafts
+            self._num_dozes = LEAST_NAP - 1
+            return []
         matches = self.listen()
         if sleep:
-            self._num_dozes = NAP - 1
+            self._num_dozes = NAP - 1 if self.naps else self._most_dozes()
             if self.naps and self._ledger is not None:
                 if max(matches, default=0) >= LONG_MATCH:
                     self._ledger.forgive()
@@ -92,7 +99,7 @@ class Hearing:
         in all steps until now; no rows: it had prefill."""
         num_alike, self._num_dozed = 1 + self._num_dozed, 0
         self._num_steps += num_alike
-        seconds, self._busy_s = (busy_s - self._busy_s) / num_alike, busy_s
+        seconds, self._busy_s = busy_s - self._busy_s, busy_s
         if self._ledger is not None and rows and is_typical:
             self._ledger.over(rows, seconds, accepted, num_alike)
 
@@ -105,6 +112,12 @@ class Hearing:
         self.num_unseen += len(told[0])
         lengths = [drafter.extend(*told) for drafter in self._drafters]
         return list(map(max, zip(*lengths, strict=True))) or [0] * len(told[0])
+
+    def _most_dozes(self) -> int:
+        """Until the first rest ends."""
+        ends = min((step for _, step in self._resting.values()), default=0)
+        left = min(ends - self._num_steps, NAP)
+        return left - 1 if left >= LEAST_NAP else 0
 
     def _awake(self, owners: list[int], matches: list[int]) -> list[tuple[int, int]]:
         """Ends rests; `matches` ends with those of the owners."""

@@ -2,21 +2,23 @@
 """`Ledger`: what drafts have cost and gained, as measured, and when to go without them for a time.
 
 Whatever is believed of drafts, looking for them, choosing and verifying take time, and what a step
-takes without any of it is measured too: now and then everybody naps for some steps. Drafts may lose
-`SHARE` of the time in the long run, and `MOST` steps' worth at once. Knows times and counts;
-refuses to know requests, drafters and how depths are chosen.
+takes without any of it is measured too: now and then all nap for some steps. Drafts may lose
+`SHARE` of the time in the long run, and what they gained before or have as a credit. Knows times
+and counts; refuses to know requests, drafters and how depths are chosen.
 """
 
 from typing import Final
 
 SHARE: Final = 0.005  # of the time, that may be lost
-MOST: Final = 4.0  # steps without drafts, whose time may be lost at once
-LOOK_EVERY: Final = 48  # steps; so often it is measured what they take without drafts,
-LOOK: Final = 3  # for so many steps
-OUTLIER: Final = 4.0  # a step believed to cost no more than so many of those without drafts
-MEMORY: Final = 8  # steps without drafts
+MOST: Final = 64.0  # steps without drafts, whose time may be lost at once, and is lent at first
+FORGIVEN: Final = 4.0  # ... when debts are forgiven
+LOOK_EVERY: Final = 256  # steps; so often it is measured what they take without drafts,
+LOOK: Final = 2  # by steps that are not dozed through; the first one counts for nothing,
+LEAST: Final = 4  # as steps right after drafts take longer: so many alike are measured
+OUTLIER: Final = 8.0  # a step believed to cost no more than so many of those without drafts
+MEMORY: Final = 2  # measurements
 NEAR: Final = 0.25  # step times hold for so many more or fewer rows, as a share
-FORGIVES_EVERY: Final = 64  # steps
+FORGIVES_EVERY: Final = 1024  # steps
 
 
 class Ledger:
@@ -41,12 +43,13 @@ class Ledger:
         return self.is_broke
 
     def over(self, rows: int, seconds: float, accepted: int | None, num_alike: int = 1) -> None:
-        """A step of so many rows, one token each and the accepted ones. None: nobody was awake, in
-        all of so many alike."""
+        """A step of so many rows, one token each and the accepted ones. None: nobody was awake.
+        `seconds` are those of so many steps alike; of these only the last one can be other."""
         self._num_steps += num_alike
         if accepted is None:
-            self._learn(rows, seconds)
-            self._add(SHARE * seconds * num_alike, rows)
+            if num_alike >= LEAST:
+                self._learn(rows, seconds / num_alike)
+            self._add(SHARE * seconds, rows)
             self._num_awake = 0
             return
         self._num_awake += 1
@@ -54,13 +57,14 @@ class Ledger:
         if plain_s is None or self._num_awake >= LOOK_EVERY:
             self._num_looks, self._num_awake = LOOK, 0
         if plain_s is not None:
-            cost_s = min(seconds, OUTLIER * plain_s) - plain_s
+            cost_s = min(seconds - num_alike * plain_s, OUTLIER * plain_s)
             self._add(accepted / rows * plain_s - cost_s + SHARE * seconds, rows)
 
     def forgive(self) -> None:
         """Something long was repeated: drafts deserve another chance, if they had none lately."""
         if self.is_broke and self._num_steps - self._forgiven >= FORGIVES_EVERY:
-            self._balance_s, self._forgiven = 0.0, self._num_steps
+            lent_s = FORGIVEN * max(self._plain_s.values(), default=0.0)
+            self._balance_s, self._forgiven = lent_s, self._num_steps
 
     def _learn(self, rows: int, seconds: float) -> None:
         known = self._plain_s.get(rows)
@@ -76,6 +80,8 @@ class Ledger:
         return self._plain_s[nearest]
 
     def _add(self, gained_s: float, rows: int) -> None:
-        most = MOST * (self._expected(rows) or 0.0)
-        before = most if self._balance_s is None else self._balance_s
-        self._balance_s = min(before + gained_s, most)
+        plain_s = self._expected(rows)
+        if plain_s is None:
+            return
+        before = MOST * plain_s if self._balance_s is None else self._balance_s
+        self._balance_s = min(before + gained_s, MOST * plain_s)

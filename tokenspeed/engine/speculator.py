@@ -101,6 +101,7 @@ class Speculator:
         self._hearing = Hearing(self._drafters, ledger, ahead=ahead)
         self._num_added = self._tiredness = 0
         self._num_accepted = 0  # of the oldest step in flight
+        self._usual_rest = FIRST_REST  # of requests that begin, until a draft is accepted
         self._num_rows = 0  # of the latest plans; 0: there was prefill
         self._is_awake = False  # somebody was, before the latest plans
         self._latest: Plans = ()
@@ -121,6 +122,7 @@ class Speculator:
         self._num_added += 1
         tries = self._tiredness < TIRED or self._num_added % TRIED_ANEW == 0
         live = self._live[request_id] = _Live(tries and self._weighted is not None)
+        live.rest = self._usual_rest
         if live.tries_weights:  # the last piece of the prompt can bring proposals already
             self._fresh.append(request_id)
 
@@ -210,9 +212,11 @@ class Speculator:
 
         `proposed`: what the model drafter says may follow.
         """
-        is_busy = not self._hearing.is_dozing and bool(self._flights[0])
         heard = request_ids, num_ids, ids
-        awake = self._hearing.hear(heard, len(self._live), is_busy=is_busy)
+        if self._hearing.is_dozing:
+            self._hearing.overhear(heard)
+            return
+        awake = self._hearing.hear(heard, len(self._live), is_busy=bool(self._flights[0]))
         if self._ahead:
             for request_id in request_ids.tolist():
                 live = self._live[request_id]
@@ -237,7 +241,8 @@ class Speculator:
                 live.num_draft += carried
                 live.num_accepted += accepted
                 self._num_accepted += accepted
-                live.rest = FIRST_REST if accepted else live.rest
+                if accepted:
+                    live.rest = self._usual_rest = FIRST_REST
                 self._counts[live.drafter].record(carried, accepted)
         if self._depths is not None and live.found and (carried or not self._ahead):
             self._compare(request_id, live, ids, self._depths)
@@ -356,6 +361,7 @@ class Speculator:
             return
         self._hearing.rest(request_id, live.match_len, live.rest)
         live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)
+        self._usual_rest = max(self._usual_rest, live.rest // 2)
 
     def _bind(self, owners: dict[int, int], plan: PlanView) -> None:
         for slot, request_id in zip(
