@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tokenspeed.engine.ledger import (
-    FORGIVES_EVERY,
+    FORGIVES_AFTER,
     LEAST,
     LOOK,
     LOOK_EVERY,
@@ -71,10 +71,15 @@ def test_the_broke_are_forgiven_now_and_then() -> None:
     ledger.over(4, 6 * PLAIN_S, 0)
     ledger.forgive()
     assert ledger.naps()  # it was so lately
-    for _ in range(FORGIVES_EVERY):
+    for _ in range(FORGIVES_AFTER[0]):
         ledger.over(4, PLAIN_S, None)
     ledger.forgive()
     assert not ledger.is_broke
+    ledger.over(4, 6 * PLAIN_S, 0)
+    for _ in range(FORGIVES_AFTER[0]):
+        ledger.over(4, PLAIN_S, None)
+    ledger.forgive()
+    assert ledger.is_broke  # that was in vain: it takes twice as long
 
 
 def test_times_of_other_numbers_of_rows_hold_near_by_only() -> None:

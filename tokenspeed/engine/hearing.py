@@ -20,7 +20,7 @@ from tokenspeed.execution.speculation.drafter import TokenDrafter
 NAP: Final = 32  # steps, of which drafters hear at once while nobody is awake,
 LEAST_NAP: Final = 8  # or as many as a rest has left, but not fewer
 WAKING_MATCH: Final = 8  # tokens, and twice what matched before: ends a rest
-LONG_MATCH: Final = 32  # tokens
+LONG_MATCH: Final = 16  # tokens
 
 Heard = tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]
 ALWAYS: Final = (0, 0)  # awake by any match, at any step

@@ -18,7 +18,7 @@ LEAST: Final = 4  # as steps right after drafts take longer: so many alike are m
 OUTLIER: Final = 8.0  # a step believed to cost no more than so many of those without drafts
 MEMORY: Final = 2  # measurements
 NEAR: Final = 0.25  # step times hold for so many more or fewer rows, as a share
-FORGIVES_EVERY: Final = 1024  # steps
+FORGIVES_AFTER: Final = (64, 4096)  # steps, at first and at most: in vain, the next time twice
 
 
 class Ledger:
@@ -29,7 +29,7 @@ class Ledger:
         self._balance_s: float | None = None  # what may be lost from now on
         self._num_awake = 0  # steps since a nap
         self._num_looks = 0  # steps of naps that are to come
-        self._num_steps, self._forgiven = 0, -FORGIVES_EVERY
+        self._num_steps, self._forgives_at, self._forgives_after = 0, 0, FORGIVES_AFTER[0]
 
     @property
     def is_broke(self) -> bool:
@@ -62,9 +62,10 @@ class Ledger:
 
     def forgive(self) -> None:
         """Something long was repeated: drafts deserve another chance, if they had none lately."""
-        if self.is_broke and self._num_steps - self._forgiven >= FORGIVES_EVERY:
-            lent_s = FORGIVEN * max(self._plain_s.values(), default=0.0)
-            self._balance_s, self._forgiven = lent_s, self._num_steps
+        if self.is_broke and self._num_steps >= self._forgives_at:
+            self._balance_s = FORGIVEN * max(self._plain_s.values(), default=0.0)
+            self._forgives_at = self._num_steps + self._forgives_after
+            self._forgives_after = min(2 * self._forgives_after, FORGIVES_AFTER[1])
 
     def _learn(self, rows: int, seconds: float) -> None:
         known = self._plain_s.get(rows)
@@ -85,3 +86,5 @@ class Ledger:
             return
         before = MOST * plain_s if self._balance_s is None else self._balance_s
         self._balance_s = min(before + gained_s, MOST * plain_s)
+        if self._balance_s > 2 * FORGIVEN * plain_s:
+            self._forgives_at, self._forgives_after = 0, FORGIVES_AFTER[0]
