@@ -160,12 +160,10 @@ class StepRunner:
         logits = self._logits(hidden, batch.forward.logits_index)
         sampled = self._sample(plan, batch, logits)
         prompts = self._prompt_logprobs(step, plan, hidden)
-        num_slow = self._num_slow()
-        drafts = self._draft(plan, batch, hidden, aux, sampled)
+        drafts, is_typical = self._draft(plan, batch, hidden, aux, sampled)
         if self._sampler is None:
             return None
         results = Results(sampled, hidden.sum(dim=-1), drafts)
-        is_typical = num_slow == self._num_slow()
         return Begun(step, plan, results, sampled.logprobs, prompts, is_typical)
 
     def _captured_size(self, plan: PlanView) -> int | None:
@@ -185,29 +183,26 @@ class StepRunner:
 
     def _begin_captured(self, step: Step, plan: PlanView, size: int) -> Begun | None:
         """Every row samples after each of its tokens; rows that fill up come last."""
-        if self._graphs is None:
+        graphs = self._graphs
+        if graphs is None:
             raise RuntimeError("there are no graphs")
         count, num_tokens = plan.num_rows, len(plan.tokens)
         if num_tokens > count:
             batch = self._batcher.build_verify(plan)
         else:
             batch = self._batcher.build_decode(plan, size)
-        num_slow = self._num_slow()
-        outputs = self._graphs.run(batch.forward)
+        num_slow = graphs.num_slow
+        outputs = graphs.run(batch.forward)
         if size > count:
             outputs = tuple(output[:num_tokens] for output in outputs)
             batch = self._batcher.decoding(count)
         hidden, logits, *aux = outputs
         sampled = self._sample(plan, batch, logits)
-        drafts = self._draft(plan, batch, hidden, aux, sampled)
+        drafts, is_typical = self._draft(plan, batch, hidden, aux, sampled)
+        is_typical = is_typical and num_slow == graphs.num_slow
         # What is not finite in a hidden state is not finite in its logits, and no id comes of them.
         results = Results(sampled, None, drafts)
-        return Begun(step, plan, results, sampled.logprobs, {}, num_slow == self._num_slow())
-
-    def _num_slow(self) -> int:
-        """Captures and checks so far, of the model's steps and the drafter's."""
-        found = 0 if self._graphs is None else self._graphs.num_slow
-        return found if self._drafter is None else found + self._drafter.num_slow
+        return Begun(step, plan, results, sampled.logprobs, {}, is_typical)
 
     def _logits(self, hidden: torch.Tensor, index: torch.Tensor) -> torch.Tensor | None:
         """Of the tokens at `index`, which rises; None without any."""
@@ -253,11 +248,15 @@ class StepRunner:
         hidden: torch.Tensor,
         aux_hidden: list[torch.Tensor],
         sampled: Sampled,
-    ) -> torch.Tensor | None:
-        """What the drafter proposes, [num_rows, n]; None where nobody asked."""
-        asked = not plan.only_decodes and plan.num_propose.any()
-        if self._drafter is None or self._drafter.skips(asked=bool(asked)):
-            return None
+    ) -> tuple[torch.Tensor | None, bool]:
+        """What the drafter proposes, [num_rows, n], or None where nobody asked; and whether that
+        took as long as it will."""
+        if self._drafter is None:
+            return None, True
+        asked = not plan.only_decodes and bool(plan.num_propose.any())
+        if self._drafter.skips(asked=asked):
+            return None, True
+        num_slow = self._drafter.num_slow
         forward, ids = batch.forward, sampled.ids
         if len(ids) < len(forward.token_ids):
             ids = torch.full_like(forward.token_ids, -1)
@@ -273,7 +272,7 @@ class StepRunner:
             sample=self._draw,
         )
         proposed = self._drafter.draft(work)
-        return proposed if proposed.shape[1] else None
+        return proposed if proposed.shape[1] else None, num_slow == self._drafter.num_slow
 
     def _draw(
         self, logits: torch.Tensor, slots: NDArray[np.int32], places: torch.Tensor
