@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._policy import Acceptance, DepthPolicy, StepTimeModel, experts_touched
+from tokenspeed.engine.step_times import Experts, features
 
 MAX_DEPTH = 8
 REQUEST_TOKENS, PHASE_TOKENS = 600, 150
@@ -114,21 +115,24 @@ class Run:
         tokens, seconds = 0, 0.0
         limits = np.full(self._setting.rows, MAX_DEPTH, np.int32)
         while tokens < num_tokens:
-            base = self._features(0)
+            base = self._features(self._zeros)
             depths = self._policy.choose(base, self._ids, self._zeros, self._zeros, limits, 10_000)
             step_s = self._setting.step_s(int(depths.sum()))
-            self.times.observe(self._features(int(depths.sum())), step_s * self._noise())
+            self.times.observe(self._features(depths), step_s * self._noise())
             tokens += self._commit(depths)
             seconds += step_s
         return tokens / seconds
 
-    def _features(self, drafts: int) -> NDArray[np.float64]:
-        setting = self._setting
-        num_tokens = setting.rows + drafts
-        touched = experts_touched(num_tokens, *setting.shape.experts)
-        proposed = drafts if setting.proposes else 0
-        context = float(self._produced.sum()) / 1e3
-        return np.array([1, setting.rows, drafts, 0, context, touched, proposed], np.float64)
+    def _features(self, depths: NDArray[np.int32]) -> NDArray[np.float64]:
+        drafts, proposes = int(depths.sum()), self._setting.proposes
+        return features(
+            Experts(*self._setting.shape.experts),
+            rows=self._setting.rows,
+            verify=drafts,
+            context=int(self._produced.sum()),
+            propose=drafts if proposes else 0,
+            deepest=int(depths.max()) if proposes else 0,
+        )
 
     def _noise(self) -> float:
         spike = 5.0 if self._rng.random() < 0.01 else 1.0

@@ -97,7 +97,7 @@ DraftCosts::DraftCosts(const StepTimeModel& times, const Features& base, Experts
       verifies(base[kVerifies] > 0) {
     num_tokens = base[kDecodeRows] + base[kVerifyTokens] + base[kPrefillTokens];
     Features decode = base;
-    decode[kPrefillTokens] = 0;
+    decode[kPrefillTokens] = decode[kPrefills] = decode[kPrefillContext] = 0;
     base_seconds = std::max(times.seconds(decode), 1e-9);
 }
 
