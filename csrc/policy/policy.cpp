@@ -12,6 +12,7 @@ constexpr int kStepsBetweenComparisons = 8;
 // A time is in doubt if its standard deviation is more than this of the step's.
 constexpr double kDoubt = 0.05;
 constexpr double kHope = 2;  // standard deviations
+constexpr int kKnown = 16;   // steps that proposed
 
 }  // namespace
 
@@ -30,9 +31,11 @@ void DepthPolicy::choose(const Features& base, const Candidates& candidates, int
     if (max_drafts < 1) return;
     Option best = counted(costs, depths);
     best.tokens = choice.tokens, best.seconds = choice.seconds;
-    if (compare(costs, best, candidates, max_drafts, depths)) return;
-    if (look(costs, best, candidates, depths)) return;
-    try_deeper(costs, choice.tokens / choice.seconds, candidates, max_drafts, depths);
+    if (!compare(costs, best, candidates, max_drafts, depths) &&
+        !look(costs, best, candidates, depths)) {
+        try_deeper(costs, choice.tokens / choice.seconds, candidates, max_drafts, depths);
+    }
+    num_proposing_ += counted(costs, depths).drafts.proposed > 0;
 }
 
 // Fills rows_ with what could pay, due_ with the candidates whose turn it is to try more.
@@ -46,7 +49,9 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
             double cost = costs.coefficients[kVerifyTokens];
             if (proposes_[candidates.drafters[i]]) cost += costs.coefficients[kProposeTokens];
             Tries& tries = expect(candidates, i, depth, rate * cost);
-            if (++tries.waited >= tries.interval) due_.push_back(i);
+            const bool hopeless =
+                proposes_[candidates.drafters[i]] && never_pays(costs, rate, depth);
+            if (++tries.waited >= tries.interval && !hopeless) due_.push_back(i);
         }
         ends_.push_back(probabilities_.size());
     }
@@ -56,6 +61,15 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
         rows_.push_back({all.subspan(begin, ends_[i] - begin), proposes_[candidates.drafters[i]]});
         begin = ends_[i];
     }
+}
+
+// Whether proposals of this depth for every row would not be worth their time, were they all right.
+// What a few of them took may have been an accident.
+bool DepthPolicy::never_pays(const DraftCosts& costs, double rate, int depth) const {
+    if (num_proposing_ < kKnown) return false;
+    const int drafts = static_cast<int>(costs.rows) * depth;
+    const double more = costs.seconds({drafts, drafts, depth}) - costs.base_seconds;
+    return drafts <= rate * more;
 }
 
 DepthPolicy::Option DepthPolicy::counted(const DraftCosts& costs,

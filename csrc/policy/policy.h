@@ -65,6 +65,7 @@ class DepthPolicy {
     void try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
                     int64_t max_drafts, std::span<int32_t> depths);
     bool afford(double loss_s);
+    bool never_pays(const DraftCosts& costs, double rate, int depth) const;
     Tries& expect(const Candidates& candidates, size_t i, int depth, double least);
 
     const StepTimeModel* times_;
@@ -72,7 +73,7 @@ class DepthPolicy {
     std::vector<bool> proposes_;
     Experts experts_;
     double saved_s_ = -1;  // that may be lost by trying; -1: before the first step
-    int64_t num_steps_ = 0;
+    int64_t num_steps_ = 0, num_proposing_ = 0;
     bool looked_ = false;  // the step before had one draft, to see what it costs
     // Scratch of one call.
     std::vector<double> probabilities_;

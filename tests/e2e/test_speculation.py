@@ -175,15 +175,25 @@ def random_asks(count: int, seed: int) -> tuple[list[str], list[SamplingParams]]
     return [dice.choice(TEXTS)[: dice.randrange(8, 200)] for _ in range(count)], params
 
 
+Answers = tuple[list[str], list[SamplingParams], list[list[int]]]
+
+
+@pytest.fixture(scope="module")
+def ten_thousand() -> Answers:
+    """Prompts, how they are answered, and the ids without drafts."""
+    prompts, params = random_asks(10_000, seed=1)
+    with LLM(speculative_config=OFF, max_model_len=240) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    return prompts, params, [output.outputs[0].token_ids for output in outputs]
+
+
 @pytest.mark.full
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("name", METHODS)
-def test_ten_thousand_answers(name: str) -> None:
+def test_ten_thousand_answers(name: str, ten_thousand: Answers) -> None:
     """A quarter of a million tokens, over drafts of 1 to 8 tokens."""
-    prompts, params = random_asks(10_000, seed=1)
+    prompts, params, expected = ten_thousand
     share = len(prompts) // 8
-    with LLM(speculative_config=OFF, max_model_len=240) as llm:
-        expected = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
     for depth in range(1, 9):
         config = METHODS[name] | {"num_speculative_tokens": depth}
         part = slice((depth - 1) * share, depth * share)

@@ -8,8 +8,8 @@ import pytest
 from tokenspeed.engine.ledger import (
     FORGIVES_AFTER,
     LEAST,
-    LOOK,
-    LOOK_EVERY,
+    MEASURES,
+    MEASURES_AFTER,
     MOST,
     SHARE,
     Ledger,
@@ -47,9 +47,9 @@ def test_what_was_gained_may_be_lost_again_as_far_as_it_is_remembered() -> None:
     assert MOST / 2 < 2000 - sum(naps) <= MOST + SHARE * 2000 * LEAST + 2
 
 
-def test_drafts_that_pay_are_left_alone_but_for_looks() -> None:
+def test_drafts_that_pay_are_left_alone_but_for_measurements() -> None:
     naps = played(Ledger(), 4000, lambda step: (1.5 * PLAIN_S, 3))
-    assert sum(naps) <= 4000 * LOOK / LOOK_EVERY + LOOK
+    assert sum(naps) <= 4000 * MEASURES / MEASURES_AFTER + MEASURES
 
 
 def test_a_step_that_was_held_up_counts_as_a_long_one_and_no_more() -> None:
@@ -88,7 +88,47 @@ def test_times_of_other_numbers_of_rows_hold_near_by_only() -> None:
     ledger.over(14, 0.03, 7)
     assert not ledger.naps()
     ledger.over(2, 0.03, 1)  # nobody knows what two rows take
-    assert [ledger.naps() for _ in range(LOOK + 1)] == [True] * LOOK + [False]
+    assert [ledger.naps() for _ in range(MEASURES + 1)] == [True] * MEASURES + [False]
+
+
+def test_a_short_nap_is_no_measurement() -> None:
+    ledger = Ledger()
+    ledger.over(4, LEAST * 2 * PLAIN_S, None, LEAST)  # far too long
+    naps = 0
+    for step in range(4000):
+        if ledger.naps():
+            naps += 1
+            ledger.over(4, LEAST * PLAIN_S, None, LEAST)
+        elif step % 100 == 0:
+            ledger.over(4, PLAIN_S, None)  # somebody rested for a step
+        else:
+            ledger.over(4, 1.9 * PLAIN_S, 0)
+    assert naps > 3000
+
+
+def test_debts_are_forgiven_by_what_steps_take_now() -> None:
+    ledger = Ledger()
+    ledger.over(64, 10 * LEAST * PLAIN_S, None, LEAST)
+    ledger.over(1, LEAST * PLAIN_S, None, LEAST)
+    ledger._balance_s = 0.0
+    awake = 0
+    for _ in range(20_000):
+        ledger.forgive()
+        if ledger.naps():
+            ledger.over(1, PLAIN_S, None)
+        else:
+            awake += 1
+            ledger.over(1, 2 * PLAIN_S, 0)
+    assert awake < 20_000 * 2 * SHARE + 100
+
+
+def test_steps_that_are_not_judged_pay_debts_too() -> None:
+    ledger = Ledger()
+    ledger.over(4, LEAST * PLAIN_S, None, LEAST)
+    ledger._balance_s = -PLAIN_S
+    for _ in range(250):
+        ledger.passed(PLAIN_S)
+    assert not ledger.is_broke
 
 
 def test_steps_alike_count_as_many() -> None:

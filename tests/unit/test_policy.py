@@ -362,8 +362,8 @@ def test_a_long_prefill_does_not_make_drafts_cheap() -> None:
 class Row:
     """One request whose drafts cost 0.4 of a step each, proposed by a model."""
 
-    def __init__(self, model: StepTimeModel) -> None:
-        self.model = model
+    def __init__(self, model: StepTimeModel, cost: float = 0.4) -> None:
+        self.model, self.cost = model, cost
         self.acceptance = Acceptance(1)
         self.policy = DepthPolicy(model, self.acceptance, [True])
         self.rng = np.random.default_rng(6)
@@ -374,7 +374,7 @@ class Row:
         ids = np.array([request_id], np.uint64)
         depth = int(self.policy.choose(features(decode_rows=1), ids, i32(0), i32(0), i32(4), 4)[0])
         x = features(decode_rows=1, verify_tokens=depth, propose_tokens=depth)
-        seconds = 1e-3 * (1 + 0.4 * depth)
+        seconds = 1e-3 * (1 + self.cost * depth)
         self.model.observe(x, seconds)
         hits = 0
         while hits < depth and self.rng.random() < chance:
@@ -391,6 +391,13 @@ def test_a_useless_drafter_is_tried_rarely_and_for_ever() -> None:
     lost = sum(row.seconds[200:]) / (1e-3 * len(row.seconds[200:])) - 1
     assert 0 < lost < 0.01
     assert any(depths[-1100:])
+
+
+def test_drafts_that_could_not_pay_if_all_were_right_are_not_tried() -> None:
+    row = Row(StepTimeModel(), cost=1.3)
+    depths = [row.step(0.9, request_id=step // 20) for step in range(3000)]
+    assert any(depths[:200])  # nobody knew
+    assert not any(depths[1000:])
 
 
 def test_trying_on_short_requests_costs_little_too() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.hearing import NAP
+from tokenspeed.engine.ledger import Ledger
 from tokenspeed.engine.messages import DrafterStats
 from tokenspeed.engine.speculator import Speculator, Weighted
 from tokenspeed.engine.step_times import PLAIN_INTERVAL, Experts, StepTimes, features_of
@@ -112,7 +113,7 @@ class Harness:
         new = {i: i for i in numbers if i not in self.bound}
         self.bound.update(new)
         made = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
-        if self.it.dozes([made]):
+        if self.it.dozes([made], self.now - 100):
             return
         self.it.launched([made])
         if self.times is not None:
@@ -459,6 +460,67 @@ def test_a_long_match_ends_a_rest_when_it_is_heard() -> None:
     run(h, drafter, 200, right=False, per_draft=0.004)
     drafter.match_len = 32
     assert 0 not in run(h, drafter, NAP + 12, right=True, per_draft=0.0001)[NAP:]
+
+
+def test_a_rest_teaches_nothing() -> None:
+    """What was found before it is not held against what comes after it."""
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 200, right=False, per_draft=0.004)
+    acceptance = h.it._depths._acceptance  # type: ignore[union-attr]
+    for token in range(100, 9000):
+        drafter.next[1] = [token] * 8
+        h.prepared()
+        h.launch(r1=(0, 0))
+        h.land(0.01, r1=[token])
+    assert acceptance.rate(1, 0, 4, 0) > 0.9
+
+
+def test_every_row_of_a_step_counts_with_its_depth() -> None:
+    drafter = Oracle()
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 500, right=False, per_draft=0.004)
+    h.it.remove(1)
+    assert sum(h.it.stats().depths) == 501  # the first one too
+
+
+def test_what_is_new_while_all_nap_is_forgotten_with_its_request() -> None:
+    ledger = Ledger()
+    ledger.naps = lambda: True  # type: ignore[method-assign]
+    depths = Depths([True], 100, StepTimes(Experts()))
+    h = Harness(weighted=Weighted("mtp", 4), depths=depths, ledger=ledger)
+    for request_id in range(1, 50):
+        h.start(request_id)
+        h.it.remove(request_id)
+    assert not h.it._fresh
+
+
+@pytest.mark.parametrize("every", [3, 6, 20, 31])
+def test_who_arrives_ends_no_measurement_and_no_debt(every: int) -> None:
+    """Steps with prefill come in between; drafts are always right."""
+    drafter = Oracle()
+    depths = Depths([False], 1000, StepTimes(Experts()))
+    h = Harness(drafter, depth=8, depths=depths, ledger=Ledger())
+    h.start(1)
+    ledger = h.it._hearing._ledger
+    assert ledger is not None
+    ledger._balance_s, ledger._plain_s[1] = -0.01, 0.01
+    asked = 0
+    for step in range(4000):
+        drafter.next[1] = [100 + step] * 8
+        asked += bool(h.prepared())
+        if step % every == 0:
+            rows = [(1, ROW_SAMPLE, 0, 0), (2, ROW_PREFILL, 0, 0)]
+            made = plan(rows, {2: 1})
+            assert not h.it.dozes([made], h.now - 100)
+            h.it.launched([made])
+            h.times.launched([made], h.now)  # type: ignore[union-attr]
+        else:
+            h.launch(r1=(0, 0))
+        h.land(0.01, r1=[100 + step])
+    assert asked > 100
 
 
 def test_weights_that_do_not_pay_are_tried_rarely() -> None:

@@ -45,7 +45,7 @@ def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Specu
         weighted=weighted,
         depths=depths,
         num_dp=mesh_of(config).dp,
-        ledger=Ledger() if asked.adaptive and not ahead else None,
+        ledger=Ledger() if asked.adaptive and not ahead and mesh_of(config).dp == 1 else None,
         ahead=ahead,
     )
 

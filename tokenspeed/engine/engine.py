@@ -233,7 +233,7 @@ class Engine:
         plans = self._schedulers.next_plans()
         dozes = False
         if plans is not None:
-            dozes = speculator is not None and speculator.dozes(plans)
+            dozes = speculator is not None and speculator.dozes(plans, self._counts.busy_s)
             if speculator is not None and not dozes:
                 speculator.launched(plans)
             if self._times is not None and not dozes:
@@ -254,6 +254,8 @@ class Engine:
             now_s = time.monotonic()
             if self._times is not None and not dozes:
                 self._times.committed(now_s, is_typical=is_typical)
+            if speculator is not None and dozes and not is_typical:
+                speculator.held_up()
             if speculator is not None and not dozes:
                 busy_s = self._counts.busy_s + now_s - began_s
                 speculator.committed(busy_s, is_typical=is_typical)

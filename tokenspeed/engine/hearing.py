@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""`Hearing`: tells token drafters what was sampled, as late as may be, and knows who sleeps.
+"""`Hearing`: tells token drafters what was sampled, as late as may be, and knows who is awake.
 
-Two things put to sleep: a request rests on its own for some steps, and all nap where the ledger
-says so. While nobody is awake, drafters hear `NAP` steps at once, and the steps between cost
-nothing: they doze. A long match ends a rest when it is heard, and a very long one is a reason to
-look again although drafts have lost. Knows ids; refuses to know what drafts are found.
+    awake   somebody looks for drafts of a request before each step
+    rest    of one request: nobody does, for some steps or until much more matches
+    nap     of all: nobody does, because the ledger says so
+    doze    a step of which nobody need know more than its ids, as all that it has nap or rest
+
+Drafters hear what was dozed through at once: up to `NAP` steps. A long match ends a rest when it is
+heard, and is a reason to try again although drafts have lost. Knows ids; refuses to know what
+drafts are found.
 """
 
 from collections.abc import Sequence
@@ -17,8 +21,8 @@ from tokenspeed.engine.ledger import Ledger
 from tokenspeed.execution.plan_view import Plans
 from tokenspeed.execution.speculation.drafter import TokenDrafter
 
-NAP: Final = 32  # steps, of which drafters hear at once while nobody is awake,
-LEAST_NAP: Final = 8  # or as many as a rest has left, but not fewer
+NAP: Final = 32  # steps of a doze, and the one before it, at most
+LEAST_NAP: Final = 8  # ... at least
 WAKING_MATCH: Final = 8  # tokens, and twice what matched before: ends a rest
 LONG_MATCH: Final = 16  # tokens
 
@@ -27,16 +31,17 @@ ALWAYS: Final = (0, 0)  # awake by any match, at any step
 
 
 class Hearing:
-    """prepared -> dozes -> hear -> over, for each step. `ahead`: steps overlap, and nobody naps."""
+    """prepared -> dozes -> hear -> over, for each step. `never_naps`: steps overlap, or several
+    schedulers plan them."""
 
     def __init__(
-        self, drafters: Sequence[TokenDrafter], ledger: Ledger | None, *, ahead: bool
+        self, drafters: Sequence[TokenDrafter], ledger: Ledger | None, *, never_naps: bool
     ) -> None:
-        self._drafters, self._ledger, self._ahead = drafters, ledger, ahead
+        self._drafters, self._ledger, self.never_naps = drafters, ledger, never_naps
         self._heard: list[Heard] = []  # that drafters were not told
         self._resting: dict[int, tuple[int, int]] = {}  # the match, and the step, that end it
         self._num_steps = self._num_dozes = self._num_dozed = 0  # dozes: to come; dozed: lately
-        self._busy_s = 0.0
+        self._busy_s, self._rows, self._is_typical = 0.0, 0, True  # when, and of what, it was over
         self.naps = self.is_dozing = False  # in this step
         self.num_unseen = 0  # rows that brought ids and were not looked at, ever
 
@@ -46,8 +51,9 @@ class Hearing:
         self._resting.pop(request_id, None)
 
     def rouse(self) -> None:
-        """Something is new: unless all nap, no step is slept through."""
-        self._num_dozes *= self.naps
+        """Something is new: unless all nap, no step is dozed through."""
+        if not self.naps:
+            self._num_dozes = 0
 
     def rest(self, request_id: int, match_len: int, num_steps: int) -> None:
         """Nothing is looked for in this request for so many steps, unless much more matches."""
@@ -55,53 +61,88 @@ class Hearing:
         self._resting[request_id] = match, self._num_steps + num_steps
 
     def prepared(self) -> bool:
-        """Before a step: whether all nap."""
+        """Before a step: whether nobody looks for drafts in it."""
         if not self._num_dozes:
             self.naps = self._ledger is not None and self._ledger.naps()
         return self.naps or self._num_dozes > 0
 
-    def dozes(self, plans: Plans) -> bool:
-        """Whether nobody need know anything of this step but the ids that it brings."""
+    def dozes(self, plans: Plans, busy_s: float) -> bool:
+        """Whether nobody need know anything of this step but the ids that it brings. `busy_s`: in
+        all steps before it."""
         self.is_dozing = self._num_dozes > 0
         if not self.is_dozing:
             return False
         self._num_dozes -= 1
+        rows = 0
         for plan in plans:
-            if plan is not None and (not plan.only_decodes or len(plan.binds)):
-                self.is_dozing = False
+            if plan is not None:
+                self.is_dozing &= plan.only_decodes and not len(plan.binds)
+                rows += plan.num_rows
+        if rows != self._rows or not self.is_dozing:
+            self._settle(busy_s)
+            self._rows = rows
         self._num_dozed += self.is_dozing
         return self.is_dozing
+
+    def held_up(self) -> None:
+        """A step that was dozed through took longer than others like it will."""
+        self._is_typical = False
 
     def overhear(self, heard: Heard) -> None:
         """As `hear`, dozing."""
         self._heard.append(heard)
 
-    def hear(self, heard: Heard, num_live: int, *, is_busy: bool) -> list[tuple[int, int]]:
+    def hear(self, heard: Heard, *, is_busy: bool) -> list[tuple[int, int]]:
         """Requests [R] got the next `num_ids[r]` of ids. The rows of those that are awake, and how
         many tokens matched. `is_busy`: the step verified, or proposed."""
         self._heard.append(heard)
-        sleep = not self._ahead and not is_busy and (self.naps or len(self._resting) == num_live)
-        broke = self._ledger is not None and self._ledger.is_broke
-        if sleep and self.naps and not broke:  # it is measured what steps take without drafts
-            self._num_dozes = LEAST_NAP - 1
-            return []
-        matches = self.listen()
-        if sleep:
-            self._num_dozes = NAP - 1 if self.naps else self._most_dozes()
-            if self.naps and self._ledger is not None:
-                if max(matches, default=0) >= LONG_MATCH:
-                    self._ledger.forgive()
+        owners = heard[0].tolist()
+        if not self.never_naps and not is_busy:
+            if self.naps:
+                self._nap()
                 return []
-        return self._awake(heard[0].tolist(), matches)
+            if all(owner in self._resting for owner in owners):
+                self._num_dozes = self._num_dozes or self._most_dozes()
+        return self._awake(owners, self.listen())
 
     def over(self, rows: int, busy_s: float, accepted: int | None, *, is_typical: bool) -> None:
         """The step that was heard is over, as were those dozed through: see `Ledger.over`. `busy_s`
         in all steps until now; no rows: it had prefill."""
         num_alike, self._num_dozed = 1 + self._num_dozed, 0
-        self._num_steps += num_alike
+        typical, self._is_typical = self._is_typical and is_typical, True
         seconds, self._busy_s = busy_s - self._busy_s, busy_s
-        if self._ledger is not None and rows and is_typical:
+        self._num_steps += num_alike
+        self._rows = rows
+        if self._ledger is None:
+            return
+        if rows and typical:
             self._ledger.over(rows, seconds, accepted, num_alike)
+        else:
+            self._ledger.passed(seconds)
+
+    def _settle(self, busy_s: float) -> None:
+        """What was dozed through until now is over."""
+        num_dozed, self._num_dozed = self._num_dozed, 0
+        self._num_steps += num_dozed
+        seconds, self._busy_s = busy_s - self._busy_s, busy_s
+        typical, self._is_typical = self._is_typical, True
+        if self._ledger is None or not num_dozed:
+            return
+        if self._rows and typical:
+            self._ledger.over(self._rows, seconds, None, num_dozed)
+        else:
+            self._ledger.passed(seconds)
+
+    def _nap(self) -> None:
+        """In a step of a nap: the next ones are dozed through."""
+        if self._num_dozes or self._ledger is None:
+            return
+        if not self._ledger.is_broke:  # it is measured what steps take
+            self._num_dozes = LEAST_NAP - 1
+            return
+        self._num_dozes = NAP - 1
+        if max(self.listen(), default=0) >= LONG_MATCH:
+            self._ledger.forgive()
 
     def listen(self) -> list[int]:
         """Tells drafters all; how many tokens each piece ends with that occurred before."""

@@ -96,9 +96,9 @@ class Speculator:
         self._counts = [DraftCounts(name) for name in names]
         self._histogram = [0] * (depth + 1)
         self._live: dict[int, _Live] = {}
-        self._fresh: list[int] = []  # requests that are new, or have new ids, since the last plans
+        self._fresh: dict[int, None] = {}  # requests with news since the last plans
         self._worth = Worth()
-        self._hearing = Hearing(self._drafters, ledger, ahead=ahead)
+        self._hearing = Hearing(self._drafters, ledger, never_naps=ahead or num_dp > 1)
         self._num_added = self._tiredness = 0
         self._num_accepted = 0  # of the oldest step in flight
         self._usual_rest = FIRST_REST  # of requests that begin, until a draft is accepted
@@ -124,12 +124,13 @@ class Speculator:
         live = self._live[request_id] = _Live(tries and self._weighted is not None)
         live.rest = self._usual_rest
         if live.tries_weights:  # the last piece of the prompt can bring proposals already
-            self._fresh.append(request_id)
+            self._fresh[request_id] = None
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
         self._hearing.remove(request_id)
         del self._live[request_id]
+        self._fresh.pop(request_id, None)
         for drafter in self._drafters:
             drafter.remove(request_id)
         if self._depths is not None:
@@ -143,17 +144,19 @@ class Speculator:
             return
         if napped:
             self._wake()
-        fresh, self._fresh = self._fresh, []
+        fresh, self._fresh = self._fresh, {}
         ready: list[tuple[int, _Live]] = []
         for request_id in fresh:
-            live = self._live.get(request_id)
-            if live is not None and not live.is_busy:
+            live = self._live[request_id]
+            if not live.is_busy:
                 was_set = bool(live.draft)
                 self._find(request_id, live)
                 if live.found or live.num_propose or was_set:
                     ready.append((request_id, live))
                 else:
                     self._histogram[0] += live.has_ids
+                    if self._depths is not None:
+                        self._rest(request_id, live)
         if ready and self._depths is not None:
             self._shorten(ready, self._depths)
             for request_id, live in ready:
@@ -167,12 +170,16 @@ class Speculator:
         """After a nap: what was proposed before it is of no use any more."""
         self._hearing.listen()
         for request_id in self._fresh:
-            if request_id in self._live:
-                self._live[request_id].proposed = ()
+            self._live[request_id].proposed = ()
 
-    def dozes(self, plans: Plans) -> bool:
-        """Once for each step: whether of one of these plans nothing is told but `extend`."""
-        return self._hearing.dozes(plans)
+    def dozes(self, plans: Plans, busy_s: float) -> bool:
+        """Once for each step: whether of one of these plans nothing is told but `extend`, and
+        `held_up` where it was. `busy_s`: seconds in all steps before it."""
+        return self._hearing.dozes(plans, busy_s)
+
+    def held_up(self) -> None:
+        """The step, which was dozed through, took longer than others like it will."""
+        self._hearing.held_up()
 
     @property
     def is_dozing(self) -> bool:
@@ -216,7 +223,7 @@ class Speculator:
         if self._hearing.is_dozing:
             self._hearing.overhear(heard)
             return
-        awake = self._hearing.hear(heard, len(self._live), is_busy=bool(self._flights[0]))
+        awake = self._hearing.hear(heard, is_busy=bool(self._flights[0]))
         if self._ahead:
             for request_id in request_ids.tolist():
                 live = self._live[request_id]
@@ -252,7 +259,9 @@ class Speculator:
         live.proposed = proposed.get(request_id, ())
         live.has_ids = live.has_ids or bool(ids)
         if live.tries_weights or self._worth.tries(live.match_len):
-            self._fresh.append(request_id)
+            self._fresh[request_id] = None
+        else:
+            self._histogram[0] += 1
 
     def committed(self, busy_s: float = 0.0, *, is_typical: bool = True) -> None:
         """The oldest step in flight is over, and all that it gave was told. `busy_s`: in
@@ -360,6 +369,7 @@ class Speculator:
         if live.num_idle < PATIENCE and live.rest == FIRST_REST:
             return
         self._hearing.rest(request_id, live.match_len, live.rest)
+        live.found.clear()  # what comes next is not compared with it
         live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)
         self._usual_rest = max(self._usual_rest, live.rest // 2)
 

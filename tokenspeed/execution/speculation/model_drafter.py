@@ -34,7 +34,7 @@ from tokenspeed.execution.speculation.feeder import Caches, DraftNet, Fed, Feede
 from tokenspeed.layers.cache_spec import CacheSpec
 
 BACKLOG: Final = 32  # places kept of each slot
-SLEEPS_AFTER: Final = 8  # steps of which nobody wants drafts
+SLEEPS_AFTER: Final = 20  # steps of which nobody wants drafts: more than a nap to measure has
 
 
 @dataclass(frozen=True)
