@@ -124,7 +124,7 @@ class FakeDevice:
                 ids += [] if failed else [self.last[row.slot]]
         header = [
             0x53525354,
-            2,
+            int(plan[1]),
             8 + len(words) + len(ids),
             plan[3],
             plan[4],

@@ -8,9 +8,9 @@ vain, a kind of match is looked at now and then only. Knows lengths; refuses to 
 from typing import Final
 
 KINDS: Final = 8  # matches of 0, 1, 2-3, 4-7, .. tokens; the last stands for all behind it
-PATIENCE: Final = 48  # looks in vain, more than
-TIMES: Final = 12  # times those that were not
-RETRIED: Final = 16
+PATIENCE: Final = 48  # a kind is looked at until so much is used up: one by each look in vain,
+TIMES: Final = 12  # while a look that was not gives so much back
+RETRIED: Final = 16  # out of patience, one match in so many is looked at
 
 
 class Worth:
@@ -29,7 +29,7 @@ class Worth:
         return self._num_passed[kind] % RETRIED == 0
 
     def found(self, match_len: int, *, is_taken: bool) -> None:
-        """There was a draft, and a step took some of it or nothing."""
+        """There was a draft, and some of it or nothing was chosen."""
         kind = min(match_len.bit_length(), KINDS - 1)
         left = self._patience[kind] + (TIMES if is_taken else -1)
         self._patience[kind] = min(max(left, 0), PATIENCE)

@@ -73,9 +73,9 @@ class DraftWork:
 class ModelDrafter(Protocol):
     """Proposes with weights of its own, on every rank, in the step that has just sampled.
 
-    Its KV is complete for settled positions, as it sees every prefill chunk and every accepted
-    token; what it needs of a chunk's last token, whose successor is not known yet, it carries per
-    slot. Its pages are the model's: a prefix hit brings its KV too.
+    Its KV is of settled positions, of every prefill chunk and every accepted token but for those of
+    steps that it skips; what it needs of a chunk's last token, whose successor is not known yet, it
+    carries per slot. Its pages are the model's: a prefix hit brings its KV too.
     """
 
     name: str
