@@ -100,7 +100,7 @@ def test_a_short_nap_is_no_measurement() -> None:
             naps += 1
             ledger.over(4, LEAST * PLAIN_S, None, LEAST)
         elif step % 100 == 0:
-            ledger.over(4, PLAIN_S, None)  # somebody rested for a step
+            ledger.over(4, 1.9 * PLAIN_S, None)  # somebody rested, right after drafts
         else:
             ledger.over(4, 1.9 * PLAIN_S, 0)
     assert naps > 3000

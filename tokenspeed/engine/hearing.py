@@ -37,10 +37,13 @@ class Hearing:
     def __init__(
         self, drafters: Sequence[TokenDrafter], ledger: Ledger | None, *, never_naps: bool
     ) -> None:
-        self._drafters, self._ledger, self.never_naps = drafters, ledger, never_naps
+        self._drafters, self._ledger, self._never_naps = drafters, ledger, never_naps
         self._heard: list[Heard] = []  # that drafters were not told
         self._resting: dict[int, tuple[int, int]] = {}  # the match, and the step, that end it
-        self._num_steps = self._num_dozes = self._num_dozed = 0  # dozes: to come; dozed: lately
+        self._num_steps = 0
+        self._num_dozes = 0  # to come
+        self._num_dozed = 0  # not booked yet
+        self._begins = True  # the step was not to be dozed through
         self._busy_s, self._rows, self._is_typical = 0.0, 0, True  # when, and of what, it was over
         self.naps = self.is_dozing = False  # in this step
         self.num_unseen = 0  # rows that brought ids and were not looked at, ever
@@ -62,7 +65,8 @@ class Hearing:
 
     def prepared(self) -> bool:
         """Before a step: whether nobody looks for drafts in it."""
-        if not self._num_dozes:
+        self._begins = not self._num_dozes
+        if self._begins:
             self.naps = self._ledger is not None and self._ledger.naps()
         return self.naps or self._num_dozes > 0
 
@@ -97,7 +101,7 @@ class Hearing:
         many tokens matched. `is_busy`: the step verified, or proposed."""
         self._heard.append(heard)
         owners = heard[0].tolist()
-        if not self.never_naps and not is_busy:
+        if not self._never_naps and not is_busy:
             if self.naps:
                 self._nap()
                 return []
@@ -108,34 +112,27 @@ class Hearing:
     def over(self, rows: int, busy_s: float, accepted: int | None, *, is_typical: bool) -> None:
         """The step that was heard is over, as were those dozed through: see `Ledger.over`. `busy_s`
         in all steps until now; no rows: it had prefill."""
-        num_alike, self._num_dozed = 1 + self._num_dozed, 0
-        typical, self._is_typical = self._is_typical and is_typical, True
+        self._num_dozed += 1
+        self._is_typical &= is_typical
+        self._rows = rows
+        self._settle(busy_s, accepted)
+
+    def _settle(self, busy_s: float, accepted: int | None = None) -> None:
+        """The steps since the last call are over."""
+        num_alike, self._num_dozed = self._num_dozed, 0
+        typical, self._is_typical = self._is_typical, True
         seconds, self._busy_s = busy_s - self._busy_s, busy_s
         self._num_steps += num_alike
-        self._rows = rows
-        if self._ledger is None:
-            return
-        if rows and typical:
-            self._ledger.over(rows, seconds, accepted, num_alike)
-        else:
-            self._ledger.passed(seconds)
-
-    def _settle(self, busy_s: float) -> None:
-        """What was dozed through until now is over."""
-        num_dozed, self._num_dozed = self._num_dozed, 0
-        self._num_steps += num_dozed
-        seconds, self._busy_s = busy_s - self._busy_s, busy_s
-        typical, self._is_typical = self._is_typical, True
-        if self._ledger is None or not num_dozed:
+        if self._ledger is None or not num_alike:
             return
         if self._rows and typical:
-            self._ledger.over(self._rows, seconds, None, num_dozed)
+            self._ledger.over(self._rows, seconds, accepted, num_alike)
         else:
-            self._ledger.passed(seconds)
+            self._ledger.passed(seconds, num_alike)
 
     def _nap(self) -> None:
         """In a step of a nap: the next ones are dozed through."""
-        if self._num_dozes or self._ledger is None:
+        if not self._begins or self._ledger is None:
             return
         if not self._ledger.is_broke:  # it is measured what steps take
             self._num_dozes = LEAST_NAP - 1

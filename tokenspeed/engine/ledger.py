@@ -68,9 +68,9 @@ class Ledger:
             if self._won_s > 2 * FORGIVEN * plain_s:
                 self._forgives_at, self._forgives_after = 0, FORGIVES_AFTER[0]
 
-    def passed(self, seconds: float) -> None:
-        """A step that is not judged."""
-        self._num_steps += 1
+    def passed(self, seconds: float, num_steps: int = 1) -> None:
+        """Steps that are not judged."""
+        self._num_steps += num_steps
         self._add(SHARE * seconds)
 
     def forgive(self) -> None:

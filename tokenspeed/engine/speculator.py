@@ -181,10 +181,6 @@ class Speculator:
         """The step, which was dozed through, took longer than others like it will."""
         self._hearing.held_up()
 
-    @property
-    def is_dozing(self) -> bool:
-        return self._hearing.is_dozing
-
     def launched(self, plans: Plans) -> None:
         """These plans run now: notes which drafts they verify, as the planner shortened them."""
         carried: dict[int, int] = {}
@@ -264,8 +260,8 @@ class Speculator:
             self._histogram[0] += 1
 
     def committed(self, busy_s: float = 0.0, *, is_typical: bool = True) -> None:
-        """The oldest step in flight is over, and all that it gave was told. `busy_s`: in
-        all steps so far."""
+        """The oldest step in flight is over, and all that it gave was told. `busy_s`: seconds
+        in all steps so far."""
         carried, accepted, self._num_accepted = self._flights.popleft(), self._num_accepted, 0
         if self._depths is not None:
             self._depths.learn()
