@@ -74,6 +74,9 @@ class SchedulerOptions:
     enforce_eager: bool = option(False, "never capture decode steps to replay them")
     cuda_graph_max_bs: int = option(64, "most rows of a captured step on a GPU", low=1)
     max_queue_len: int = option(1024, "requests that may wait; more are answered 503", low=1)
+    cpu_threads: int | None = option(
+        None, "threads of a rank's CPU kernels; unset: one for each core that it may use", low=1
+    )
 
 
 @dataclass(frozen=True)

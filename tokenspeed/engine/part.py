@@ -21,6 +21,7 @@ from tokenspeed.execution.speculation.model_drafter import ChainDrafter, Room
 from tokenspeed.execution.speculation.options import speculation_of
 from tokenspeed.execution.step_graphs import StepGraphs
 from tokenspeed.execution.step_runner import StepRunner
+from tokenspeed.kernels.device import use_cpu_threads
 from tokenspeed.kernels.quant import Quantization
 from tokenspeed.kernels.registry import force_backends, forced_by
 from tokenspeed.layers.batch import ForwardBatch
@@ -107,6 +108,10 @@ def build_part(
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
     quantization = quantization_of(config)
     device, speculation = device_of(config), speculation_of(config)
+    if (threads := config.scheduler.cpu_threads) is not None:
+        if device.type != "cpu":
+            raise ValueError(f"cpu_threads: {threads}, but the kernels run on {device.type}")
+        use_cpu_threads(threads)
     mtp, kv_dtype = wanted_mtp(speculation), CACHE_DTYPES[config.cache.kv_cache_dtype]
     with force_backends(forced_by(config.model.kernel_backend)):
         model = load_model(folder, dtype, device, limit, progress, ranks, quantization, mtp=mtp)

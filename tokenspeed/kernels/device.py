@@ -5,6 +5,7 @@ Refuses to know any kernel. Asks a GPU library only about devices that are asked
 """
 
 import importlib.metadata
+import os
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,16 @@ def this_machine(device: str) -> Machine:
         return Machine(torch.cuda.get_device_name(), arch, versions)
     instructions, threads = _compiled()
     return Machine(f"{_cpu_name()}, {threads} threads", arch, versions | instructions)
+
+
+def use_cpu_threads(count: int) -> None:
+    """How many threads the CPU kernels of this process have from now on. `ValueError`: too many."""
+    from tokenspeed import _cpu
+
+    most = os.cpu_count() or 1
+    if count > most:
+        raise ValueError(f"cpu_threads: {count} on a machine of {most} cores")
+    _cpu.set_num_threads(count)
 
 
 def _version(package: str) -> str:
