@@ -37,6 +37,7 @@ def ours(model: str, dtype: str, longest: int) -> Generate:
         max_num_seqs=max(BATCHES),
         enable_prefix_caching=False,
         skip_tokenizer_init=True,
+        speculative_config='{"method": "off"}',
     )
 
     def generate(prompts: list[list[int]], num_tokens: int) -> int:

@@ -217,7 +217,11 @@ def plain_step(folder: Path, num_ranks: int, batch: int, steps: int) -> float:
 def decoding_engine(folder: Path, num_ranks: int, batch: int, steps: int) -> Engine:
     """All requests past their prompts, with room for `steps` more tokens each."""
     config = EngineConfig.of(
-        model=str(folder), tensor_parallel_size=num_ranks, max_model_len=1024, num_pages=batch * 16
+        model=str(folder),
+        tensor_parallel_size=num_ranks,
+        max_model_len=1024,
+        num_pages=batch * 16,
+        speculative_config='{"method": "off"}',
     )
     engine = build_engine(config, folder=folder)
     for i in range(batch):

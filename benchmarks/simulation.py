@@ -317,6 +317,7 @@ def real_run(clock: Callable[[], float], warming: Load, tps_floor: float | None 
         max_num_seqs=SEQS,
         max_num_batched_tokens=BUDGET,
         tps_floor=tps_floor,
+        speculative_config='{"method": "off"}',
     )
     vars(engine_module)["time"] = SimpleNamespace(monotonic=clock)
     real = RealRun(build_engine(config), clock)

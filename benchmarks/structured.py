@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--schemas", type=int, default=2000)
     parser.add_argument("--cache-mib", type=int, default=32)
     given = parser.parse_args()
-    with LLM(given.model) as llm:
+    with LLM(given.model, speculative_config='{"method": "off"}') as llm:
         speed = throughput(llm, given.batch, given.tokens, given.rounds)
         print(f"{'batch':>7}{'free tok/s':>13}{'grammar tok/s':>15}{'share':>9}{'of CPU':>9}")
         print(

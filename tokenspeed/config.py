@@ -100,7 +100,7 @@ class SpeculationOptions:
     """Drafts of tokens, verified in one step. These options change performance, never tokens."""
 
     speculative_config: str | None = option(
-        None, "JSON, as vLLM's (see speculation.md); without it there are no drafts"
+        None, "JSON, as vLLM's (see speculation.md); unset: drafts on a CPU, as many as pay"
     )
     speculative_model: str | None = option(None, "older: the key `model` of speculative_config")
     num_speculative_tokens: int | None = option(None, "older: the key of the same name", low=1)

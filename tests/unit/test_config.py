@@ -123,8 +123,16 @@ def test_each_key_of_speculation_is_read(asked: dict[str, Any], name: str, value
     assert {name for _, name, _ in READS} == {f.name for f in dataclasses.fields(Speculation)}
 
 
-def test_speculation_is_off_unless_it_is_asked_for() -> None:
-    assert speculation() == OFF
+def test_drafts_are_the_default_where_their_cost_is_watched_and_little() -> None:
+    assert speculation() == Speculation()
+    assert speculation_of(EngineConfig.of(), "cuda") == OFF
+    divided = ("tensor", "expert", "pipeline", "attention_data")
+    for options in ({"overlap_depth": 1}, *({f"{name}_parallel_size": 2} for name in divided)):
+        assert speculation(None, **options) == OFF
+        assert speculation({"method": "suffix"}, **options).methods == ("suffix",)
+
+
+def test_auto_is_what_nobody_said_otherwise() -> None:
     made = speculation({"adaptive": True})
     assert (made, made.is_auto, made.adaptive) == (Speculation(), True, True)
     assert (made.token_methods, made.model_method, made.depth) == (("suffix",), "mtp", 32)

@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Speculator | None:
     """None where speculation is off. `ValueError`: drafts that long do not fit."""
-    asked = speculation_of(config)
+    asked = speculation_of(config, part.model.target.device.type)
     check_depth(asked, part.max_model_len)
     tokens = [_token_drafter(name, asked) for name in asked.token_methods]
     weighted = None

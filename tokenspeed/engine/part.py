@@ -107,7 +107,8 @@ def build_part(
     ranks = _ranks(config, rank, communicator)
     dtype, limit = DTYPES[config.model.dtype], config.model.max_model_len
     quantization = quantization_of(config)
-    device, speculation = device_of(config), speculation_of(config)
+    device = device_of(config)
+    speculation = speculation_of(config, device.type)
     if (threads := config.scheduler.cpu_threads) is not None:
         if device.type != "cpu":
             raise ValueError(f"cpu_threads: {threads}, but the kernels run on {device.type}")

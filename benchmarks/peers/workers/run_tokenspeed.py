@@ -36,6 +36,7 @@ class TokenSpeed:
             max_logprobs=options["vocab"],
             quantization=options["weights"],
             kv_cache_dtype=options.get("kv", "auto"),
+            speculative_config='{"method": "off"}',  # random weights repeat themselves
         )
         self.versions = versions_of("tokenspeed", "torch")
         self._engine = build_engine(config)

@@ -72,11 +72,11 @@ class Speculation:
 OFF: Final = Speculation(methods=(), is_auto=False, adaptive=False)
 
 
-def speculation_of(config: EngineConfig) -> Speculation:
-    """What the options ask for: no drafts unless they do. `ValueError` naming what is wrong."""
+def speculation_of(config: EngineConfig, device: str = "cpu") -> Speculation:
+    """What the options ask for, on a device of this type. `ValueError` naming what is wrong."""
     asked = _asked(config.speculation)
     if not asked:
-        return OFF
+        return _default(config, device)
     if "method" not in asked and "model" in asked:
         asked["method"] = "ngram" if asked["model"] in _NGRAM_MODELS else "draft_model"
     if asked.get("method") == "ngram" and asked.get("model") in _NGRAM_MODELS:
@@ -90,6 +90,16 @@ def speculation_of(config: EngineConfig) -> Speculation:
     _check_lookup(made)
     _check_mesh(made, config)
     return made
+
+
+def _default(config: EngineConfig, device: str) -> Speculation:
+    """If nobody asks: `auto` where what drafts cost is watched and little. A step that verifies is
+    not captured on a GPU or with several ranks, and nobody watches overlapped steps."""
+    scheduler, parallel = config.scheduler, config.parallel
+    ranks = (parallel.tensor_parallel_size, parallel.expert_parallel_size)
+    if device != "cpu" or scheduler.overlap_depth or max(ranks) > 1 or _divides(config):
+        return OFF
+    return Speculation()
 
 
 def check_depth(speculation: Speculation, max_model_len: int) -> None:
