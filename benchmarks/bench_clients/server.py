@@ -18,11 +18,17 @@ LINE = "tokenspeed.requests: "
 @contextmanager
 def served(arguments: list[str], port: int, log: Path) -> Iterator[str]:
     """The URL of `python -m ARGUMENTS --port PORT`, ready. `RuntimeError`: it did not get so."""
-    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", *arguments, "--port", str(port)]
+    with running(command, f"http://127.0.0.1:{port}", "/ready", log) as url:
+        yield url
+
+
+@contextmanager
+def running(command: list[str], url: str, ready: str, log: Path) -> Iterator[str]:
+    """The URL of a server that has answered 200 at its path `ready`. `RuntimeError`: it did not."""
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
-            _wait(process, url, log)
+            _wait(process, url + ready, log)
             yield url
         finally:
             process.terminate()
@@ -41,7 +47,7 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     deadline = time.monotonic() + READY_S
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(f"{url}/ready", trust_env=False, timeout=5).status_code == 200:
+            if httpx.get(url, trust_env=False, timeout=5).status_code == 200:
                 return
         except httpx.HTTPError:
             pass

@@ -23,6 +23,8 @@ LLAMA_PARTS = (
     *("LLAMA_BUILD_TESTS", "LLAMA_BUILD_EXAMPLES", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER"),
     *("LLAMA_CURL", "LLAVA_BUILD", "MTMD_BUILD"),
 )
+GGUF_DIRECT = ("bf16", "Q8_0")  # that the converter writes
+LLAMA_TOOLS = ("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER")  # what the server is among
 
 
 class SetupError(RuntimeError):
@@ -51,7 +53,7 @@ class Home:
         self._run([sys.executable, "-m", "venv", "--clear", str(folder)], log)
         for packages in ENVIRONMENTS[environment].installs:
             if packages[0].startswith(LLAMA):
-                self._install_llama(python, packages[0], log)
+                self._install_llama(python, log)
             else:
                 self._run([python, "-m", "pip", "install", "-q", *packages], log)
         if removes := ENVIRONMENTS[environment].removes:
@@ -82,13 +84,13 @@ class Home:
         mark = out.parent / f"{name}.complete"
         if mark.exists():
             return out
-        python = self.python(CONVERTERS[engine.kind])
         print(f"setup: {engine.kind} {name}", flush=True)
         out.parent.mkdir(parents=True, exist_ok=True)
         log = f"convert-{engine.kind}-{name}"
         if engine.kind == "gguf":
-            self._to_gguf(source, out, engine.formats[weights], python, log)
+            self._to_gguf(source, out, engine.formats[weights], log)
         else:
+            python = self.python(CONVERTERS[engine.kind])
             if out.exists():
                 shutil.rmtree(out)
             script = str(SCRIPTS / f"to_{engine.kind}.py")
@@ -96,38 +98,62 @@ class Home:
         mark.touch()
         return out
 
-    def _to_gguf(self, source: Path, out: Path, kind: str, python: str, log: str) -> None:
-        whole = out.with_name(f"{source.name}-bf16.gguf")
-        if kind == "bf16" or not whole.exists():
-            script = str(SCRIPTS / "to_gguf.py")
-            self._run([sys.executable, script, str(self._sources()), str(source), str(whole)], log)
-        if kind != "bf16":
+    def _to_gguf(self, source: Path, out: Path, kind: str, log: str) -> None:
+        direct = kind in GGUF_DIRECT
+        whole = out if direct else out.with_name(f"{source.name}-bf16.gguf")
+        if direct or not whole.exists():
+            script, made = str(SCRIPTS / "to_gguf.py"), kind.lower() if direct else "bf16"
+            convert = [script, str(self._sources()), str(source), str(whole), made]
+            self._run([sys.executable, *convert], log)
+        if not direct:
             script = str(SCRIPTS / "gguf_quantize.py")
-            self._run([python, script, str(whole), str(out), kind], log)
+            self._run([self.python(CONVERTERS["gguf"]), script, str(whole), str(out), kind], log)
 
-    def _install_llama(self, python: str, package: str, log: str) -> None:
-        """Compiles for this CPU; Clang makes the faster code, if there is one."""
-        folder = self.folder / "llama-sdist"
-        pip = [python, "-m", "pip"]
-        download = ["download", "-q", "--no-deps", "--no-binary", LLAMA, "-d", str(folder)]
-        self._run([*pip, *download, package], log)
+    def llama_server(self) -> Path:
+        """llama.cpp's server, from the sources that its Python package brings, for this CPU."""
+        sources, build = self._sources(), self.folder / "llama-server"
+        if not (binary := build / "bin" / "llama-server").exists():
+            print("setup: compiling llama-server takes minutes", flush=True)
+            parts = [f"-D{part}=OFF" for part in LLAMA_PARTS if part not in LLAMA_TOOLS]
+            tools = [f"-D{part}=ON" for part in LLAMA_TOOLS]
+            configure = ["cmake", "-S", str(sources), "-B", str(build), *LLAMA_FLAGS.split()]
+            environment = self._compilers()
+            self._run([*configure, *parts, *tools], "llama-server", environment)
+            jobs = str(os.cpu_count() or 1)
+            make = ["cmake", "--build", str(build), "--target", "llama-server", "-j", jobs]
+            self._run(make, "llama-server", environment)
+        return binary
+
+    def _install_llama(self, python: str, log: str) -> None:
         flags = " ".join([LLAMA_FLAGS, *(f"-D{part}=OFF" for part in LLAMA_PARTS)])
         build = {"CMAKE_ARGS": flags, "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
+        print("setup: compiling llama.cpp takes minutes", flush=True)
+        install = [python, "-m", "pip", "install", "-q", "--no-cache-dir", str(self._archive())]
+        self._run(install, log, build | self._compilers())
+
+    def _compilers(self) -> dict[str, str]:
+        """Clang makes the faster code, if there is one."""
         names = ("clang", *(f"clang-{version}" for version in range(25, 16, -1)))
         if clang := next(filter(shutil.which, names), None):
-            build |= {"CC": clang, "CXX": clang.replace("clang", "clang++")}
-        print("setup: compiling llama.cpp takes minutes", flush=True)
+            return {"CC": clang, "CXX": clang.replace("clang", "clang++")}
+        return {}
+
+    def _archive(self) -> Path:
+        """llama.cpp as its package has it, not compiled."""
+        folder = self.folder / "llama-sdist"
+        if not list(folder.glob("*.tar.gz")):
+            [[package]] = ENVIRONMENTS["llama"].installs
+            download = ["download", "-q", "--no-deps", "--no-binary", LLAMA, "-d", str(folder)]
+            self._run([sys.executable, "-m", "pip", *download, package], "llama-sdist")
         [archive] = folder.glob("*.tar.gz")
-        self._run([*pip, "install", "-q", "--no-cache-dir", str(archive)], log, build)
+        return archive
 
     def _sources(self) -> Path:
-        """llama.cpp's sources, whose converter its package leaves out."""
-        self.python("llama")
+        """llama.cpp's sources, whose converter and server its package leaves out."""
         out = self.folder / "llama-sdist" / "sources"
         if not out.exists():
-            [archive] = out.parent.glob("*.tar.gz")
             part = out.with_name("sources.part")
-            with tarfile.open(archive) as tar:
+            with tarfile.open(self._archive()) as tar:
                 tar.extractall(part, filter="data")
             part.rename(out)
         [found] = out.glob("*/vendor/llama.cpp")

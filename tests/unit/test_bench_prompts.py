@@ -55,6 +55,12 @@ def test_an_answer_is_what_the_next_prompt_says() -> None:
     assert len(made.answer(GROWS, 2).split()) == 40
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shortest_answer_has_a_word(seed: int) -> None:
+    short = session(turn((1,), 0, output=1))
+    assert Prompts(seed, tokens_per_word=3.0).answer(short, 0)
+
+
 def test_a_conversation_says_the_prompt_with_roles() -> None:
     made = Prompts(0)
     for i in range(3):

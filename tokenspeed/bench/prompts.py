@@ -55,7 +55,8 @@ class Prompts:
         return " ".join(self._prompt(session, index))
 
     def answer(self, session: Session, index: int) -> str:
-        """About `output_tokens` tokens: how the next prompt goes on, and more if that is short."""
+        """About `output_tokens` tokens, at least one word: how the next prompt goes on, and more
+        if that is short."""
         turn = session.turns[index]
         following = _continuation(session, index)
         words: list[str] = []
@@ -64,7 +65,8 @@ class Prompts:
             words = self._prompt(session, index + 1)[start:end]
         missing = turn.output_tokens - round(len(words) * self.tokens_per_word)
         salt = f"answer {session.session_id} {index}"
-        return " ".join([*words, *self._made(salt, max(0, missing))])
+        words += self._made(salt, max(0, missing))
+        return " ".join(words or self._made(salt, math.ceil(self.tokens_per_word)))
 
     def conversation(self, session: Session, index: int) -> list[Message]:
         """The prompt as a client would send it: who said which part of `text`.
