@@ -2,9 +2,9 @@
 """Recorded agents replayed on the demo, scaled down: what the prefix cache gave, and what one
 without limits would.
 
-Answers are dictated, so that prompts repeat what was recorded; gaps are left out, and so are sessions
-that do not fit into the demo's context. There is room for all pages, which are small, as the prompts
-are. Needs the recorded sessions (`TOKENSPEED_TRACES`).
+Answers are dictated, so that prompts repeat what was recorded; gaps are left out, and so are
+sessions that do not fit into the demo's context. There is room for all pages, which are small, as
+the prompts are. Needs the recorded sessions (`TOKENSPEED_TRACES`).
 
     python benchmarks/replay.py [--sessions 40] [--scale 32] [--concurrency 4] [--json FILE]
 """
