@@ -95,9 +95,12 @@ class DepthPolicy:
         match_lens: NDArray[np.int32],  # [n] tokens that matched; 0 for drafters with weights
         max_depths: NDArray[np.int32],  # [n] drafts in hand, or that may be proposed
         max_drafts: int,  # in all
+        floors: NDArray[np.float64] | None = None,  # [n] tokens per second; None: none
+        floor_of_others: float = 0.0,  # the highest of other streams in the step
     ) -> NDArray[np.int32]:
         """[n] depths. What a drafter with weights proposes in this step is verified in the next:
-        its depth is chosen, and its verification paid, here."""
+        its depth is chosen, and its verification paid, here. Floors are those of the rows' streams:
+        they are held where they can be. A request's rows stand together."""
 
 class Pacing:
     """Keeps streams at their floors (csrc/policy/pacing.h); `Scheduler.pace` takes it."""
@@ -120,6 +123,9 @@ class Pacing:
         """When it may be asked again with better luck; at least 1."""
     def overdue(self) -> list[int]:
         """Requests that have waited for their first step longer than they may."""
+    def least_rates(self, request_ids: NDArray[np.uint64]) -> tuple[NDArray[np.float64], float]:
+        """[n] tokens per second that each must have for its floor, 0 for none; and the most that
+        any other stream must have that decodes."""
     def streams(self) -> list[tuple[int, float, int, float, bool]]:
         """By request: its number, its floor (0: none), tokens so far, seconds until the next one is
         due (0 without a floor or before the first), whether it runs."""
@@ -146,9 +152,12 @@ def choose_depths(
     *,
     num_experts: int = 0,
     experts_per_token: int = 0,
+    floors: NDArray[np.float64] | None = None,  # [n] tokens per second; None: none
+    floor_of_others: float = 0.0,  # the highest of streams that have no row here
 ) -> NDArray[np.int32]:
     """[n] depths that maximise (decode rows + expected accepted drafts) / seconds of the step
-    without its prefill, exactly (Dinkelbach, Management Science 13, 1967)."""
+    without its prefill, exactly (Dinkelbach, Management Science 13, 1967), if each row has its
+    floor by them; else, nearly, of the depths by which it has, or as much of it as can be."""
 
 def experts_touched(num_tokens: float, num_experts: int, experts_per_token: int) -> float:
     """Distinct experts of a layer, if every token chose at random."""

@@ -6,13 +6,16 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace nb = nanobind;
@@ -56,6 +59,17 @@ std::vector<View> streams(const Pacing& self) {
     return views;
 }
 
+using Ids = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Rates = nb::ndarray<nb::numpy, double, nb::ndim<1>>;
+
+std::pair<Rates, double> least_rates(const Pacing& self, const Ids& ids) {
+    const std::vector<double> rates = self.least_rates({ids.data(), ids.size()});
+    auto* data = new double[rates.size()];
+    std::ranges::copy(rates, data);
+    nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<double*>(p); });
+    return {Rates(data, {ids.size()}, owner), rates.back()};
+}
+
 }  // namespace
 
 void bind_pacing(nb::module_& m);
@@ -70,6 +84,7 @@ void bind_pacing(nb::module_& m) {
         .def("hopeless", &Pacing::hopeless, "request_id"_a)
         .def("retry_after_s", &Pacing::retry_after_s, "request_id"_a)
         .def("overdue", &Pacing::overdue)
+        .def("least_rates", least_rates, "request_ids"_a.noconvert())
         .def("streams", streams)
         .def_prop_ro("budget_s", &Pacing::budget_s)
         .def_prop_ro("num_behind", &Pacing::num_behind)

@@ -133,6 +133,16 @@ double experts_touched(double num_tokens, int count, int per_token) {
     return experts(count, per_token).touched(num_tokens);
 }
 
+std::span<const double> view_floors(const std::optional<Vector<double>>& floors, size_t size,
+                                    double floor_of_others) {
+    const auto fits = [](double floor) { return std::isfinite(floor) && floor >= 0; };
+    expect(fits(floor_of_others), "floor_of_others: must be finite and >= 0");
+    if (!floors.has_value()) return {};
+    expect(floors->size() == size, "floors: expected one for each row");
+    expect(std::ranges::all_of(view(*floors), fits), "floors: must be finite and >= 0");
+    return view(*floors);
+}
+
 void check_depths(const Vector<int32_t>& max_depths) {
     expect(std::ranges::all_of(view(max_depths), [](int n) { return n >= 0; }),
            "max_depths: must be >= 0");
@@ -141,11 +151,13 @@ void check_depths(const Vector<int32_t>& max_depths) {
 Owned<int32_t> best_depths(const StepTimeModel& times, const Vector<double>& base,
                            const Table& rates, const Vector<int32_t>& max_depths,
                            const Vector<bool>& proposes, int64_t max_drafts, int num_experts,
-                           int experts_per_token) {
+                           int experts_per_token, const std::optional<Vector<double>>& floors,
+                           double floor_of_others) {
     const size_t size = rates.shape(0), width = rates.shape(1);
     expect(max_depths.size() == size && proposes.size() == size,
            "rates, max_depths and proposes must have the same length");
     check_depths(max_depths);
+    const auto asked = view_floors(floors, size, floor_of_others);
     std::vector<double> probabilities(rates.data(), rates.data() + size * width);
     std::vector<DraftRow> rows;
     for (size_t i = 0; i < size; ++i) {
@@ -155,11 +167,11 @@ Owned<int32_t> best_depths(const StepTimeModel& times, const Vector<double>& bas
             expect(own[j] >= 0 && own[j] <= 1, "rates: must be in [0, 1]");
             if (j > 0) own[j] *= own[j - 1];
         }
-        rows.push_back({own, proposes.data()[i]});
+        rows.push_back({own, proposes.data()[i], asked.empty() ? 0 : asked[i]});
     }
     std::vector<int32_t> depths(size);
     const DraftCosts costs(times, amounts(base), experts(num_experts, experts_per_token));
-    choose_depths(costs, rows, max_drafts, depths);
+    choose_depths(costs, rows, max_drafts, depths, floor_of_others);
     return owned<int32_t>(depths);
 }
 
@@ -173,7 +185,8 @@ void make_policy(DepthPolicy* self, const StepTimeModel& times, Acceptance& acce
 Owned<int32_t> choose(DepthPolicy& self, const Vector<double>& base,
                       const Vector<uint64_t>& request_ids, const Vector<int32_t>& drafters,
                       const Vector<int32_t>& match_lens, const Vector<int32_t>& max_depths,
-                      int64_t max_drafts) {
+                      int64_t max_drafts, const std::optional<Vector<double>>& floors,
+                      double floor_of_others) {
     const size_t size = request_ids.size();
     expect(drafters.size() == size && match_lens.size() == size && max_depths.size() == size,
            "all arrays must have the same length");
@@ -181,8 +194,9 @@ Owned<int32_t> choose(DepthPolicy& self, const Vector<double>& base,
     check_depths(max_depths);
     std::vector<int32_t> depths(size);
     self.choose(amounts(base),
-                {view(request_ids), view(drafters), view(match_lens), view(max_depths)}, max_drafts,
-                depths);
+                {view(request_ids), view(drafters), view(match_lens), view(max_depths),
+                 view_floors(floors, size, floor_of_others), floor_of_others},
+                max_drafts, depths);
     return owned<int32_t>(depths);
 }
 
@@ -228,13 +242,14 @@ NB_MODULE(_policy, m) {
              nb::keep_alive<1, 3>())
         .def("choose", choose, "base"_a.noconvert(), "request_ids"_a.noconvert(),
              "drafters"_a.noconvert(), "match_lens"_a.noconvert(), "max_depths"_a.noconvert(),
-             "max_drafts"_a);
+             "max_drafts"_a, "floors"_a.noconvert().none() = nb::none(), "floor_of_others"_a = 0.0);
 
     bind_pacing(m);
 
     m.def("choose_depths", best_depths, "times"_a, "base"_a.noconvert(), "rates"_a.noconvert(),
           "max_depths"_a.noconvert(), "proposes"_a.noconvert(), "max_drafts"_a, nb::kw_only(),
-          "num_experts"_a = 0, "experts_per_token"_a = 0);
+          "num_experts"_a = 0, "experts_per_token"_a = 0,
+          "floors"_a.noconvert().none() = nb::none(), "floor_of_others"_a = 0.0);
     m.def("experts_touched", experts_touched, "num_tokens"_a, "num_experts"_a,
           "experts_per_token"_a);
 }

@@ -214,6 +214,29 @@ bool Pacing::meetable(const Stream& stream) const {
     return holds(1, stream.context, times_per_s(stream));
 }
 
+double Pacing::least_rate(const Stream& stream) {
+    const bool has_floor = stream.decodes && stream.floor.floor() > 0;
+    return has_floor ? stream.floor.rate() / (1 - kLeastShare) : 0;
+}
+
+std::vector<double> Pacing::least_rates(std::span<const uint64_t> ids) const {
+    std::vector<double> rates;
+    for (const uint64_t id : ids) {
+        const auto found = streams_.find(id);
+        rates.push_back(found == streams_.end() ? 0 : least_rate(found->second));
+    }
+    std::vector<uint64_t> sorted(ids.begin(), ids.end());
+    std::ranges::sort(sorted);
+    double most = 0;
+    for (const Stream* stream : running_) {
+        if (!std::ranges::binary_search(sorted, stream->id)) {
+            most = std::max(most, least_rate(*stream));
+        }
+    }
+    rates.push_back(most);
+    return rates;
+}
+
 int64_t Pacing::num_behind() const {
     return std::ranges::count_if(
         running_, [this](const Stream* stream) { return stream->floor.behind(now_s_); });

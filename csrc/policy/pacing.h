@@ -29,6 +29,7 @@
 #include <limits>
 #include <map>
 #include <set>
+#include <span>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -98,6 +99,11 @@ class Pacing : public Pacer {
     // Requests that have waited for their first step longer than they may.
     std::vector<uint64_t> overdue() const;
 
+    // Tokens per second that each of these streams must have, if prompts have their least share
+    // beside them, 0 for none; and behind them the most that any other stream must have that
+    // decodes. O(ids log ids + running log ids).
+    std::vector<double> least_rates(std::span<const uint64_t> ids) const;
+
     std::vector<StreamView> streams() const;  // by id
     int64_t num_forced() const { return num_forced_; }
     int64_t num_behind() const;                     // streams, now
@@ -147,6 +153,7 @@ class Pacing : public Pacer {
     double row_interval_s(int64_t rows, int64_t context) const;
     bool holds(int64_t rows, int64_t context, double times_per_s) const;
     bool meetable(const Stream& stream) const;
+    static double least_rate(const Stream& stream);
     double times_per_s(const Stream& stream) const;
     double most_times_per_s() const;
     bool in_flight(const Stream& stream) const;

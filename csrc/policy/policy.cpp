@@ -24,8 +24,12 @@ void DepthPolicy::choose(const Features& base, const Candidates& candidates, int
                          std::span<int32_t> depths) {
     DraftCosts costs(*times_, base, experts_);
     costs.rows = std::max(costs.rows, 1.0);
+    has_floors_ = candidates.floor_of_others > 0 ||
+                  std::ranges::any_of(candidates.floors, [](double floor) { return floor > 0; });
     gather(costs, candidates);
-    const DepthChoice choice = choose_depths(costs, rows_, max_drafts, depths);
+    const DepthChoice choice =
+        choose_depths(costs, rows_, max_drafts, depths, candidates.floor_of_others);
+    held_ = choice.held;
     if (saved_s_ < 0) saved_s_ = kFirstSaved * costs.base_seconds;
     saved_s_ = std::min(saved_s_ + kTryingShare * choice.seconds, kMostSaved * costs.base_seconds);
     if (max_drafts < 1) return;
@@ -48,7 +52,10 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
         if (depth > 0) {
             double cost = costs.coefficients[kVerifyTokens];
             if (proposes_[candidates.drafters[i]]) cost += costs.coefficients[kProposeTokens];
-            Tries& tries = expect(candidates, i, depth, rate * cost);
+            // A stream may need drafts that do not pay for the others.
+            const double floor = candidates.floors.empty() ? 0 : candidates.floors[i];
+            const double least = floor > 0 ? std::min(rate, floor) : rate;
+            Tries& tries = expect(candidates, i, depth, least * cost);
             const bool hopeless =
                 proposes_[candidates.drafters[i]] && never_pays(costs, rate, depth);
             if (++tries.waited >= tries.interval && !hopeless) due_.push_back(i);
@@ -58,7 +65,11 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
     size_t begin = 0;
     for (size_t i = 0; i < size; ++i) {
         const std::span all(probabilities_);
-        rows_.push_back({all.subspan(begin, ends_[i] - begin), proposes_[candidates.drafters[i]]});
+        DraftRow& row = rows_.emplace_back();
+        row.probabilities = all.subspan(begin, ends_[i] - begin);
+        row.proposes = proposes_[candidates.drafters[i]];
+        if (!candidates.floors.empty()) row.floor = candidates.floors[i];
+        row.again = i > 0 && candidates.request_ids[i] == candidates.request_ids[i - 1];
         begin = ends_[i];
     }
 }
@@ -74,38 +85,45 @@ bool DepthPolicy::never_pays(const DraftCosts& costs, double rate, int depth) co
 
 DepthPolicy::Option DepthPolicy::counted(const DraftCosts& costs,
                                          std::span<const int32_t> depths) const {
-    Drafted drafts;
-    for (size_t i = 0; i < depths.size(); ++i) {
-        drafts.verified += depths[i];
-        if (!rows_[i].proposes) continue;
-        drafts.proposed += depths[i];
-        drafts.deepest = std::max(drafts.deepest, depths[i]);
-    }
+    const Drafted drafts = policy::counted(rows_, depths);
     return {drafts, costs.rows, costs.seconds(drafts)};
 }
 
-// Overwrites probabilities_.
+// Overwrites probabilities_ and gains_.
 DepthPolicy::Option DepthPolicy::expected(const DraftCosts& costs, const Candidates& candidates,
                                           std::span<const int32_t> depths) {
     Option option = counted(costs, depths);
+    gains_.assign(depths.size(), 0);
     for (size_t i = 0; i < depths.size(); ++i) {
         probabilities_.clear();
         if (depths[i] > 0) expect(candidates, i, depths[i], 0);
-        for (const double probability : probabilities_) option.tokens += probability;
+        for (const double probability : probabilities_) {
+            option.tokens += probability;
+            gains_[i] += probability;
+        }
     }
     return option;
 }
 
 // Whether the other option's time is in doubt, and if it were as short as it well may be, would
-// give more tokens a second than the best.
-bool DepthPolicy::could_win(const DraftCosts& costs, const Option& other,
-                            const Option& best) const {
+// give more tokens a second than the best, and keep the floors. REQUIRES: gains_ are the other's.
+bool DepthPolicy::could_win(const DraftCosts& costs, const Option& other, const Option& best,
+                            double floor_of_others) const {
     Features difference = costs.added(other.drafts);
     const Features own = costs.added(best.drafts);
     for (int i = 0; i < kNumFeatures; ++i) difference[i] -= own[i];
     const double doubt = times_->stddev_of_difference(difference, best.seconds);
     if (doubt < kDoubt * best.seconds) return false;
-    return other.tokens * best.seconds > best.tokens * (other.seconds - kHope * doubt);
+    const double seconds = other.seconds - kHope * doubt;
+    return other.tokens * best.seconds > best.tokens * seconds &&
+           keeps_floors(floor_of_others, seconds);
+}
+
+// Whether all have as much of their floors as by the best depths.
+bool DepthPolicy::keeps_floors(double floor_of_others, double seconds) const {
+    constexpr double kRounding = 1e-9;
+    if (!has_floors_ || seconds <= 0) return true;
+    return least_held(rows_, gains_, floor_of_others, seconds) >= held_ - kRounding;
 }
 
 // Whether all rows of this step go without drafts, or with all they may have, to see what that
@@ -121,7 +139,7 @@ bool DepthPolicy::compare(const DraftCosts& costs, const Option& best, const Can
         max_drafts -= other_[i];
     }
     const Option other = expected(costs, candidates, other_);
-    if (!could_win(costs, other, best)) return false;
+    if (!could_win(costs, other, best, candidates.floor_of_others)) return false;
     if (!afford(other.seconds - other.tokens * best.seconds / best.tokens)) return false;
     std::ranges::copy(other_, depths.begin());
     return true;
@@ -136,7 +154,8 @@ bool DepthPolicy::look(const DraftCosts& costs, const Option& best, const Candid
     if (able == candidates.max_depths.end()) return false;
     other_.assign(depths.size(), 0);
     other_[able - candidates.max_depths.begin()] = 1;
-    looked_ = could_win(costs, expected(costs, candidates, other_), best);
+    looked_ =
+        could_win(costs, expected(costs, candidates, other_), best, candidates.floor_of_others);
     if (looked_) std::ranges::copy(other_, depths.begin());
     return looked_;
 }
@@ -144,6 +163,8 @@ bool DepthPolicy::look(const DraftCosts& costs, const Option& best, const Candid
 void DepthPolicy::try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
                              int64_t max_drafts, std::span<int32_t> depths) {
     Drafted drafts = counted(costs, depths).drafts;
+    gains_.assign(depths.size(), 0);
+    if (has_floors_ && !due_.empty()) expected(costs, candidates, depths);
     for (const size_t i : due_) {
         const int place = depths[i];
         if (drafts.verified >= max_drafts ||
@@ -158,6 +179,11 @@ void DepthPolicy::try_deeper(const DraftCosts& costs, double rate, const Candida
         if (rows_[i].proposes) {
             ++more.proposed;
             more.deepest = std::max(more.deepest, place + 1);
+        }
+        gains_[i] += probabilities_[place];
+        if (!keeps_floors(candidates.floor_of_others, costs.seconds(more))) {
+            gains_[i] -= probabilities_[place];
+            continue;
         }
         const double cost = costs.seconds(more) - costs.seconds(drafts);
         if (!afford(cost - probabilities_[place] / rate)) return;

@@ -5,6 +5,8 @@
 //   P1  what is tried although it is believed to cost time costs kTryingShare of the time in the
 //       long run, as far as beliefs go, and at most kMostSaved steps' worth at once
 //   P2  the same calls give the same depths: nothing is random
+//   P3  what is tried leaves every stream as much of its floor as the best would, up to all of it;
+//       if it is tried because its time is in doubt, in the shortest time that it well may take
 #pragma once
 
 #include <cstdint>
@@ -24,6 +26,10 @@ struct Candidates {
     std::span<const int32_t> drafters;
     std::span<const int32_t> match_lens;
     std::span<const int32_t> max_depths;
+    // Tokens per second that each one's stream must have; empty: nothing. A request's rows stand
+    // together.
+    std::span<const double> floors = {};
+    double floor_of_others = 0;  // the highest of streams in the step that are no candidates
 };
 
 class DepthPolicy {
@@ -42,7 +48,7 @@ class DepthPolicy {
 
     // `base`: the step without these drafts. Writes a depth in [0, max_depth] for each, at most
     // `max_drafts` in all.
-    // REQUIRES: drafters in range, depths >= 0.
+    // REQUIRES: drafters in range, depths >= 0, floors finite and >= 0.
     void choose(const Features& base, const Candidates& candidates, int64_t max_drafts,
                 std::span<int32_t> depths);
 
@@ -57,7 +63,9 @@ class DepthPolicy {
     Option counted(const DraftCosts& costs, std::span<const int32_t> depths) const;
     Option expected(const DraftCosts& costs, const Candidates& candidates,
                     std::span<const int32_t> depths);
-    bool could_win(const DraftCosts& costs, const Option& other, const Option& best) const;
+    bool could_win(const DraftCosts& costs, const Option& other, const Option& best,
+                   double floor_of_others) const;
+    bool keeps_floors(double floor_of_others, double seconds) const;
     bool compare(const DraftCosts& costs, const Option& best, const Candidates& candidates,
                  int64_t max_drafts, std::span<int32_t> depths);
     bool look(const DraftCosts& costs, const Option& best, const Candidates& candidates,
@@ -74,13 +82,16 @@ class DepthPolicy {
     Experts experts_;
     double saved_s_ = -1;  // that may be lost by trying; -1: before the first step
     int64_t num_steps_ = 0, num_proposing_ = 0;
-    bool looked_ = false;  // the step before had one draft, to see what it costs
+    bool has_floors_ = false;  // any, in this step
+    double held_ = 1;          // of them, by the best depths
+    bool looked_ = false;      // the step before had one draft, to see what it costs
     // Scratch of one call.
     std::vector<double> probabilities_;
     std::vector<size_t> ends_;
     std::vector<DraftRow> rows_;
     std::vector<size_t> due_;
     std::vector<int32_t> other_;
+    std::vector<double> gains_;  // of the rows, in tokens, by what is looked at
 };
 
 }  // namespace tokenspeed::policy

@@ -93,6 +93,41 @@ void test_floors_hold_with_overlap_and_drafts() {
     }
 }
 
+// Every other stream copies, by drafts of 32 that are nearly always right: as deep as gives most
+// tokens, they would make steps too long for the streams beside them.
+void test_drafts_leave_the_others_their_floors() {
+    const double floor = 40;
+    for (const Depths depths : {Depths::kChosen, Depths::kUnderFloors}) {
+        for (uint64_t seed = 1; seed <= 4; ++seed) {
+            Machine machine({.tps_floor = floor,
+                             .seed = seed,
+                             .num_draft = 32,
+                             .accepted = 0.98,
+                             .depths = depths});
+            const std::vector<uint64_t> ids = start_streams(machine);
+            machine.submit(5000, 100);
+            const double from_s = machine.now_s;
+            machine.run_until(from_s + 10);
+            int64_t fewest = std::numeric_limits<int64_t>::max();
+            double copied = 0;
+            for (uint64_t id : ids) {
+                const std::vector<double>& came = machine.life(id).came;
+                fewest = std::min(fewest, fewest_in_a_second(came, from_s, machine.now_s));
+                if (id % 2 == 0)
+                    copied +=
+                        static_cast<double>(came.end() - std::ranges::lower_bound(came, from_s)) /
+                        10;
+            }
+            std::printf(
+                "copying beside others, %s: fewest %ld, %.0f tokens per second are copied\n",
+                depths == Depths::kChosen ? "most tokens" : "floors", static_cast<long>(fewest),
+                copied);
+            TS_CHECK((static_cast<double>(fewest) >= floor) == (depths == Depths::kUnderFloors));
+            TS_CHECK(copied > 4 * 4 * floor);
+        }
+    }
+}
+
 // Requests come three times as fast as they can be served: who runs has its floor in each second.
 void test_overload(Setting setting) {
     Machine machine(setting);
@@ -262,6 +297,7 @@ int main() {
     test_floors_are_judged_again();
     test_a_stream_alone_shows_what_it_can_have();
     test_a_clock_that_jumps();
+    test_drafts_leave_the_others_their_floors();
     test_floors_hold_with_overlap_and_drafts();
     test_overload({.tps_floor = 20, .noise = 0.1, .max_wait_s = 3});
     test_overload({.tps_floor = 20, .max_wait_s = 3, .overlap_depth = 1, .num_draft = 3});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Pacing in a closed simulation: the real scheduler, a clock that costs of steps move, and costs
 // that differ from what the model believes first, by a factor of two and by noise. Steps may
-// overlap, and rows may carry drafts.
+// overlap, and rows may carry drafts, all the same or as many as a policy chooses.
 #pragma once
 
 #include <algorithm>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "policy/pacing.h"
+#include "policy/policy.h"
 #include "scheduler/check.h"
 #include "scheduler/scheduler.h"
 
@@ -26,10 +27,19 @@ constexpr double kNever = std::numeric_limits<double>::infinity();
 // Seconds for one of each: half or twice what the model's prior says.
 constexpr Features kTruth = {12e-3, 5e-4, 1e-4, 1e-4, 2e-5, 0, 0, 0, 0, 0, 0};
 constexpr Features kPrior = {6e-3, 1e-3, 2e-5, 5e-5, 4e-5, 0, 0, 0, 0, 0, 0};
-constexpr int32_t kDraftId = 1000;  // whatever is not accepted is below
+constexpr int32_t kMostTokens = 2048;  // of a step
+constexpr int32_t kDraftId = 1000;     // whatever is not accepted is below
+
+// Whose drafts have which depths.
+enum class Depths {
+    kFixed,       // of all, as deep as can be
+    kChosen,      // of every other stream, as the policy chooses
+    kUnderFloors  // ... and is told of floors
+};
 
 struct Life {
     std::vector<double> came;  // its tokens, one entry each
+    int32_t depth = 0;         // of its latest draft
     double asked_s = 0;
     bool over = false;
 };
@@ -44,6 +54,7 @@ struct Setting {
     int32_t overlap_depth = 0;
     int32_t num_draft = 0;  // in each row
     double accepted = 0.7;  // of drafts, if those before them are
+    Depths depths = Depths::kFixed;
 };
 
 class Machine {
@@ -127,7 +138,7 @@ class Machine {
         o.num_pages = setting.num_pages;
         o.page_size = 16;
         o.max_num_seqs = setting.max_num_seqs;
-        o.max_num_batched_tokens = 2048;
+        o.max_num_batched_tokens = kMostTokens;
         o.max_model_len = 131072;
         o.overlap_depth = setting.overlap_depth;
         return o;
@@ -139,9 +150,30 @@ class Machine {
 
     void propose() {
         if (setting_.num_draft == 0) return;
+        if (setting_.depths != Depths::kFixed) return propose_what_pays();
         const std::vector<int32_t> draft(setting_.num_draft, kDraftId);
         for (const auto& [id, life] : lives_) {
             if (!life.over) scheduler_->speculate(id, draft, 0);
+        }
+    }
+
+    void propose_what_pays() {
+        std::vector<uint64_t> ids;
+        for (const auto& [id, life] : lives_) {
+            if (!life.over && !life.came.empty() && id % 2 == 0) ids.push_back(id);
+        }
+        if (ids.empty()) return;
+        const size_t size = ids.size();
+        const std::vector<int32_t> drafters(size), matches(size), limits(size, setting_.num_draft);
+        std::vector<double> floors = pacing_.least_rates(ids);
+        if (setting_.depths == Depths::kChosen) floors.assign(size + 1, 0);
+        std::vector<int32_t> depths(size);
+        policy_.choose(
+            base_, {ids, drafters, matches, limits, std::span(floors).first(size), floors[size]},
+            kMostTokens, depths);
+        for (size_t i = 0; i < size; ++i) {
+            lives_.at(ids[i]).depth = depths[i];
+            scheduler_->speculate(ids[i], std::vector<int32_t>(depths[i], kDraftId), 0);
         }
     }
 
@@ -153,6 +185,7 @@ class Machine {
         cost_s *= 1 + setting_.noise * (2 * std::uniform_real_distribution<double>()(random_) - 1);
         const double start_s = flights_.empty() ? now_s : std::max(now_s, flights_.back().end_s);
         flights_.push_back({x, cost_s, whole(start_s + cost_s)});
+        base_ = {1, x[kDecodeRows] + x[kPrefills], 0, 0, x[kContextThousands]};
     }
 
     void commit_oldest() {
@@ -213,6 +246,10 @@ class Machine {
         const Updates& updates = scheduler_->commit(result);
         for (size_t i = 0; i < updates.request_ids.size(); ++i) {
             Life& life = lives_.at(updates.request_ids[i]);
+            const int32_t hits = updates.num_ids[i] - 1;
+            if (hits >= 0 && !life.came.empty()) {
+                acceptance_.observe(updates.request_ids[i], 0, 0, hits, hits < life.depth);
+            }
             life.came.insert(life.came.end(), updates.num_ids[i], now_s);
             life.over = updates.finish[i] != 0;
         }
@@ -221,6 +258,9 @@ class Machine {
     Setting setting_;
     std::mt19937_64 random_;
     StepTimeModel times_;
+    Acceptance acceptance_{{}};
+    DepthPolicy policy_{&times_, &acceptance_, {false}, {}};
+    Features base_{};  // of the latest step, without its drafts
     Pacing pacing_;
     std::unique_ptr<Scheduler> scheduler_;  // dies before the pacing
     std::map<uint64_t, Life> lives_;

@@ -150,6 +150,31 @@ void test_who_loses_least_gives_back() {
     }
 }
 
+// What floors ask of a step: of those that decode, and beside them of those that were not named.
+void test_least_rates() {
+    Machine machine({.tps_floor = 30, .noise = 0});
+    const uint64_t slower = machine.submit(100, 1000, {.tps_floor = 9.5});
+    const uint64_t any = machine.submit(100, 1000, {.tps_floor = 0});
+    const uint64_t usual = machine.submit(100, 1000);
+    TS_CHECK(machine.pacing().least_rates({}) == std::vector{0.0});  // nobody has a token
+    machine.run_until(2);
+    const uint64_t reading = machine.submit(kLong, 10, {.tps_floor = 40});
+    machine.run_until(2.5);
+    const uint64_t unknown = 99;
+    const auto is = [&](std::vector<uint64_t> ids, std::vector<double> floors) {
+        const std::vector<double> rates = machine.pacing().least_rates(ids);
+        TS_CHECK(rates.size() == floors.size());
+        for (size_t i = 0; i < rates.size(); ++i) {
+            TS_CHECK(std::abs(rates[i] - floors[i] / 0.9 / 0.95) < 1e-9);
+        }
+    };
+    is({}, {30});
+    is({usual}, {30, 10});
+    is({unknown, usual, any, reading, slower}, {0, 30, 0, 0, 10, 0});
+    machine.abort(usual);
+    is({usual}, {0, 10});
+}
+
 // Few pages, anything at any time: no invariant breaks, and all ends.
 void test_at_random() {
     for (uint64_t seed = 1; seed <= 20; ++seed) {
@@ -158,7 +183,8 @@ void test_at_random() {
                          .num_pages = 80,
                          .max_num_seqs = 6,
                          .overlap_depth = static_cast<int32_t>(seed % 2),
-                         .num_draft = static_cast<int32_t>(seed % 4)});
+                         .num_draft = static_cast<int32_t>(seed % 4),
+                         .depths = static_cast<Depths>(seed % 3)});
         std::mt19937_64 random(seed);
         std::vector<uint64_t> ids;
         for (int i = 0; i < 400; ++i) {
@@ -193,6 +219,7 @@ int main() {
     test_prompts_get_their_least_share();
     test_who_loses_least_gives_back();
     test_replay();
+    test_least_rates();
     test_at_random();
     std::puts("ok");
 }

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
-// The policy under sanitizers: depths against all depths there are, step times against whatever a
-// clock may say, and a policy that is fed nonsense.
+// The policy under sanitizers: depths, with floors and without, against all depths there are, step
+// times against whatever a clock may say, and a policy that is fed nonsense.
 #include "policy/policy.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstdio>
 #include <limits>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "scheduler/check.h"
@@ -26,29 +29,43 @@ Features random_step(Random& random) {
     return x;
 }
 
+struct Figures {
+    double rate;  // tokens per second of the step
+    double held;  // of its floor, by the worst stream; at most 1
+};
+
+// Each row is a stream.
 struct Choice {
     DraftCosts costs;
     std::vector<std::vector<double>> probabilities;
     std::vector<DraftRow> rows;
     int max_drafts;
+    double floor_of_others = 0;
 
-    double rate(const std::vector<int32_t>& depths) const {
-        double tokens = costs.rows;
+    Figures figures(const std::vector<int32_t>& depths) const {
         Drafted drafted;
         for (size_t i = 0; i < rows.size(); ++i) {
-            for (int j = 0; j < depths[i]; ++j) tokens += rows[i].probabilities[j];
             drafted.verified += depths[i];
             if (!rows[i].proposes) continue;
             drafted.proposed += depths[i];
             drafted.deepest = std::max(drafted.deepest, static_cast<int>(depths[i]));
         }
-        return drafted.verified > max_drafts ? 0 : tokens / costs.seconds(drafted);
+        if (drafted.verified > max_drafts) return {0, 0};
+        const double seconds = costs.seconds(drafted);
+        double sum = costs.rows, held = std::min(1.0, 1 / (floor_of_others * seconds));
+        for (size_t i = 0; i < rows.size(); ++i) {
+            double tokens = 1;
+            for (int j = 0; j < depths[i]; ++j) tokens += rows[i].probabilities[j];
+            sum += tokens - 1;
+            held = std::min(held, tokens / (rows[i].floor * seconds));
+        }
+        return {sum / seconds, held};
     }
 
-    // Of all depths, counted up like an odometer.
-    double best_rate() const {
+    // All depths, counted up like an odometer.
+    std::vector<Figures> all() const {
         std::vector<int32_t> depths(rows.size());
-        double best = rate(depths);
+        std::vector<Figures> found = {figures(depths)};
         for (size_t i = 0; i < rows.size();) {
             const auto limit = static_cast<int32_t>(rows[i].probabilities.size());
             if (depths[i] == limit) {
@@ -56,15 +73,19 @@ struct Choice {
                 continue;
             }
             ++depths[i];
-            best = std::max(best, rate(depths));
+            found.push_back(figures(depths));
             i = 0;
         }
-        return best;
+        return found;
+    }
+
+    std::pair<DepthChoice, std::vector<int32_t>> chosen() const {
+        std::vector<int32_t> depths(rows.size(), -1);
+        return {choose_depths(costs, rows, max_drafts, depths, floor_of_others), depths};
     }
 };
 
-void depths_are_the_best(uint64_t seed) {
-    Random random(seed);
+Choice random_choice(Random& random) {
     StepTimeOptions options;
     for (double& cost : options.prior) cost = uniform(random) * 1e-3;
     options.prior[kStep] *= 20;
@@ -78,11 +99,81 @@ void depths_are_the_best(uint64_t seed) {
         for (double& p : own) p = probability *= std::sqrt(uniform(random));
     }
     for (const auto& own : choice.probabilities) choice.rows.push_back({own, random() % 2 == 0});
-    std::vector<int32_t> depths(choice.rows.size(), -1);
-    const DepthChoice chosen = choose_depths(choice.costs, choice.rows, choice.max_drafts, depths);
-    const double best = choice.best_rate();
-    TS_CHECK(std::abs(choice.rate(depths) - best) <= 1e-9 * best);
+    return choice;
+}
+
+void depths_are_the_best(uint64_t seed) {
+    Random random(seed);
+    Choice choice = random_choice(random);
+    const auto [chosen, depths] = choice.chosen();
+    const double best = std::ranges::max(choice.all(), {}, &Figures::rate).rate;
+    TS_CHECK(std::abs(choice.figures(depths).rate - best) <= 1e-9 * best);
     TS_CHECK(std::abs(chosen.tokens / chosen.seconds - best) <= 1e-9 * best);
+    TS_CHECK(chosen.held == 1);
+    // Floors that are held by these depths anyway.
+    for (DraftRow& row : choice.rows) row.floor = 0.999 / chosen.seconds;
+    choice.floor_of_others = 0.999 / chosen.seconds;
+    const auto [same, same_depths] = choice.chosen();
+    TS_CHECK(same_depths == depths && same.held == 1);
+    TS_CHECK(same.tokens == chosen.tokens && same.seconds == chosen.seconds);
+}
+
+// Floors from such as are held without drafts to such as hardly any depths hold, or none.
+// Returns the share of the most tokens per second that there are at such floors.
+double floors_are_held(uint64_t seed, std::array<int, 3>* num_kinds) {
+    Random random(seed);
+    Choice choice = random_choice(random);
+    const double plain_rate = 1 / choice.costs.base_seconds;
+    for (DraftRow& row : choice.rows) {
+        row.floor = below(random, 3) > 0 ? (0.5 + uniform(random)) * plain_rate : 0;
+    }
+    if (below(random, 2) == 0) choice.floor_of_others = (0.5 + uniform(random) / 2) * plain_rate;
+    const auto [chosen, depths] = choice.chosen();
+    const Figures got = choice.figures(depths);
+    const std::vector<Figures> all = choice.all();
+    const double held = std::ranges::max(all, {}, &Figures::held).held;
+    constexpr double kNearly = 1e-4;
+    TS_CHECK(got.held >= held * (1 - kNearly) && (held < 1 || got.held >= 1 - 1e-9));
+    TS_CHECK(std::abs(chosen.held - got.held) <= 1e-9);
+    TS_CHECK(std::abs(chosen.tokens / chosen.seconds - got.rate) <= 1e-9 * got.rate);
+    double best = 0, free = 0;
+    for (const Figures& figures : all) {
+        free = std::max(free, figures.rate);
+        if (figures.held >= got.held) best = std::max(best, figures.rate);
+    }
+    ++(*num_kinds)[held < 1 ? 2 : best < free];
+    TS_CHECK(got.rate >= 0.7 * best);
+    return got.rate / best;
+}
+
+// Floors that cost something, or cannot be held, are as many as others.
+void floors_of_all_kinds_are_held() {
+    std::array<int, 3> num_kinds{};
+    double sum = 0;
+    for (uint64_t seed = 0; seed < 3000; ++seed) sum += floors_are_held(seed, &num_kinds);
+    std::printf("floors: %d free, %d that cost, %d beyond reach; %.4f of the most tokens\n",
+                num_kinds[0], num_kinds[1], num_kinds[2], sum / 3000);
+    TS_CHECK(std::ranges::min(num_kinds) > 300);
+    TS_CHECK(sum / 3000 > 0.998);
+}
+
+// A step of 10 ms, each draft 1 ms.
+DraftCosts costs_by_hand(double rows) {
+    StepTimeOptions options;
+    options.prior = {};
+    options.prior[kStep] = 10e-3, options.prior[kVerifyTokens] = 1e-3;
+    return {StepTimeModel(options), {1, rows}, {}};
+}
+
+// What a stream has in hand and what is proposed for it count together.
+void rows_of_one_stream_count_together() {
+    const std::vector<double> sure = {0.9, 0.9, 0.9}, poor = {0.05};
+    std::vector<DraftRow> rows = {{sure, false, 250}, {sure, false, 250, true}, {poor, false, 70}};
+    std::vector<int32_t> depths(3);
+    const DepthChoice choice = choose_depths(costs_by_hand(3), rows, 100, depths);
+    TS_CHECK(choice.held == 1 && depths[0] + depths[1] == 4 && depths[2] == 0);
+    rows[1].again = false;
+    TS_CHECK(choose_depths(costs_by_hand(3), rows, 100, depths).held < 1);
 }
 
 void any_time_is_survived(uint64_t seed) {
@@ -105,7 +196,7 @@ void any_time_is_survived(uint64_t seed) {
     TS_CHECK(times.seconds(constant) > 0.1 && times.seconds(constant) < 1);
 }
 
-void limits_are_kept(uint64_t seed) {
+void limits_are_kept(uint64_t seed, bool paced) {
     Random random(seed);
     StepTimeModel times(StepTimeOptions{});
     Acceptance acceptance({.num_drafters = 2});
@@ -122,7 +213,11 @@ void limits_are_kept(uint64_t seed) {
         }
         const int max_drafts = below(random, 50);
         const Features base = random_step(random);
-        policy.choose(base, {ids, drafters, matches, limits}, max_drafts, depths);
+        std::vector<double> floors(paced ? size : 0);
+        for (double& floor : floors) floor = below(random, 2) * uniform(random) * 100;
+        const double floor_of_others = floors.empty() ? 0 : floors[0];
+        policy.choose(base, {ids, drafters, matches, limits, floors, floor_of_others}, max_drafts,
+                      depths);
         int total = 0;
         for (size_t i = 0; i < size; ++i) {
             TS_CHECK(depths[i] >= 0 && depths[i] <= limits[i]);
@@ -143,6 +238,9 @@ void limits_are_kept(uint64_t seed) {
 int main() {
     for (uint64_t seed = 0; seed < 500; ++seed) tokenspeed::policy::depths_are_the_best(seed);
     for (uint64_t seed = 0; seed < 3; ++seed) tokenspeed::policy::any_time_is_survived(seed);
-    for (uint64_t seed = 0; seed < 10; ++seed) tokenspeed::policy::limits_are_kept(seed);
+    for (uint64_t seed = 0; seed < 10; ++seed)
+        tokenspeed::policy::limits_are_kept(seed, seed % 2 == 1);
+    tokenspeed::policy::floors_of_all_kinds_are_held();
+    tokenspeed::policy::rows_of_one_stream_count_together();
     return 0;
 }

@@ -356,14 +356,68 @@ def test_a_long_prefill_does_not_make_drafts_cheap() -> None:
         assert choose_depths(model, base, rates, i32(4), off, 9).tolist() == [0]
 
 
+def depths_under(
+    floors: list[float] | None, others: float = 0.0, rates: tuple[float, ...] = (0.9, 0.3)
+) -> list[int]:
+    """Of two rows in a step of 10 ms, where each draft takes 1 ms."""
+    costs = COSTS * 0
+    costs[FEATURES.index("step")], costs[FEATURES.index("verify_tokens")] = 10e-3, 1e-3
+    table = np.repeat(np.array(rates)[:, None], 8, axis=1)
+    asked = None if floors is None else np.array(floors)
+    chosen: list[int] = choose_depths(
+        known(costs), features(decode_rows=2), table, i32(8, 8), np.zeros(2, bool), 99,
+        floors=asked, floor_of_others=others,
+    ).tolist()  # fmt: skip
+    return chosen
+
+
+def test_floors_that_hold_anyway_change_nothing() -> None:
+    assert depths_under(None) == [8, 0]  # a step of 18 ms
+    assert depths_under([55.0, 55.0], 55.0) == [8, 0]
+
+
+def test_a_floor_forbids_deep_drafts_of_others() -> None:
+    assert depths_under(None, 70.0) == [4, 0]  # 1 / 14 ms is more
+    assert depths_under([0.0, 70.0], rates=(0.9, 0.0)) == [4, 0]
+    assert depths_under(None, 99.0) == [0, 0]
+
+
+def test_a_stream_has_the_drafts_that_it_needs() -> None:
+    assert depths_under([0.0, 99.0]) == [2, 1]  # 1.3 / 13 ms; without its own not beside others
+    assert depths_under([0.0, 70.0]) == [7, 1]  # 1.3 / 18 ms
+    assert depths_under([0.0, 110.0]) == [0, 1]
+    assert depths_under([300.0, 0.0]) == [8, 0]  # has them anyway
+
+
+def test_where_no_depths_hold_a_floor_the_nearest_do() -> None:
+    assert depths_under(None, 120.0) == [0, 0]
+    assert depths_under([0.0, 200.0]) == [0, 1]  # 1.3 / 11 ms; 1.39 / 12 ms and 1 / 10 ms are less
+    assert depths_under([0.0, 200.0], 200.0) == [0, 0]  # the others would have less
+
+
+@pytest.mark.parametrize("floors", [[1.0], [1.0, math.nan], [-1.0, 1.0]])
+def test_bad_floors_are_refused(floors: list[float]) -> None:
+    with pytest.raises(ValueError, match="floors"):
+        depths_under(floors)
+
+
+def test_a_bad_floor_of_others_is_refused() -> None:
+    with pytest.raises(ValueError, match="floor_of_others"):
+        depths_under(None, math.inf)
+
+
 # ---- The policy in time ------------------------------------------------------------------------
 
 
 class Row:
     """One request whose drafts cost 0.4 of a step each, proposed by a model."""
 
-    def __init__(self, model: StepTimeModel, cost: float = 0.4) -> None:
+    def __init__(
+        self, model: StepTimeModel, cost: float = 0.4, floors: tuple[float, float] | None = None
+    ) -> None:
+        """`floors`: its own and that of others."""
         self.model, self.cost = model, cost
+        self.floors = () if floors is None else (np.array(floors[:1]), floors[1])
         self.acceptance = Acceptance(1)
         self.policy = DepthPolicy(model, self.acceptance, [True])
         self.rng = np.random.default_rng(6)
@@ -372,7 +426,8 @@ class Row:
 
     def step(self, chance: float, request_id: int = 1) -> int:
         ids = np.array([request_id], np.uint64)
-        depth = int(self.policy.choose(features(decode_rows=1), ids, i32(0), i32(0), i32(4), 4)[0])
+        base, zero = features(decode_rows=1), i32(0)
+        depth = int(self.policy.choose(base, ids, zero, zero, i32(4), 4, *self.floors)[0])
         x = features(decode_rows=1, verify_tokens=depth, propose_tokens=depth)
         seconds = 1e-3 * (1 + self.cost * depth)
         self.model.observe(x, seconds)
@@ -421,19 +476,39 @@ def test_a_request_recovers_when_its_text_changes() -> None:
     assert np.mean(worse[-30:]) < 0.2
 
 
+@pytest.mark.parametrize("floor", [0.0, 350.0])
 @pytest.mark.parametrize("num_outliers", [1, 2])
 @pytest.mark.parametrize("seconds", [3e-3, 2e-2, 1.0])
-def test_a_belief_from_outliers_does_not_stay(num_outliers: int, seconds: float) -> None:
-    """The first drafts that are seen take far longer than they should."""
+def test_a_belief_from_outliers_does_not_stay(
+    num_outliers: int, seconds: float, floor: float
+) -> None:
+    """The first drafts that are seen take far longer than they should, or than a floor allows."""
     model = StepTimeModel()
     for _ in range(30):
         model.observe(features(decode_rows=1), 1e-3)
     for _ in range(num_outliers):
         model.observe(features(decode_rows=1, verify_tokens=1, propose_tokens=1), seconds)
-    row = Row(model)
+    row = Row(model, floors=(floor, floor))
     for _ in range(30):
         row.step(0.95)
     assert np.mean([row.step(0.95) for _ in range(10)]) > 2
+
+
+def test_what_is_tried_leaves_floors_alone() -> None:
+    """The drafter is useless, and a draft takes 0.4 ms."""
+    costs = COSTS * 0
+    costs[FEATURES.index("step")], costs[FEATURES.index("verify_tokens")] = 1e-3, 0.4e-3
+    tried = {}
+    for floor in (0.0, 700.0, 720.0):  # 1 / 1.4 ms is 714
+        row = Row(known(costs), floors=(0.0, floor))
+        tried[floor] = sum(row.step(0.0) > 0 for _ in range(3000))
+    assert tried[0.0] == tried[700.0] > 5
+    assert tried[720.0] == 0
+
+
+def test_floors_that_hold_anyway_change_nothing_in_time() -> None:
+    free, held = Row(StepTimeModel()), Row(StepTimeModel(), floors=(1e-3, 1e-3))
+    assert [free.step(0.6) for _ in range(500)] == [held.step(0.6) for _ in range(500)]
 
 
 def test_what_drafts_cost_is_told_from_what_steps_cost() -> None:

@@ -8,11 +8,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.fake_model import FakeModel
+from tokenspeed.config import EngineConfig
+from tokenspeed.engine.build import assemble
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
+from tokenspeed.engine.engine import Engine
 from tokenspeed.engine.hearing import NAP
 from tokenspeed.engine.ledger import Ledger
-from tokenspeed.engine.messages import DrafterStats
+from tokenspeed.engine.messages import DrafterStats, GenerateRequest
+from tokenspeed.engine.part import assemble_part
 from tokenspeed.engine.speculator import Speculator, Weighted
 from tokenspeed.engine.step_times import PLAIN_INTERVAL, Experts, StepTimes, features_of
 from tokenspeed.execution.plan_view import (
@@ -23,6 +28,7 @@ from tokenspeed.execution.plan_view import (
     ROW_SAMPLE,
     PlanView,
 )
+from tokenspeed.execution.sampling_params import SamplingParams
 from tokenspeed.execution.speculation.drafter import Proposal
 
 PROMPT = np.arange(5, dtype=np.int32)
@@ -398,6 +404,49 @@ def test_a_step_in_which_something_was_captured_is_not_learnt_from() -> None:
         times.launched([made], now_s)
         times.committed(now_s + 0.5, is_typical=is_typical)
     assert (times.num_steps, times.model.num_observed) == (1, 1)
+
+
+def test_depths_leave_others_their_floors() -> None:
+    """Eight drafts of 4 ms make a step of 42 ms; the others need one in 20."""
+    asked: list[list[int]] = []
+
+    def least_rates(request_ids: NDArray[np.uint64]) -> tuple[NDArray[np.float64], float]:
+        asked.append(request_ids.tolist())
+        return np.zeros(len(request_ids)), 1 / 0.02
+
+    drafter = Oracle()
+    depths = Depths([False], 1000, StepTimes(Experts()), least_rates)
+    h = Harness(drafter, depth=8, depths=depths)
+    h.start(1)
+    found = run(h, drafter, 60, right=True, per_draft=0.004)
+    assert set(found[-20:]) <= {2, 3}  # as far as step times are known
+    assert asked[-1] == [1]
+
+
+def least_rates_of(engine: Engine) -> Any:
+    return engine._speculator._depths._least_rates  # type: ignore[union-attr]
+
+
+def test_an_engine_asks_its_pacing_for_floors() -> None:
+    def engine_of(**options: Any) -> Engine:
+        config = EngineConfig.of(
+            num_pages=64, page_size=4, max_num_seqs=8, max_num_batched_tokens=64, max_model_len=128,
+            speculative_config='{"method": "ngram", "num_speculative_tokens": 3}', **options,
+        )  # fmt: skip
+        return assemble(config, assemble_part(config, FakeModel(101)))  # type: ignore[arg-type]
+
+    assert least_rates_of(engine_of()) is None
+    assert least_rates_of(engine_of(tps_floor=30.0, overlap_depth=1)) is None
+    engine = engine_of(tps_floor=30.0)
+    for request_id, floor in ((1, None), (2, 10.0), (3, 0.0)):
+        params = SamplingParams(temperature=0.0, max_tokens=40)
+        engine.add_request(GenerateRequest(request_id, [5, 6, 7], params, tps_floor=floor))
+        for _ in range(3):
+            engine.step()
+    rates, others = least_rates_of(engine)(np.array([3, 2, 9], np.uint64))
+    factor = 1 / 0.9 / 0.95  # lateness that is made up for, and the least share of prompts
+    assert rates.tolist() == pytest.approx([0, 10 * factor, 0])
+    assert others == pytest.approx(30 * factor)
 
 
 def test_a_step_has_only_so_many_drafts() -> None:

@@ -127,6 +127,7 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         threaded=depth > 0,
     )
     times = StepTimes(experts_of(part.model.modules()))
+    pacing = make_pacing(config, times)
     return Engine(
         Schedulers(schedulers),
         runner,
@@ -140,8 +141,8 @@ def assemble(config: EngineConfig, part: Part, crew: Crew | None = None) -> Engi
         depth=depth,
         balance=None if balancer is None else lambda: balancer.stats,
         times=times,
-        speculator=make_speculator(config, part, times),
-        pacing=make_pacing(config, times),
+        speculator=make_speculator(config, part, times, pacing),
+        pacing=pacing,
         seed=config.model.seed,
     )
 

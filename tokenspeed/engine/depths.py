@@ -4,12 +4,17 @@
 Brings plans and drafts into the arrays that `_policy` learns from. Knows no tokens; times are told.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenspeed._policy import Acceptance, DepthPolicy
 from tokenspeed.engine.step_times import StepTimes, features
+
+# Of these requests: the tokens per second that each must have, and the most that any other must.
+LeastRates = Callable[[NDArray[np.uint64]], tuple[NDArray[np.float64], float]]
 
 
 @dataclass(slots=True)
@@ -41,8 +46,15 @@ class Findings(Offers):
 class Depths:
     """Learns acceptance, and chooses by it and by step times. One per engine."""
 
-    def __init__(self, proposes: list[bool], max_drafts: int, times: StepTimes) -> None:
-        """`proposes`: whether each drafter has weights of its own, so that its drafts cost time."""
+    def __init__(
+        self,
+        proposes: list[bool],
+        max_drafts: int,
+        times: StepTimes,
+        least_rates: LeastRates | None = None,
+    ) -> None:
+        """`proposes`: whether each drafter has weights of its own, so that its drafts cost time.
+        `least_rates`: None where nobody has a floor."""
         self.findings = Findings()
         self.times = times
         self._acceptance = Acceptance(len(proposes))
@@ -53,7 +65,7 @@ class Depths:
             num_experts=times.experts.count,
             experts_per_token=times.experts.per_token,
         )
-        self._max_drafts = max_drafts
+        self._max_drafts, self._least_rates = max_drafts, least_rates
 
     def better(self, request_id: int, one: tuple[int, int], other: tuple[int, int]) -> bool:
         """Whether the first token of the `one` draft (drafter, match_len) is as likely as the
@@ -63,16 +75,19 @@ class Depths:
 
     def choose(self, offers: Offers, num_rows: int, num_verify: int, num_context: int) -> list[int]:
         """How much of each offer to take, in a step of `num_rows` decoding rows over `num_context`
-        tokens that verifies `num_verify` tokens in any case."""
+        tokens that verifies `num_verify` tokens in any case. A request's offers stand together."""
         experts = self.times.experts
         base = features(experts, rows=num_rows, verify=num_verify, context=num_context)
+        request_ids = np.array(offers.request_ids, np.uint64)
+        floors = () if self._least_rates is None else self._least_rates(request_ids)
         chosen: list[int] = self._policy.choose(
             base,
-            np.array(offers.request_ids, np.uint64),
+            request_ids,
             np.array(offers.drafters, np.int32),
             np.array(offers.match_lens, np.int32),
             np.array(offers.lengths, np.int32),
             max(0, self._max_drafts - num_rows - num_verify),
+            *floors,
         ).tolist()
         return chosen
 

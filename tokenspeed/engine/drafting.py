@@ -9,6 +9,7 @@ from torch import nn
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.depths import Depths
 from tokenspeed.engine.ledger import Ledger
+from tokenspeed.engine.pacing import Pacing
 from tokenspeed.engine.part import Part, mesh_of
 from tokenspeed.engine.speculator import Speculator, Weighted
 from tokenspeed.engine.step_times import Experts, StepTimes
@@ -21,7 +22,9 @@ from tokenspeed.layers.moe import MoE
 _log = logging.getLogger(__name__)
 
 
-def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Speculator | None:
+def make_speculator(
+    config: EngineConfig, part: Part, times: StepTimes, pacing: Pacing | None = None
+) -> Speculator | None:
     """None where speculation is off. `ValueError`: drafts that long do not fit."""
     asked = speculation_of(config, part.model.target.device.type)
     check_depth(asked, part.max_model_len)
@@ -34,11 +37,12 @@ def make_speculator(config: EngineConfig, part: Part, times: StepTimes) -> Specu
         return None
     how = "as many as pay" if asked.adaptive else "always"
     _log.info("speculative decoding: %s, %d tokens, %s", " + ".join(names), asked.depth, how)
-    depths = None
+    depths, ahead = None, config.scheduler.overlap_depth > 0
     if asked.adaptive:
         proposes = [False] * len(tokens) + [True] * (weighted is not None)
-        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, times)
-    ahead = config.scheduler.overlap_depth > 0
+        # Ahead, who speculates is in every other step, which such a rate of a step does not tell.
+        least_rates = None if pacing is None or ahead else pacing.policy.least_rates
+        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, times, least_rates)
     return Speculator(
         tokens,
         depth=asked.depth,
