@@ -51,7 +51,7 @@ class Server:
 
     def engines(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children()
-        return [c for c in children if "--inbox" in c.cmdline()]
+        return [c for c in children if "--inbox" in _command(c)]
 
     def engine(self) -> psutil.Process:
         (found,) = self.engines()
@@ -154,3 +154,11 @@ async def storm(s: Server, number: int) -> None:
     async with httpx.AsyncClient() as client:
         reply = await client.post(s.url + TEXT, json={"prompt": "hello", "max_tokens": 2})
         assert reply.json()["usage"]["completion_tokens"] == 2
+
+
+def _command(process: psutil.Process) -> list[str]:
+    """Its words; none if it has ended meanwhile."""
+    try:
+        return list(process.cmdline())
+    except psutil.NoSuchProcess:  # a zombie too
+        return []

@@ -70,8 +70,9 @@ async def _kill(s) -> None:
     task = asyncio.create_task(load)
     while s.gauge("vllm:num_requests_running") < 4:
         await asyncio.sleep(0.02)
-    s.engine().kill()
-    s.process.kill()
+    engine = s.engine()
+    s.process.kill()  # before its engine, of whose death it would tell the next four
+    engine.kill()
     (run,) = await asyncio.wait_for(task, 20)
     assert run.died is not None
     assert {record.status for record in run.records} == {"error"}
