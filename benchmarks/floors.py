@@ -4,8 +4,9 @@
 Three parts:
 
 - newcomers: eight streams; cold prompts of nearly the longest context arrive one after the other.
-  The floor is 60% of what any of these streams has in its slowest second without newcomers. Fewest
-  tokens of any stream in any second, and how long newcomers wait, with pacing and without;
+  The floor is 60% of what any of these streams has without newcomers in its slowest second once all
+  of them run. Fewest tokens of any stream in any second, and how long newcomers wait, with pacing
+  and without;
 - overload: single requests arrive at random, at several rates, then for minutes at three times the
   rate of most goodput; at last the same without pacing, for a while;
 - steps: relative error of the predicted times behind the first 200 steps, on changing load.
@@ -22,6 +23,7 @@ import itertools
 import json
 import platform
 import tempfile
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,8 +94,13 @@ def crowd(answer: int = ANSWER, newcomers_s: Iterable[float] = ()) -> Workload:
     return Workload("newcomers", (*streams, *cold), next(_ids), 1.0)
 
 
-def least_rate(records: Sequence[RequestRecord]) -> float:
-    return min(float(window_rates(r.token_times, r.token_counts).min()) for r in records)
+def least_rate(records: Sequence[RequestRecord], begin_s: float = 0.0) -> float:
+    """Of any stream in any second behind `begin_s`."""
+    rates = []
+    for record in records:
+        first = bisect_left(record.token_times, begin_s)
+        rates.append(window_rates(record.token_times[first:], record.token_counts[first:]).min())
+    return float(min(rates))
 
 
 def newcomers(args: argparse.Namespace, folder: Path) -> Json:
@@ -101,14 +108,16 @@ def newcomers(args: argparse.Namespace, folder: Path) -> Json:
     with served(serve_args(), args.port, folder / "free.log") as url:
         sent(url, "warm-up", warm_up, options)
         alone = sent(url, "unloaded", crowd(), options)
-        rate, arrive_s = least_rate(alone.records), [at * alone.duration_s for at in ARRIVES]
+        began_s = max(one.first_token_s or 0.0 for one in alone.records)
+        rate = least_rate(alone.records, began_s)
+        arrive_s = [at * alone.duration_s for at in ARRIVES]
         without = sent(url, "no pacing", crowd(ANSWER, arrive_s), options)
     floor = float(int(FLOOR_SHARE * rate))
     with served(paced(floor, 60), args.port, folder / "paced.log") as url:
         sent(url, "warm-up", warm_up, options)
         within = sent(url, "pacing", crowd(ANSWER, arrive_s), options)
     found: Json = {"unloaded_tps": round(rate, 1), "floor": floor}
-    print(f"newcomers: unloaded {rate:.1f} TPS at least, floor {floor:g}")
+    print(f"newcomers: unloaded {rate:.1f} TPS, floor {floor:g}")
     for run in (without, within):
         found[run.endpoint] = newcomers_row(run, floor)
         print(f"  {run.endpoint}: " + "  ".join(f"{k} {v}" for k, v in found[run.endpoint].items()))
