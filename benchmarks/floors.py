@@ -22,6 +22,7 @@ import asyncio
 import itertools
 import json
 import platform
+import re
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,6 +86,12 @@ def sent(url: str, name: str, workload: Workload, options: LoadOptions) -> Run:
     return run
 
 
+def draw(run: Run, floor: float, file: Path) -> None:
+    """The run over time, in colours that no page need set."""
+    picture = plots.timeline(timeline_of(run), floor=floor)
+    file.write_text(re.sub(r"var\(--[\w-]+, (#\w+)\)", r"\1", picture), encoding="utf-8")
+
+
 # ---- Newcomers -----------------------------------------------------------------------------------
 
 
@@ -122,9 +129,7 @@ def newcomers(args: argparse.Namespace, folder: Path) -> Json:
         found[run.endpoint] = newcomers_row(run, floor)
         print(f"  {run.endpoint}: " + "  ".join(f"{k} {v}" for k, v in found[run.endpoint].items()))
         if args.pictures:
-            picture = plots.timeline(timeline_of(run), floor=floor)
-            name = f"newcomers_{run.endpoint.replace(' ', '_')}.svg"
-            (args.pictures / name).write_text(picture, encoding="utf-8")
+            draw(run, floor, args.pictures / f"newcomers_{run.endpoint.replace(' ', '_')}.svg")
     return found
 
 
@@ -197,8 +202,7 @@ def overloaded(
     row = overload_row(run, floor)
     print(f"  {name}, {rate:.2f} a second for {seconds:g} s: {row}", flush=True)
     if pictures:
-        picture = plots.timeline(timeline_of(run), floor=floor)
-        (pictures / f"overload_{name.replace(' ', '_')}.svg").write_text(picture, encoding="utf-8")
+        draw(run, floor, pictures / f"overload_{name.replace(' ', '_')}.svg")
     return row
 
 
