@@ -25,6 +25,7 @@ LLAMA_PARTS = (
 )
 GGUF_DIRECT = ("bf16", "Q8_0")  # that the converter writes
 LLAMA_TOOLS = ("LLAMA_BUILD_TOOLS", "LLAMA_BUILD_SERVER")  # what the server is among
+LLAMA_WEB = ("LLAMA_OPENSSL", "LLAMA_BUILD_UI", "LLAMA_BUILD_WEBUI")  # that it can do without
 
 
 class SetupError(RuntimeError):
@@ -114,13 +115,16 @@ class Home:
         sources, build = self._sources(), self.folder / "llama-server"
         if not (binary := build / "bin" / "llama-server").exists():
             print("setup: compiling llama-server takes minutes", flush=True)
-            parts = [f"-D{part}=OFF" for part in LLAMA_PARTS if part not in LLAMA_TOOLS]
+            without = [*(part for part in LLAMA_PARTS if part not in LLAMA_TOOLS), *LLAMA_WEB]
+            parts = [f"-D{part}=OFF" for part in without]
             tools = [f"-D{part}=ON" for part in LLAMA_TOOLS]
-            configure = ["cmake", "-S", str(sources), "-B", str(build), *LLAMA_FLAGS.split()]
+            beside = Path(sys.executable).with_name("cmake")  # of a virtual environment
+            cmake = str(beside) if beside.exists() else "cmake"
+            configure = [cmake, "-S", str(sources), "-B", str(build), *LLAMA_FLAGS.split()]
             environment = self._compilers()
             self._run([*configure, *parts, *tools], "llama-server", environment)
             jobs = str(os.cpu_count() or 1)
-            make = ["cmake", "--build", str(build), "--target", "llama-server", "-j", jobs]
+            make = [cmake, "--build", str(build), "--target", "llama-server", "-j", jobs]
             self._run(make, "llama-server", environment)
         return binary
 
