@@ -118,7 +118,7 @@ async def test_a_dead_engine_ends_the_server_though_streams_never_end():
 
 
 async def test_sigterm_under_32_streams_on_two_engines_loses_nothing():
-    with server("--step-s", "0.005", "--data-parallel-size", "2") as s:
+    with server("--step-s", "0.02", "--data-parallel-size", "2") as s:
         async with httpx.AsyncClient(limits=limits(64), timeout=60) as client:
             tasks = await start_streams(client, s.url, 32, max_tokens=300)
             assert by_engine(s, "tokenspeed:routing_requests_total") == [16, 16]
