@@ -64,6 +64,7 @@ class Pacing : public Pacer {
     static constexpr double kAgeing = 2;
     static constexpr double kUnknownWaitS = 1;
     static constexpr double kLeastRetryS = 1;
+    static constexpr double kWaitMargin = 1.5;  // who comes later may go first
     static constexpr double kLeapS = 10;        // no step takes so long
     static constexpr int32_t kLeastChunk = 16;  // tokens; all chunks but a prompt's last are
                                                 // multiples
@@ -92,7 +93,8 @@ class Pacing : public Pacer {
     // it are computed as fast: 0 if it may run at once, kUnknownWaitS where nothing has ended yet.
     // 0 for those that run and unknown ones. O(waiting + running).
     double predicted_wait_s(uint64_t id) const;
-    // Whether its wait is predicted to be longer than it may.
+    // Whether its wait, kWaitMargin times what is predicted, is longer than it may be: better told
+    // at once than after having waited.
     bool hopeless(uint64_t id) const;
     // When it may be asked again with better luck.
     double retry_after_s(uint64_t id) const;

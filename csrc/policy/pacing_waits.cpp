@@ -54,13 +54,13 @@ double Pacing::stream_wait_s(const Stream& stream, int64_t num_before) const {
 
 bool Pacing::hopeless(uint64_t id) const {
     const auto found = streams_.find(id);
-    return found != streams_.end() && predicted_wait_s(id) > found->second.max_wait_s;
+    return found != streams_.end() && kWaitMargin * predicted_wait_s(id) > found->second.max_wait_s;
 }
 
 double Pacing::retry_after_s(uint64_t id) const {
     const auto found = streams_.find(id);
     if (found == streams_.end()) return kLeastRetryS;
-    return std::max(predicted_wait_s(id) - found->second.max_wait_s, kLeastRetryS);
+    return std::max(predicted_wait_s(id) - found->second.max_wait_s / kWaitMargin, kLeastRetryS);
 }
 
 std::vector<uint64_t> Pacing::overdue() const {

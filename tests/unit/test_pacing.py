@@ -136,7 +136,10 @@ def test_waits_are_foretold_and_refused() -> None:
     words = made.next_plan()  # the third
     made.submit(4, prompt(4), max_tokens=1)
     assert policy.predicted_wait_s(4) == 2.0
-    assert policy.retry_after_s(4) == 1.5
+    assert policy.hopeless(4)
+    assert policy.retry_after_s(4) == pytest.approx(2.0 - 0.5 / 1.5)
+    made.submit(5, prompt(4), max_tokens=1, max_wait_s=2.9)  # of a wait of 2 or more
+    assert policy.hopeless(5)
 
 
 def test_pace_is_refused_where_it_would_mean_nothing() -> None:
