@@ -153,6 +153,7 @@ NB_MODULE(_drafts, m) {
         nb::class_<SuffixDrafter>(m, "SuffixDrafter")
             .def("__init__", &make_suffix, "min_match"_a, "shared_store_tokens"_a, "kept_tokens"_a)
             .def("add", &add_suffix, "request_id"_a, "prompt_ids"_a.noconvert(), "salt"_a)
+            .def("forget_ended", &SuffixDrafter::forget_ended)
             .def_prop_ro("num_kept_tokens", &SuffixDrafter::num_kept_tokens)
             .def_prop_ro("num_stored_tokens", &SuffixDrafter::num_stored_tokens);
     bind_common(suffix);

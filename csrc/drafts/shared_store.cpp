@@ -40,6 +40,12 @@ void SharedStores::add(const std::string& salt, std::span<const Token> output) {
     }
 }
 
+void SharedStores::clear() {
+    stores_.clear();
+    by_salt_.clear();
+    num_tokens_ = 0;
+}
+
 Found SharedStores::find(const std::string& salt, const History& history, StoreView& view) {
     Store* store = use(salt);
     if (store == nullptr) return {};

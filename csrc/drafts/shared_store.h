@@ -46,6 +46,9 @@ class SharedStores {
     // equals.
     Found find(const std::string& salt, const History& history, StoreView& view);
 
+    // All of them.
+    void clear();
+
     size_t num_tokens() const { return num_tokens_; }
     size_t num_bytes() const;
 

@@ -117,6 +117,12 @@ void SuffixDrafter::remove(uint64_t id) {
     }
 }
 
+void SuffixDrafter::forget_ended() {
+    kept_.clear();
+    num_kept_tokens_ = 0;
+    stores_.clear();
+}
+
 size_t SuffixDrafter::num_tokens() const {
     size_t tokens = num_kept_tokens_ + stores_.num_tokens();
     for (const auto& [id, request] : requests_) tokens += request.history.tree().size();

@@ -42,6 +42,8 @@ class SuffixDrafter {
     // As propose(), by what is the longest match alone.
     Draft longest(uint64_t id, size_t max_tokens);
     void remove(uint64_t id);
+    // What is kept of requests that were removed.
+    void forget_ended();
 
     // Of live requests, histories kept and stores; separators count.
     size_t num_tokens() const;

@@ -146,6 +146,11 @@ class DrafterModel {
         while (num_kept_tokens() > options_.max_kept_tokens) kept_.pop_back(), ++num_evicted;
     }
 
+    void forget_ended() {
+        kept_.clear();
+        stores_.clear();
+    }
+
     size_t num_kept_tokens() const {
         size_t sum = 0;
         for (const Request& request : kept_) sum += request.text.size();

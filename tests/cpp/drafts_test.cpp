@@ -109,6 +109,10 @@ class Walk {
             drafter_.remove(id);
             model_.remove(id);
             TS_CHECK(!drafter_.has(id));
+            if (random_.one_in(10)) {
+                drafter_.forget_ended();
+                model_.forget_ended();
+            }
         } else if (kind < 5) {
             const Tokens ids = some(random_.one_in(8) ? 100 : 4);
             drafter_.extend(id, ids);

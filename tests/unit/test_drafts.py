@@ -145,6 +145,17 @@ def test_outputs_serve_others_of_the_salt_alone() -> None:
     assert drafter.propose(1, 2) == Proposal([3, 4], 2)
 
 
+def test_what_is_kept_can_be_forgotten(drafter: TokenDrafter) -> None:
+    for request_id in (0, 1):
+        drafter.add(request_id, ids(50, 51, 52), b"s")
+        extend(drafter, request_id, [1, 2, 3, 4, 1, 2])
+    drafter.remove(0)
+    drafter.forget_ended()
+    assert drafter.propose(1, 1) == Proposal([3], 2)  # of the request itself
+    drafter.add(2, ids(50, 51, 52, 1, 2), b"s")
+    assert drafter.propose(2, 2).ids == []
+
+
 def test_prompts_serve_nobody_else() -> None:
     drafter = suffix_drafter(kept_tokens=100)
     drafter.add(0, ids(1, 2, 3, 4), b"")

@@ -3,6 +3,7 @@
 
 import contextlib
 import itertools
+import json
 import random
 from typing import Any
 
@@ -135,6 +136,22 @@ def test_a_second_turn_finds_the_first_in_the_cache() -> None:
     engine.flush_cache()
     engine.add_request(request(3, again, max_tokens=5))
     assert drain(engine)[3][0].num_cached_tokens == 0
+
+
+def test_flushing_forgets_what_drafts_are_copied_from() -> None:
+    drafts = {"method": "suffix", "adaptive": False, "num_speculative_tokens": 3}
+    num_accepted = []
+    for flushes in (False, True):
+        engine = engine_of(speculative_config=json.dumps(drafts))
+        for request_id in range(2):
+            engine.add_request(request(request_id, list(range(30)), max_tokens=10))
+            drain(engine)
+            if flushes:
+                engine.flush_cache()
+        speculation = engine.stats().speculation
+        assert speculation is not None
+        num_accepted.append(speculation.drafters[0].num_accepted_tokens)
+    assert num_accepted[0] >= num_accepted[1] + 6
 
 
 def test_the_first_output_carries_a_receipt() -> None:

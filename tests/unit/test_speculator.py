@@ -66,6 +66,9 @@ class Oracle:
     def remove(self, request_id: int) -> None:
         del self.seen[request_id]
 
+    def forget_ended(self) -> None:
+        self.salts.clear()
+
 
 class Told:
     """What the scheduler was told."""

@@ -298,7 +298,10 @@ class Engine:
         )
 
     def flush_cache(self) -> int:
-        """Forgets every cached page that no request uses; returns how many."""
+        """Forgets every cached page that no request uses, and returns how many; and the texts of
+        requests that ended, from which drafters copy."""
+        if self._speculator is not None:
+            self._speculator.forget_ended()
         return self._schedulers.flush_cache()
 
     def order_prefix(self, order: PrefixOrder) -> int:

@@ -273,6 +273,11 @@ class Speculator:
         live = self._live[request_id]
         return live.num_draft, live.num_accepted
 
+    def forget_ended(self) -> None:
+        """Tokens of requests that were removed; what was learnt of drafts stays."""
+        for drafter in self._drafters:
+            drafter.forget_ended()
+
     def stats(self) -> SpeculationStats:
         """Counts since the start."""
         drafters, depths = [counts.stats() for counts in self._counts], self._depths

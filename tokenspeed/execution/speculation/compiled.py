@@ -11,7 +11,7 @@ from tokenspeed.execution.speculation.drafter import Proposal
 
 
 class CompiledDrafter(ABC):
-    """What all of them have in common; `add` is each one's own."""
+    """What all of them have in common; `add` and what is kept is each one's own."""
 
     name: str
 
@@ -21,6 +21,10 @@ class CompiledDrafter(ABC):
     @abstractmethod
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         """A request begins."""
+
+    @abstractmethod
+    def forget_ended(self) -> None:
+        """Drops what was kept of requests that ended."""
 
     def extend(
         self,

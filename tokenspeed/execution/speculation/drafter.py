@@ -51,6 +51,9 @@ class TokenDrafter(Protocol):
     def remove(self, request_id: int) -> None:
         """The request ended. `KeyError`: no such request."""
 
+    def forget_ended(self) -> None:
+        """Drops what it kept of requests that ended."""
+
 
 @dataclass(frozen=True)
 class DraftWork:

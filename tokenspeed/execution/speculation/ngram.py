@@ -26,3 +26,6 @@ class NgramDrafter(CompiledDrafter):
 
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         self._drafts.add(request_id, prompt_ids)
+
+    def forget_ended(self) -> None:
+        """Nothing is kept."""

@@ -37,3 +37,6 @@ class SuffixDrafter(CompiledDrafter):
 
     def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
         self._drafts.add(request_id, prompt_ids, salt)
+
+    def forget_ended(self) -> None:
+        self._drafts.forget_ended()
