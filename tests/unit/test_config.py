@@ -9,9 +9,16 @@ from typing import Any
 
 import pytest
 
-from tokenspeed import LLM
+from tokenspeed import LLM, _policy
+from tokenspeed._drafts import NgramDrafter
 from tokenspeed.config import EngineConfig, ServerOptions
-from tokenspeed.execution.speculation.options import OFF, Speculation, speculation_of
+from tokenspeed.execution.speculation.options import (
+    MAX_LEARNT_DEPTH,
+    MAX_LOOKUP,
+    OFF,
+    Speculation,
+    speculation_of,
+)
 
 GROUPS = [*EngineConfig.groups().values(), ServerOptions]
 
@@ -174,11 +181,11 @@ def test_the_older_options_of_speculation_mean_the_same() -> None:
 
 
 REFUSED = [
-    ("{", "speculative_config is no JSON"),
+    ("{", "speculative_config is not valid JSON"),
     (3, "must be a JSON object: 3"),
     ([], r"must be a JSON object: \[\]"),
-    ({"methods": "ngram"}, "unknown key 'methods'; there are method, model"),
-    ({"method": "medusa"}, "unknown method 'medusa'; there are auto, off, ngram"),
+    ({"methods": "ngram"}, "unknown key 'methods'; known keys: method, model"),
+    ({"method": "medusa"}, "unknown method 'medusa'; known methods: auto, off, ngram"),
     ({"method": "ngram+"}, "unknown method ''"),
     ({"method": None}, "method must be a text: None"),
     ({"method": "off+ngram"}, "auto and off stand alone"),
@@ -199,11 +206,26 @@ REFUSED = [
         {"method": "ngram", "prompt_lookup_min": 4, "prompt_lookup_max": 3},
         "prompt_lookup_min 4 is above prompt_lookup_max 3",
     ),
+    ({"method": "ngram", "prompt_lookup_max": 65}, "prompt_lookup_max 65 is above 64, the longest"),
+    ({"num_speculative_tokens": 129}, "num_speculative_tokens 129 is above 128, .* adaptive false"),
     (
         {"model": "x", "draft_tensor_parallel_size": 2},
         "draft_tensor_parallel_size must be 1 or 1, as the model's: 2",
     ),
 ]
+
+
+def test_the_bounds_of_speculation_are_those_of_the_compiled_parts() -> None:
+    assert MAX_LEARNT_DEPTH == _policy.MAX_DEPTH
+    deepest = {"method": "ngram", "num_speculative_tokens": _policy.MAX_DEPTH}
+    assert speculation(deepest).depth == _policy.MAX_DEPTH
+    deeper = {"method": "ngram", "num_speculative_tokens": 129, "adaptive": False}
+    assert speculation(deeper).depth == 129
+    longest = {"method": "ngram", "prompt_lookup_max": MAX_LOOKUP}
+    assert speculation(longest).prompt_lookup_max == MAX_LOOKUP
+    NgramDrafter(1, MAX_LOOKUP)
+    with pytest.raises(ValueError, match="prompt_lookup_max"):
+        NgramDrafter(1, MAX_LOOKUP + 1)
 
 
 @pytest.mark.parametrize(("asked", "message"), REFUSED, ids=str)

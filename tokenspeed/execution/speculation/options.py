@@ -18,6 +18,8 @@ ALIASES: Final = {"deepseek_mtp": "mtp"}
 _NGRAM_MODELS: Final = ("ngram", "[ngram]")  # how the method was named before there were methods
 LEARNT_DEPTH: Final = 32  # most tokens of a draft, if nobody says
 FIXED_DEPTH: Final = 4
+MAX_LEARNT_DEPTH: Final = 128  # `_policy.MAX_DEPTH`: what is deeper is never chosen
+MAX_LOOKUP: Final = 64  # `kMaxN` of csrc/drafts
 
 _ALL = frozenset(METHODS) - {"off"}
 _KEYS: Final[dict[str, tuple[type, frozenset[str]]]] = {  # type, and the methods that have a use
@@ -87,6 +89,7 @@ def speculation_of(config: EngineConfig, device: str = "cpu") -> Speculation:
     limit = config.model.max_model_len
     if limit is not None:
         check_depth(made, limit)
+    _check_learnt(made)
     _check_lookup(made)
     _check_mesh(made, config)
     return made
@@ -129,7 +132,7 @@ def _asked(options: SpeculationOptions) -> dict[str, Any]:
     try:
         read = json.loads(options.speculative_config)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"speculative_config is no JSON: {error}") from None
+        raise ValueError(f"speculative_config is not valid JSON: {error}") from None
     if not isinstance(read, dict):
         raise ValueError(f"speculative_config must be a JSON object: {read!r}")
     for key, value in read.items():
@@ -139,7 +142,7 @@ def _asked(options: SpeculationOptions) -> dict[str, Any]:
 
 def _check_value(key: str, value: Any) -> None:
     if key not in _KEYS:
-        raise ValueError(f"speculative_config: unknown key {key!r}; there are {', '.join(_KEYS)}")
+        raise ValueError(f"speculative_config: unknown key {key!r}; known keys: {', '.join(_KEYS)}")
     kind = _KEYS[key][0]
     least = _LEAST.get(key, 1)
     if type(value) is not kind:
@@ -155,7 +158,7 @@ def _method_names(text: str) -> list[str]:
     for name in names:
         if name not in METHODS:
             raise ValueError(
-                f"speculative_config: unknown method {name!r}; there are {', '.join(METHODS)}"
+                f"speculative_config: unknown method {name!r}; known methods: {', '.join(METHODS)}"
             )
     if len(names) > 1 and {"auto", "off"} & set(names):
         raise ValueError(f"speculative_config: method {text!r}: auto and off stand alone")
@@ -190,11 +193,24 @@ def _made(asked: dict[str, Any], names: list[str], config: EngineConfig) -> Spec
     return Speculation(methods=tuple(names), is_auto=False, **values)
 
 
+def _check_learnt(made: Speculation) -> None:
+    if made.adaptive and made.depth > MAX_LEARNT_DEPTH:
+        raise ValueError(
+            f"speculative_config: num_speculative_tokens {made.depth} is above {MAX_LEARNT_DEPTH},"
+            " as deep as adaptive goes; deeper drafts need adaptive false"
+        )
+
+
 def _check_lookup(made: Speculation) -> None:
     if made.prompt_lookup_min > made.prompt_lookup_max:
         raise ValueError(
             f"speculative_config: prompt_lookup_min {made.prompt_lookup_min} is above"
             f" prompt_lookup_max {made.prompt_lookup_max}"
+        )
+    if made.prompt_lookup_max > MAX_LOOKUP:
+        raise ValueError(
+            f"speculative_config: prompt_lookup_max {made.prompt_lookup_max} is above {MAX_LOOKUP},"
+            " the longest text that is looked for"
         )
 
 
