@@ -116,9 +116,11 @@ class Pacing:
         experts_per_token: int = 0,
     ) -> None: ...
     def predicted_wait_s(self, request_id: int) -> float:
-        """Until a waiting request runs; 0 for those that run and unknown ones. O(waiting)."""
+        """Until a waiting request runs, if streams last as long as they did lately and prompts
+        before it are computed as fast: 0 if it may run at once, 1 where nothing has ended yet. 0
+        for those that run and unknown ones. O(waiting + running)."""
     def hopeless(self, request_id: int) -> bool:
-        """Whether its wait is predicted to be longer than it may."""
+        """Whether its wait, one and a half times what is predicted, is longer than it may be."""
     def retry_after_s(self, request_id: int) -> float:
         """When it may be asked again with better luck; at least 1."""
     def overdue(self) -> list[int]:
