@@ -266,3 +266,10 @@ def test_a_cloud_holds_what_was_computed() -> None:
     assert cloud_of(run_of(cold, warm, record(0.0, [], status="error"))) == Cloud(
         "ours", (500, 20), (2.0, pytest.approx(0.2))
     )
+
+
+def test_a_window_that_begins_with_the_first_token_is_whole() -> None:
+    """In a run of 228 s moments are 0.38 s apart; as floats, 0.14 + 1 is above the third."""
+    shown = timeline_of(run_of(record(0, [0.14 + 0.1 * i for i in range(40)]), duration=228.0))
+    assert shown.time_s[3] == 1.14
+    assert shown.lowest_tps[3] == pytest.approx(10.0)

@@ -21,6 +21,7 @@ from tokenspeed.bench.records import RequestRecord, Run
 from tokenspeed.bench.turns import Turns, turns_of
 from tokenspeed.bench.windows import (
     Array,
+    Attainment,
     spread,
     weighted_percentile,
     window_rates,
@@ -285,12 +286,13 @@ def _window_tps(streams: Sequence[_Stream]) -> Rates | None:
 
 
 def _floor(floor: float, streams: Sequence[_Stream], seconds: float) -> FloorResult:
-    above = sum(one.duration_s * float(np.mean(one.rates >= floor)) for one in streams)
-    whole = sum(one.duration_s for one in streams)
+    kept = Attainment([floor])
+    for one in streams:
+        kept.add(one.rates, one.duration_s)
     held = [one for one in streams if not one.broke and worst_rate(one.rates) >= floor]
     return FloorResult(
         floor=floor,
-        attainment=above / whole if whole else 0.0,
+        attainment=kept.share(floor) if streams else 0.0,
         num_streams=len(streams),
         held_streams=len(held),
         held_users=sum(one.duration_s for one in held) / seconds if seconds else 0.0,

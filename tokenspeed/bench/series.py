@@ -11,12 +11,17 @@ import numpy.typing as npt
 
 from tokenspeed.bench.plots import Cloud, Timeline
 from tokenspeed.bench.records import RequestRecord, Run
-from tokenspeed.bench.windows import SLIDE_US, WINDOW_US, spread
+from tokenspeed.bench.windows import (
+    SLIDE_US,
+    WINDOW_US,
+    Array,
+    Moments,
+    microseconds,
+    spread,
+    tokens_between,
+)
 
 MOST_POINTS = 600
-SLIDE_S, WINDOW_S = SLIDE_US / 1e6, WINDOW_US / 1e6
-
-Array = npt.NDArray[np.float64]
 
 
 def timeline_of(run: Run) -> Timeline:
@@ -27,8 +32,9 @@ def timeline_of(run: Run) -> Timeline:
     """
     records = run.records
     end = max([run.duration_s, *(record.end_s for record in records)])
-    step = max(SLIDE_S, end / MOST_POINTS)
-    time = _microseconds(np.arange(0.0, end + step / 2, step))
+    step = max(SLIDE_US / 1e6, end / MOST_POINTS)
+    moments = microseconds(np.arange(0.0, end + step / 2, step))
+    time = moments / 1e6
     last = [record.token_times[-1] if record.token_times else None for record in records]
     streams = [
         (record.first_token_s, over)
@@ -39,12 +45,12 @@ def timeline_of(run: Run) -> Timeline:
         (record.sent_s, record.end_s if record.first_token_s is None else record.first_token_s)
         for record in records
     ]
-    lowest, median = _speeds(records, time)
+    lowest, median = _speeds(records, moments)
     return Timeline(
         time_s=time.tolist(),
         running=_under_way(streams, time).tolist(),
         waiting=_under_way(waits, time).tolist(),
-        tokens_per_s=_all_tokens(records, time).tolist(),
+        tokens_per_s=_all_tokens(records, moments).tolist(),
         lowest_tps=lowest.tolist(),
         median_tps=median.tolist(),
         refused_s=[each.end_s for each in records if each.status in ("refused", "error")],
@@ -72,22 +78,23 @@ def _under_way(spans: list[tuple[float, float]], time: Array) -> Array:
     return (started - np.searchsorted(ended, time, side="right")).astype(np.float64)
 
 
-def _all_tokens(records: list[RequestRecord], time: Array) -> Array:
+def _all_tokens(records: list[RequestRecord], moments: Moments) -> Array:
     """Tokens of every stream in the window that ends at each moment, per second."""
-    if not (events := [_microseconds(record.token_times) for record in records]):
-        return np.zeros_like(time)
+    if not (events := [microseconds(record.token_times) for record in records]):
+        return np.zeros(len(moments))
     at = np.concatenate(events)
     counts = np.concatenate(
         [spread(record.token_counts, record.output_tokens) for record in records]
     )
     order = np.argsort(at, kind="stable")
-    return _between(at[order], counts[order], time - WINDOW_S, time) / WINDOW_S
+    found = tokens_between(at[order], counts[order], moments - WINDOW_US, moments)
+    return found * (1e6 / WINDOW_US)
 
 
-def _speeds(records: list[RequestRecord], time: Array) -> tuple[Array, Array]:
+def _speeds(records: list[RequestRecord], moments: Moments) -> tuple[Array, Array]:
     """The slowest and the median stream's tokens per second at each moment; NaN without one."""
-    parts = [part for record in records for part in _speed(record, time)]
-    lowest, median = np.full(len(time), np.nan), np.full(len(time), np.nan)
+    parts = [part for record in records for part in _speed(record, moments)]
+    lowest, median = np.full(len(moments), np.nan), np.full(len(moments), np.nan)
     if parts:
         places = np.concatenate([place for place, _ in parts])
         rates = np.concatenate([rate for _, rate in parts])
@@ -98,26 +105,14 @@ def _speeds(records: list[RequestRecord], time: Array) -> tuple[Array, Array]:
     return lowest, median
 
 
-def _speed(record: RequestRecord, time: Array) -> Iterator[tuple[npt.NDArray[np.intp], Array]]:
-    at = _microseconds(record.token_times)
+def _speed(record: RequestRecord, moments: Moments) -> Iterator[tuple[npt.NDArray[np.intp], Array]]:
+    at = microseconds(record.token_times)
     if len(at) < 2 or at[-1] <= at[0]:
         return
     counts = spread(record.token_counts, record.output_tokens)
-    length = min(WINDOW_S, at[-1] - at[0])
-    first = at[0] + (WINDOW_S if length == WINDOW_S else 0.0)
-    places = np.flatnonzero((time >= first) & (time <= at[-1]))
-    ends = time[places] if length == WINDOW_S else np.full(len(places), at[-1])
+    length = int(min(at[-1] - at[0], WINDOW_US))
+    first = at[0] + (WINDOW_US if length == WINDOW_US else 0)
+    places = np.flatnonzero((moments >= first) & (moments <= at[-1]))
+    ends = moments[places] if length == WINDOW_US else np.full(len(places), at[-1])
     if len(places):
-        yield places, _between(at, counts, ends - length, ends) / length
-
-
-def _microseconds(seconds: npt.ArrayLike) -> Array:
-    """A token on a window's edge is on it, not near it."""
-    return np.asarray(np.round(np.asarray(seconds, dtype=np.float64), 6), dtype=np.float64)
-
-
-def _between(at: Array, counts: Array, after: Array, until: Array) -> Array:
-    """Tokens that arrived after one moment and until another."""
-    so_far = np.concatenate([[0.0], np.cumsum(counts)])
-    before = so_far[np.searchsorted(at, _microseconds(after), side="right")]
-    return np.asarray(so_far[np.searchsorted(at, until, side="right")] - before)
+        yield places, tokens_between(at, counts, ends - length, ends) * (1e6 / length)
