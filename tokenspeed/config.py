@@ -20,7 +20,8 @@ DType = Literal["auto", "float32", "bfloat16"]
 CacheDType = Literal["auto", "float32", "bfloat16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantizations = Literal["none", "int8", "int4", "fp8", "mxfp4", "nvfp4"]
-MAX_TPS_FLOOR = 10_000
+MAX_TPS_FLOOR = 10_000  # kMostFloor of csrc/scheduler/pacer.h
+MAX_PRIORITY = 1000  # of a request, either way from 0
 Launcher = Literal["local", "torchrun", "ray"]
 Communication = Literal["auto", "shm", "gloo", "nccl"]
 

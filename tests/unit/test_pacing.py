@@ -10,7 +10,7 @@ import pytest
 from tokenspeed._policy import FEATURES, StepTimeModel
 from tokenspeed._policy import Pacing as Policy
 from tokenspeed._scheduler import Scheduler
-from tokenspeed.config import EngineConfig, PacingOptions
+from tokenspeed.config import MAX_PRIORITY, MAX_TPS_FLOOR, EngineConfig, PacingOptions
 from tokenspeed.engine.messages import GenerateRequest
 from tokenspeed.engine.pacing import Pacing, check_terms
 from tokenspeed.engine.step_times import Experts, StepTimes
@@ -164,6 +164,20 @@ def test_bad_floors_of_a_server(floor: float) -> None:
         Policy(StepTimeModel(), tps_floor=floor, max_num_seqs=1)
 
 
+def test_the_greatest_floor_is_one_for_config_policy_and_scheduler() -> None:
+    most = float(MAX_TPS_FLOOR)
+    above, made = math.nextafter(most, math.inf), scheduler()
+    assert EngineConfig.of(tps_floor=most).pacing.tps_floor == most
+    made.pace(Policy(StepTimeModel(), tps_floor=most, max_num_seqs=8))
+    made.submit(1, prompt(4), max_tokens=1, tps_floor=most)
+    with pytest.raises(ValueError, match=f"{MAX_TPS_FLOOR}]"):
+        EngineConfig.of(tps_floor=above)
+    with pytest.raises(ValueError, match=f"{MAX_TPS_FLOOR}]"):
+        Policy(StepTimeModel(), tps_floor=above, max_num_seqs=8)
+    with pytest.raises(ValueError, match=f"and {MAX_TPS_FLOOR}$"):
+        made.submit(2, prompt(4), max_tokens=1, tps_floor=above)
+
+
 @pytest.mark.parametrize("wait", [-1.0, math.nan, math.inf])
 def test_bad_waits_of_a_server(wait: float) -> None:
     with pytest.raises(ValueError, match="max_queue_wait_s"):
@@ -182,7 +196,7 @@ def test_pacing_is_for_one_scheduler_and_one_stage(name: str) -> None:
     [
         *(("tps_floor", floor) for floor in (-1.0, math.nan, math.inf, 1e6)),
         *(("max_wait_s", wait) for wait in (-1.0, math.nan, math.inf)),
-        *(("priority", priority) for priority in (-1001, 1001)),
+        *(("priority", priority) for priority in (-MAX_PRIORITY - 1, MAX_PRIORITY + 1)),
     ],
 )
 def test_bad_terms_of_a_request(field: str, value: Any) -> None:

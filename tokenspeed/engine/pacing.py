@@ -9,13 +9,13 @@ import logging
 import math
 
 from tokenspeed import _policy
-from tokenspeed.config import MAX_TPS_FLOOR, PacingOptions
+from tokenspeed.config import MAX_PRIORITY, MAX_TPS_FLOOR, PacingOptions
 from tokenspeed.engine.messages import GenerateRequest, PacingStats, TokenOutput
 from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.errors import RequestError
 
 OVERLOADED = "overloaded"
-MAX_PRIORITY = 1000
+NO_ROOM = "no room: the request would wait longer than it may"
 MAX_TOLD = 16  # floors: clients may name any
 
 _log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Pacing:
             request_id,
             [],
             finish_reason="error",
-            error="no room: the request would wait longer than it may",
+            error=NO_ROOM,
             code=OVERLOADED,
             retry_after_s=self.policy.retry_after_s(request_id),
         )

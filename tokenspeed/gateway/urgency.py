@@ -9,10 +9,11 @@ Refuses to know what a floor costs and who is passed: that is the engine's.
 import re
 from dataclasses import dataclass
 
+from tokenspeed.config import MAX_PRIORITY as MAX_PRIORITY
+from tokenspeed.config import MAX_TPS_FLOOR
 from tokenspeed.errors import RequestError
 
-MAX_FLOOR = 10_000.0  # tokens per second
-MAX_PRIORITY = 1000
+MAX_FLOOR = MAX_TPS_FLOOR
 MAX_WAIT_S = 24 * 3600.0
 SOONER, LATER = -10, 10  # the priorities of the tiers `priority` and `flex`
 FLOOR_HEADER, WAIT_HEADER = "x-tokenspeed-tps-floor", "x-tokenspeed-max-wait-s"
@@ -90,7 +91,7 @@ def _asked_priority(asked: int, own: Standing) -> int:
 
 def _asked_floor(asked: float, own: Standing) -> float:
     if not is_floor(asked):
-        why = f"must be a number of tokens per second, above 0 and at most {MAX_FLOOR:.0f}"
+        why = f"must be a number of tokens per second, above 0 and at most {MAX_FLOOR}"
         _refuse(FLOOR_HEADER, why)
     if own.tps_floor is not None and asked > own.tps_floor:
         _refuse(FLOOR_HEADER, f"this key's requests have {own.tps_floor:g}, and may ask for less")

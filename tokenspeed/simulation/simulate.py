@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tokenspeed._scheduler import Scheduler
-from tokenspeed.engine.pacing import Pacing
+from tokenspeed.engine.pacing import NO_ROOM, Pacing
 from tokenspeed.engine.schedulers import Schedulers, user_key
 from tokenspeed.engine.step_times import StepTimes
 from tokenspeed.simulation.clients import Clients, Sending
@@ -24,7 +24,6 @@ from tokenspeed.simulation.sessions import Session, Workload
 HASH_KEY = bytes(16)  # of prefixes: nobody can attack a simulation, and runs are alike
 OK, INVALID, OVERLOADED = 200, 400, 503  # as the gateway answers
 FULL_WAIT_S = 1.0  # told to who finds the queue full
-NO_ROOM = "no room: the request would wait longer than it may"
 PACING_STATS = (
     *("num_late", "floor_misses_for_progress", "num_unmeetable", "num_refused"),
     "step_time_error",
