@@ -47,10 +47,10 @@ def workload_of(args: argparse.Namespace) -> Workload:
     return replace(whole, sessions=fitting)
 
 
-async def replay(url: str, workload: Workload, concurrency: int) -> Run:
+def replay(url: str, workload: Workload, concurrency: int) -> Run:
     options = LoadOptions(concurrency=concurrency, time_scale=0, forced=True)
     texts = Prompts(workload.seed, tokens_per_word(url))
-    [run] = await run_load([Endpoint("tokenspeed", url)], workload, texts, options)
+    [run] = asyncio.run(run_load([Endpoint("tokenspeed", url)], workload, texts, options))
     return run
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         tempfile.TemporaryDirectory() as folder,
         served(serve, args.port, Path(folder) / "log") as url,
     ):
-        run = asyncio.run(replay(url, workload, args.concurrency))
+        run = replay(url, workload, args.concurrency)
     for record in run.records:
         if record.error:
             print(f"{record.session_id}, turn {record.turn}: {record.error}")

@@ -4,14 +4,15 @@
 Two loads: single requests of one length, and sessions that grow. Knows no client but our own.
 """
 
+import asyncio
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
-
+from tokenspeed.bench.client import Endpoint
+from tokenspeed.bench.compare import calibrate
 from tokenspeed.bench.prompts import Prompts
 from tokenspeed.bench.records import read_runs
 from tokenspeed.bench.serving import serving_result
@@ -92,12 +93,11 @@ class Place:
 
 
 def tokens_per_word(url: str) -> float:
-    """What the server's tokenizer makes of a word of our prompts."""
-    (session,) = published.make(sessions=1, first=4096).sessions
-    text = Prompts(0).text(session, 0)
-    body = {"model": MODEL, "prompt": text, "add_special_tokens": False}
-    answer = httpx.post(f"{url}/tokenize", json=body, trust_env=False, timeout=30).json()
-    return len(answer["tokens"]) / len(text.split())
+    """What the server's tokenizer makes of a word of our prompts. `RuntimeError`: it tells not."""
+    words, reason = asyncio.run(calibrate([Endpoint("server", url, MODEL)]))
+    if reason is not None:
+        raise RuntimeError(reason)
+    return words
 
 
 def our_single(load: Load, place: Place) -> list[str]:

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tokenspeed.bench import prompts
-from tokenspeed.bench.prompts import Prompts, calibration_text, tokens_per_word
+from tokenspeed.bench.prompts import Prompts, calibrated, calibration_text
 from tokenspeed.bench.session import Session, Turn
 
 SIZE = 16
@@ -103,9 +103,9 @@ def test_a_senseless_ratio_is_refused(bad: float) -> None:
 def test_the_ratio_is_of_a_long_text() -> None:
     num_words = len(calibration_text().split())
     assert num_words > 1000
-    assert tokens_per_word(2 * num_words) == 2.0
+    assert calibrated(2 * num_words) == 2.0
     with pytest.raises(ValueError, match="no token"):
-        tokens_per_word(0)
+        calibrated(0)
 
 
 def test_words_are_256_and_differ() -> None:

@@ -15,7 +15,7 @@ import httpx
 from tokenspeed.bench.client import Endpoint, StreamClient
 from tokenspeed.bench.load import LoadOptions, Observe, run_load
 from tokenspeed.bench.measure import Price, Summary, summary
-from tokenspeed.bench.prompts import Prompts, calibration_text, tokens_per_word
+from tokenspeed.bench.prompts import Prompts, calibrated, calibration_text
 from tokenspeed.bench.records import Run
 from tokenspeed.bench.session import Workload
 
@@ -113,7 +113,7 @@ async def calibrate(
             client = StreamClient(endpoint, http, time.monotonic)
             try:
                 ids = await client.tokenize(calibration_text(), endpoint.model)
-                return tokens_per_word(len(ids)), None
+                return calibrated(len(ids)), None
             except (httpx.HTTPError, ValueError) as error:
                 reasons.append(f"{endpoint.name}: {type(error).__name__}: {error}")
     return 1.0, "; ".join(reasons)

@@ -159,8 +159,8 @@ def calibration_text() -> str:
     return " ".join(Prompts(0)._made("calibration", CALIBRATION_WORDS))
 
 
-def tokens_per_word(num_tokens: int) -> float:
-    """How many tokens a word of these texts has where `calibration_text` has `num_tokens`.
+def calibrated(num_tokens: int) -> float:
+    """The tokens of a word of these texts where `calibration_text` has `num_tokens`.
 
     Raises ValueError where it has none.
     """
