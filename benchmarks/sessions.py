@@ -2,21 +2,24 @@
 """A coding agent's session as its client holds it, in three dialects, with the sizes of a real one.
 
 Grows turn by turn: the answer is put back as the client got it, and a tool's result follows. Sizes
-in tokens come from a recorded session (a folder of traces without text, `TOKENSPEED_TRACES`), the
-text is made up, and looks like code. Knows no server's insides.
+in tokens are those of a recorded session (`TOKENSPEED_TRACES`) or grow evenly. The text is made up,
+and looks like code. Knows no server's insides.
 """
 
 import gzip
 import http.client
 import itertools
 import json
-import os
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tokenspeed.bench.workloads.traces import file_in
+from tokenspeed.config import traces_place
 
 TRACE = "trace_0017"  # of 15,161 tokens in its first request and 101,144 in its 28th
 DIALECTS = {
@@ -41,9 +44,10 @@ Json = dict[str, Any]
 
 def sizes() -> tuple[list[int], str]:
     """Prompt tokens of each request, and where they come from."""
-    folder = Path(os.environ.get("TOKENSPEED_TRACES", "../shared/traces"))
-    file = folder / "sessions.jsonl.gz"
-    if not file.exists():
+    try:
+        file = file_in(traces_place())
+    except ValueError as error:
+        print(f"sizes grow evenly; {error}", file=sys.stderr)
         return [15_000 + 3100 * i for i in range(29)], "even growth"
     with gzip.open(file, "rt") as lines:
         found = next(s for s in map(json.loads, lines) if s["id"] == TRACE)

@@ -338,8 +338,13 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def traces_place(environment: Mapping[str, str] = os.environ) -> Path:
-    """Recorded sessions, their folder or their file: TOKENSPEED_TRACES, or ../shared/traces."""
-    return Path(environment.get("TOKENSPEED_TRACES") or "../shared/traces")
+    """Recorded sessions, their folder or their file: TOKENSPEED_TRACES. `ValueError` without it."""
+    if not (place := environment.get("TOKENSPEED_TRACES")):
+        raise ValueError(
+            "recorded sessions: TOKENSPEED_TRACES must name a folder with sessions.jsonl.gz, or"
+            " such a file"
+        )
+    return Path(place)
 
 
 def ray_address(environment: Mapping[str, str] = os.environ) -> str | None:

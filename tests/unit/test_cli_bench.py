@@ -236,6 +236,7 @@ def test_a_flag_that_is_none_is_refused(
         ("agentic --devices 0", "--devices must be at least 1"),
         ("agentic --price-output -1", "--price-output must not be negative"),
         ("agentic --workload weka", "--workload weka needs --workload-file"),
+        ("agentic --workload traces", "--workload traces without --workload-file: recorded"),
         ("agentic --workload published --workload-file x", "published is made, not read"),
         ("agentic --workload published --span nan", "--span must be finite"),
         ("agentic --workload mooncake --workload-file x --span 3", "--span: the lines of a"),
@@ -252,8 +253,13 @@ def test_a_flag_that_is_none_is_refused(
     ],
 )
 def test_refusals_are_one_line(
-    words: str, said: str, server: Server, capsys: pytest.CaptureFixture[str]
+    words: str,
+    said: str,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.delenv("TOKENSPEED_TRACES", raising=False)
     assert main(["bench", *words.split()]) == 2
     caught = capsys.readouterr()
     assert caught.out == ""

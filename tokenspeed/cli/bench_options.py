@@ -80,7 +80,7 @@ def add_workload(parser: argparse.ArgumentParser, *, default: str, sessions: int
     """A workload of so many sessions; 0: of as many as the loads need (`--sessions-per-stream`)."""
     box = parser.add_argument_group("workload")
     box.add_argument("--workload", choices=WORKLOADS, default=default, help=f"default: {default}")
-    text = f"of {', '.join(FROM_FILES)}; traces: TOKENSPEED_TRACES or ../shared/traces"
+    text = f"of {', '.join(FROM_FILES)}; traces: default TOKENSPEED_TRACES"
     box.add_argument("--workload-file", type=Path, metavar="PATH", help=text)
     if sessions:
         text = f"or requests, where a workload has single ones (default: {sessions})"
@@ -127,8 +127,15 @@ def _sessions(name: str, path: Path | None, common: dict[str, Any]) -> "Workload
     if path is not None and name == "weka":
         return weka.make(path, **common)
     if name == "traces":
-        return traces.make(path or traces_place(), **common)
+        return traces.make(path or _recorded(), **common)
     return published.make(**common) if name == "published" else generated.make(**common)
+
+
+def _recorded() -> Path:
+    try:
+        return traces_place()
+    except ValueError as error:
+        raise ValueError(f"--workload traces without --workload-file: {error}") from error
 
 
 def add_load(parser: argparse.ArgumentParser, *, time_scale: float, rounds: int = 1) -> None:
@@ -141,7 +148,8 @@ def add_load(parser: argparse.ArgumentParser, *, time_scale: float, rounds: int 
     box.add_argument("--forced", action="store_true", help=text)
     text = "let the model end an answer before its length"
     box.add_argument("--stop-at-eos", action="store_true", help=text)
-    text = "send a refused turn again so often, after its Retry-After"
+    # Not the simulator's 4: it plays agents that try again; here each refusal is to be seen.
+    text = "send a refused turn again so often, after its Retry-After (default: 0)"
     box.add_argument("--retry", type=int, default=0, metavar="N", help=text)
     text = "end each run after so long"
     box.add_argument("--duration", type=float, metavar="SECONDS", help=text)
