@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""The shape of the house: who imports whom, and how long files and functions are."""
+"""The shape of the house: who imports whom, and how long files and functions are.
+
+tokenspeed/                   imports go down (`ORDER`); a file says first what it does
+tokenspeed/*.py and the .h,   400 lines a file, and half of the files at most 150; 600 where a
+.cpp and .cu files of csrc/   folder on the way is called `kernels` or `cpu`
+functions in tokenspeed/      60 lines; a device kernel's parameters do not count
+tests/, benchmarks/ and       no limit that is checked; a file has one subject, and 400 lines are
+examples/                     a reason to look for a second one
+"""
 
 import ast
 import subprocess
