@@ -101,7 +101,6 @@ class Run:
         self._policy = DepthPolicy(
             self.times,
             self._acceptance,
-            [setting.proposes],
             num_experts=num_experts,
             experts_per_token=experts_per_token,
         )
@@ -110,13 +109,16 @@ class Run:
         # Rows do not begin together.
         self._produced = self._rng.integers(0, REQUEST_TOKENS, rows)
         self._zeros = np.zeros(rows, np.int32)
+        self._proposes = np.full(rows, setting.proposes)
 
     def tps(self, num_tokens: int) -> float:
         tokens, seconds = 0, 0.0
         limits = np.full(self._setting.rows, MAX_DEPTH, np.int32)
         while tokens < num_tokens:
             base = self._features(self._zeros)
-            depths = self._policy.choose(base, self._ids, self._zeros, self._zeros, limits, 10_000)
+            depths = self._policy.choose(
+                base, self._ids, self._zeros, self._zeros, limits, self._proposes, 10_000
+            )
             step_s = self._setting.step_s(int(depths.sum()))
             self.times.observe(self._features(depths), step_s * self._noise())
             tokens += self._commit(depths)

@@ -82,7 +82,6 @@ class DepthPolicy:
         self,
         times: StepTimeModel,
         acceptance: Acceptance,
-        proposes: list[bool],  # [num_drafters] whether its drafts cost proposing
         *,
         num_experts: int = 0,  # of a layer; 0: a dense model
         experts_per_token: int = 0,
@@ -94,13 +93,17 @@ class DepthPolicy:
         drafters: NDArray[np.int32],  # [n]
         match_lens: NDArray[np.int32],  # [n] tokens that matched; 0 for drafters with weights
         max_depths: NDArray[np.int32],  # [n] drafts in hand, or that may be proposed
+        proposes: NDArray[np.bool_],  # [n] which of the two
         max_drafts: int,  # in all
+        *,
+        rivals: NDArray[np.int32] | None = None,  # [n, 3] drafter, match_len, depth; None: none
         floors: NDArray[np.float64] | None = None,  # [n] tokens per second; None: none
         floor_of_others: float = 0.0,  # the highest of other streams in the step
     ) -> NDArray[np.int32]:
         """[n] depths. What a drafter with weights proposes in this step is verified in the next:
-        its depth is chosen, and its verification paid, here. Floors are those of the rows' streams:
-        they are held where they can be. A request's rows stand together."""
+        it is worth what it is likelier to be right than its rival, the draft that tokens alone give
+        (a depth of 0: none); its verification is paid here too. Floors are those of the rows'
+        streams: they are held where they can be. A request's rows stand together."""
 
 class Pacing:
     """Keeps streams at their floors (csrc/policy/pacing.h); `Scheduler.pace` takes it."""

@@ -25,6 +25,7 @@ namespace {
 
 template <class T>
 using Vector = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Triples = nb::ndarray<const int32_t, nb::shape<-1, 3>, nb::c_contig, nb::device::cpu>;
 using Table = nb::ndarray<const double, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 template <class T>
 using Owned = nb::ndarray<nb::numpy, T, nb::ndim<1>>;
@@ -176,25 +177,41 @@ Owned<int32_t> best_depths(const StepTimeModel& times, const Vector<double>& bas
 }
 
 void make_policy(DepthPolicy* self, const StepTimeModel& times, Acceptance& acceptance,
-                 const std::vector<bool>& proposes, int num_experts, int experts_per_token) {
-    expect(proposes.size() == static_cast<size_t>(acceptance.num_drafters()),
-           "proposes: expected one value for each drafter");
-    new (self) DepthPolicy(&times, &acceptance, proposes, experts(num_experts, experts_per_token));
+                 int num_experts, int experts_per_token) {
+    new (self) DepthPolicy(&times, &acceptance, experts(num_experts, experts_per_token));
+}
+
+std::span<const Rival> view_rivals(const std::optional<Triples>& rivals, size_t size,
+                                   const Acceptance& acceptance) {
+    if (!rivals.has_value()) return {};
+    expect(rivals->shape(0) == size, "rivals: expected one for each row");
+    static_assert(sizeof(Rival) == 3 * sizeof(int32_t));
+    const std::span all(reinterpret_cast<const Rival*>(rivals->data()), size);
+    expect(std::ranges::all_of(all,
+                               [&](const Rival& r) {
+                                   return r.drafter >= 0 && r.drafter < acceptance.num_drafters() &&
+                                          r.depth >= 0;
+                               }),
+           "rivals: out of range");
+    return all;
 }
 
 Owned<int32_t> choose(DepthPolicy& self, const Vector<double>& base,
                       const Vector<uint64_t>& request_ids, const Vector<int32_t>& drafters,
                       const Vector<int32_t>& match_lens, const Vector<int32_t>& max_depths,
-                      int64_t max_drafts, const std::optional<Vector<double>>& floors,
-                      double floor_of_others) {
+                      const Vector<bool>& proposes, int64_t max_drafts,
+                      const std::optional<Triples>& rivals,
+                      const std::optional<Vector<double>>& floors, double floor_of_others) {
     const size_t size = request_ids.size();
-    expect(drafters.size() == size && match_lens.size() == size && max_depths.size() == size,
+    expect(drafters.size() == size && match_lens.size() == size && max_depths.size() == size &&
+               proposes.size() == size,
            "all arrays must have the same length");
     check_drafters(self.acceptance(), view(drafters));
     check_depths(max_depths);
     std::vector<int32_t> depths(size);
     self.choose(amounts(base),
                 {view(request_ids), view(drafters), view(match_lens), view(max_depths),
+                 view(proposes), view_rivals(rivals, size, self.acceptance()),
                  view_floors(floors, size, floor_of_others), floor_of_others},
                 max_drafts, depths);
     return owned<int32_t>(depths);
@@ -237,12 +254,13 @@ NB_MODULE(_policy, m) {
         .def_prop_ro("num_requests", &Acceptance::num_requests);
 
     nb::class_<DepthPolicy>(m, "DepthPolicy")
-        .def("__init__", make_policy, "times"_a, "acceptance"_a, "proposes"_a, nb::kw_only(),
-             "num_experts"_a = 0, "experts_per_token"_a = 0, nb::keep_alive<1, 2>(),
-             nb::keep_alive<1, 3>())
+        .def("__init__", make_policy, "times"_a, "acceptance"_a, nb::kw_only(), "num_experts"_a = 0,
+             "experts_per_token"_a = 0, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>())
         .def("choose", choose, "base"_a.noconvert(), "request_ids"_a.noconvert(),
              "drafters"_a.noconvert(), "match_lens"_a.noconvert(), "max_depths"_a.noconvert(),
-             "max_drafts"_a, "floors"_a.noconvert().none() = nb::none(), "floor_of_others"_a = 0.0);
+             "proposes"_a.noconvert(), "max_drafts"_a, nb::kw_only(),
+             "rivals"_a.noconvert().none() = nb::none(), "floors"_a.noconvert().none() = nb::none(),
+             "floor_of_others"_a = 0.0);
 
     bind_pacing(m);
 

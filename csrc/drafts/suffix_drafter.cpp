@@ -82,7 +82,7 @@ void SuffixDrafter::follow_trail(Request& request, Draft& draft, size_t max_toke
     const bool either = !draft.ids.empty();
     if (either) request.by_match = draft.ids, request.by_trail = ids;
     if (either && request.trust < 0.5F) return;
-    draft = {.ids = std::move(ids), .match_len = 1};  // of its own kind: no match is so short
+    draft = {.ids = std::move(ids), .match_len = 1};  // a kind of its own if min_match > 1
 }
 
 Draft SuffixDrafter::longest(uint64_t id, size_t max_tokens) {

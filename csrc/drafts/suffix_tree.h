@@ -11,8 +11,7 @@
 //    long as a match and have none. An internal node is a child >= 0; node 0 is the root.
 // 2. The path of node v is text[latest(v), latest(v) + depth(v)).
 // 3. Every internal node but the root has two children or more, and a suffix link to the node of
-// its
-//    path without the first token, once append() is through.
+//    its path without the first token, once append() is through.
 // 4. count(v) is the number of leaves below v, latest(v) their last and top(v) the child with
 //    most leaves, the later one of equals (-1: all begin with separators), as long as no path has
 //    more than kMaxWalk nodes: append() tells no more of a leaf's ancestors, as runs of one token

@@ -66,8 +66,7 @@ class Pacing : public Pacer {
     static constexpr double kLeastRetryS = 1;
     static constexpr double kWaitMargin = 1.5;  // who comes later may go first
     static constexpr double kLeapS = 10;        // no step takes so long
-    static constexpr int32_t kLeastChunk = 16;  // tokens; all chunks but a prompt's last are
-                                                // multiples
+    static constexpr int32_t kLeastChunk = 16;  // tokens; all chunks but the last are multiples
     static constexpr uint64_t kKnown = 32;      // observed steps before a floor is called hopeless
 
     // `times` outlives this, and learns meanwhile.

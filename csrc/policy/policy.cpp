@@ -11,14 +11,25 @@ constexpr double kFirstSaved = 4;
 constexpr int kStepsBetweenComparisons = 8;
 // A time is in doubt if its standard deviation is more than this of the step's.
 constexpr double kDoubt = 0.05;
-constexpr double kHope = 2;  // standard deviations
-constexpr int kKnown = 16;   // steps that proposed
+constexpr double kHope = 2;     // standard deviations
+constexpr int kKnown = 16;      // steps that proposed
+constexpr double kMemory = 32;  // steps
+
+// Values that would rise have their mean, for they only come together: the first of them alone are
+// not worth more than all.
+void make_falling(std::span<double> values) {
+    for (size_t end = 1; end <= values.size(); ++end) {
+        double sum = 0;
+        size_t begin = end, count = 0;
+        do {
+            sum += values[--begin];
+            ++count;
+        } while (begin > 0 && values[begin - 1] * static_cast<double>(count) < sum);
+        std::ranges::fill(values.subspan(begin, count), sum / static_cast<double>(count));
+    }
+}
 
 }  // namespace
-
-DepthPolicy::DepthPolicy(const StepTimeModel* times, Acceptance* acceptance,
-                         std::vector<bool> proposes, Experts experts)
-    : times_(times), acceptance_(acceptance), proposes_(std::move(proposes)), experts_(experts) {}
 
 void DepthPolicy::choose(const Features& base, const Candidates& candidates, int64_t max_drafts,
                          std::span<int32_t> depths) {
@@ -40,24 +51,48 @@ void DepthPolicy::choose(const Features& base, const Candidates& candidates, int
         try_deeper(costs, choice.tokens / choice.seconds, candidates, max_drafts, depths);
     }
     num_proposing_ += counted(costs, depths).drafts.proposed > 0;
+    book(costs, depths);
+}
+
+// What drafts in hand gained lately is what time is worth: proposals take time from steps to come.
+void DepthPolicy::book(const DraftCosts& costs, std::span<const int32_t> depths) {
+    double tokens = costs.rows;
+    for (size_t i = 0; i < depths.size(); ++i) {
+        if (rows_[i].proposes) continue;
+        const auto& own = rows_[i].probabilities;
+        const size_t depth = std::min<size_t>(depths[i], own.size());
+        for (const double probability : own.first(depth)) tokens += probability;
+    }
+    plain_s_ += (tokens / costs.rows * costs.base_seconds - plain_s_) / kMemory;
+    spent_s_ += (costs.seconds(counted(costs, depths).drafts) - spent_s_) / kMemory;
+}
+
+// What one more proposal and its verification take, if all rows that may have another one.
+double DepthPolicy::proposal_s(const DraftCosts& costs, const Candidates& candidates) const {
+    const auto rows = std::ranges::count(candidates.proposes, true);
+    const double depth = costs.coefficients[kProposeDepth];
+    return costs.coefficients[kVerifyTokens] + costs.coefficients[kProposeTokens] +
+           depth / static_cast<double>(std::max<int64_t>(rows, 1));
 }
 
 // Fills rows_ with what could pay, due_ with the candidates whose turn it is to try more.
 void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) {
     const double rate = costs.rows / costs.base_seconds;
+    const double gain = spent_s_ > 0 ? std::max(plain_s_ / spent_s_, 1.0) : 1;
+    const double proposed_s = proposal_s(costs, candidates);
     const size_t size = candidates.request_ids.size();
     probabilities_.clear(), ends_.clear(), rows_.clear(), due_.clear();
     for (size_t i = 0; i < size; ++i) {
         const int depth = std::min(candidates.max_depths[i], kMostDepth);
         if (depth > 0) {
             double cost = costs.coefficients[kVerifyTokens];
-            if (proposes_[candidates.drafters[i]]) cost += costs.coefficients[kProposeTokens];
+            double worth = rate;
+            if (candidates.proposes[i]) cost = proposed_s, worth *= gain;
             // A stream may need drafts that do not pay for the others.
             const double floor = candidates.floors.empty() ? 0 : candidates.floors[i];
-            const double least = floor > 0 ? std::min(rate, floor) : rate;
-            Tries& tries = expect(candidates, i, depth, least * cost);
-            const bool hopeless =
-                proposes_[candidates.drafters[i]] && never_pays(costs, rate, depth);
+            const double least = floor > 0 ? std::min(worth, floor) : worth;
+            Tries& tries = expect_more(candidates, i, depth, least * cost);
+            const bool hopeless = candidates.proposes[i] && never_pays(costs, rate, depth);
             if (++tries.waited >= tries.interval && !hopeless) due_.push_back(i);
         }
         ends_.push_back(probabilities_.size());
@@ -67,7 +102,7 @@ void DepthPolicy::gather(const DraftCosts& costs, const Candidates& candidates) 
         const std::span all(probabilities_);
         DraftRow& row = rows_.emplace_back();
         row.probabilities = all.subspan(begin, ends_[i] - begin);
-        row.proposes = proposes_[candidates.drafters[i]];
+        row.proposes = candidates.proposes[i];
         if (!candidates.floors.empty()) row.floor = candidates.floors[i];
         row.again = i > 0 && candidates.request_ids[i] == candidates.request_ids[i - 1];
         begin = ends_[i];
@@ -96,7 +131,7 @@ DepthPolicy::Option DepthPolicy::expected(const DraftCosts& costs, const Candida
     gains_.assign(depths.size(), 0);
     for (size_t i = 0; i < depths.size(); ++i) {
         probabilities_.clear();
-        if (depths[i] > 0) expect(candidates, i, depths[i], 0);
+        if (depths[i] > 0) expect_more(candidates, i, depths[i], 0);
         for (const double probability : probabilities_) {
             option.tokens += probability;
             gains_[i] += probability;
@@ -199,6 +234,28 @@ bool DepthPolicy::afford(double loss_s) {
     if (loss_s > saved_s_) return false;
     saved_s_ -= std::max(loss_s, 0.0);
     return true;
+}
+
+// Appends to probabilities_ what each draft gives that the rival would not.
+Tries& DepthPolicy::expect_more(const Candidates& candidates, size_t i, int depth, double least) {
+    rival_.clear();
+    if (candidates.proposes[i] && !candidates.rivals.empty()) {
+        const Rival& rival = candidates.rivals[i];
+        acceptance_->expect(candidates.request_ids[i], rival.drafter, rival.match_len,
+                            std::min(rival.depth, depth), 0, &rival_);
+    }
+    const size_t begin = probabilities_.size();
+    Tries& tries = expect(candidates, i, depth, least);
+    const std::span own = std::span(probabilities_).subspan(begin);
+    for (size_t j = 0; j < std::min(own.size(), rival_.size()); ++j) {
+        own[j] = std::max(own[j] - rival_[j], 0.0);
+    }
+    if (rival_.empty()) return tries;
+    make_falling(own);
+    while (probabilities_.size() > begin && probabilities_.back() < least) {
+        probabilities_.pop_back();
+    }
+    return tries;
 }
 
 // Appends to probabilities_.

@@ -19,6 +19,11 @@
 
 namespace tokenspeed::policy {
 
+// A draft that costs no proposing; depth 0: none.
+struct Rival {
+    int32_t drafter = 0, match_len = 0, depth = 0;
+};
+
 // The rows of a step that may carry drafts; all of the same length. A request may stand here twice,
 // with drafts in hand and with drafts to be proposed.
 struct Candidates {
@@ -26,6 +31,10 @@ struct Candidates {
     std::span<const int32_t> drafters;
     std::span<const int32_t> match_lens;
     std::span<const int32_t> max_depths;
+    std::span<const bool> proposes;  // in this step, at a cost, for the next; else they are in hand
+    // Of a row that proposes: what tokens alone say. They will say something as good in the next
+    // step, so proposals are worth what they are more likely to be right. Empty: nothing.
+    std::span<const Rival> rivals = {};
     // Tokens per second that each one's stream must have; empty: nothing. A request's rows stand
     // together.
     std::span<const double> floors = {};
@@ -38,11 +47,10 @@ class DepthPolicy {
     static constexpr double kMostSaved = 16;
     static constexpr int kMostDepth = 128;
 
-    // `proposes`: for each drafter, whether its drafts cost proposing. Both collaborators outlive
-    // this.
-    // REQUIRES: proposes.size() == acceptance->num_drafters(); 0 <= per_token <= count.
-    DepthPolicy(const StepTimeModel* times, Acceptance* acceptance, std::vector<bool> proposes,
-                Experts experts);
+    // Both collaborators outlive this.
+    // REQUIRES: 0 <= per_token <= count.
+    DepthPolicy(const StepTimeModel* times, Acceptance* acceptance, Experts experts)
+        : times_(times), acceptance_(acceptance), experts_(experts) {}
 
     const Acceptance& acceptance() const { return *acceptance_; }
 
@@ -73,20 +81,24 @@ class DepthPolicy {
     void try_deeper(const DraftCosts& costs, double rate, const Candidates& candidates,
                     int64_t max_drafts, std::span<int32_t> depths);
     bool afford(double loss_s);
+    double proposal_s(const DraftCosts& costs, const Candidates& candidates) const;
+    void book(const DraftCosts& costs, std::span<const int32_t> depths);
     bool never_pays(const DraftCosts& costs, double rate, int depth) const;
     Tries& expect(const Candidates& candidates, size_t i, int depth, double least);
+    Tries& expect_more(const Candidates& candidates, size_t i, int depth, double least);
 
     const StepTimeModel* times_;
     Acceptance* acceptance_;
-    std::vector<bool> proposes_;
     Experts experts_;
     double saved_s_ = -1;  // that may be lost by trying; -1: before the first step
     int64_t num_steps_ = 0, num_proposing_ = 0;
+    // Of steps lately: their time without drafts for each token that they gave, and their time.
+    double plain_s_ = 0, spent_s_ = 0;
     bool has_floors_ = false;  // any, in this step
     double held_ = 1;          // of them, by the best depths
     bool looked_ = false;      // the step before had one draft, to see what it costs
     // Scratch of one call.
-    std::vector<double> probabilities_;
+    std::vector<double> probabilities_, rival_;
     std::vector<size_t> ends_;
     std::vector<DraftRow> rows_;
     std::vector<size_t> due_;

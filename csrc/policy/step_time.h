@@ -44,8 +44,8 @@ struct Experts {
     int32_t count = 0;      // routed experts
     int32_t per_token = 0;  // of which a token goes to so many
 
-    // How many are touched if every token chose at random: count (1 - (1 -
-    // per_token/count)^tokens).
+    // How many are touched if every token chose at random:
+    // count * (1 - (1 - per_token / count)^tokens).
     double touched(double num_tokens) const;
 };
 

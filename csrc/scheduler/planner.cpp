@@ -17,8 +17,6 @@ std::span<const int32_t> Scheduler::next_plan() {
         step_ = std::move(spare_steps_.back());
         spare_steps_.pop_back();
     }
-    sections_.deltas.clear();
-    sections_.binds.clear();
     left_out_ = nullptr;
     budget_ = micro_share(options_.max_num_batched_tokens);
     plan_decodes();
@@ -26,6 +24,7 @@ std::span<const int32_t> Scheduler::next_plan() {
     plan_prefills();
     // S1 makes room for whole known sequences, and a decoding request without a page retracts until
     // it has one: somebody can always run, unless a step in flight has to bring pages back first.
+    // Who was admitted although a pacer gave it nothing is bound by the next plan.
     if (step_.rows.empty()) {
         TS_CHECK(!in_flight_.empty() || live_.empty());
         return {};
@@ -171,6 +170,21 @@ void Scheduler::add_delta(const Holdings& held, int index) {
     }
 }
 
+// The slot's request goes: what no plan has brought yet must not reach the slot's next one.
+void Scheduler::unsend(int32_t slot) {
+    const auto erase = [](std::vector<int32_t>& words, int size, const auto& goes) {
+        size_t end = 0;
+        for (size_t at = 0; at < words.size(); at += size) {
+            if (goes(&words[at])) continue;
+            std::copy_n(words.begin() + at, size, words.begin() + end);
+            end += size;
+        }
+        words.resize(end);
+    };
+    erase(sections_.deltas, kDeltaWords, [&](const int32_t* delta) { return delta[1] == slot; });
+    erase(sections_.binds, kBindWords, [&](const int32_t* bind) { return bind[0] == slot; });
+}
+
 // Takes pages for the next `num_tokens` positions; false if there are not enough (then it took
 // what there is).
 bool Scheduler::take_pages(Holdings& held, int32_t num_tokens) {
@@ -269,6 +283,7 @@ Request* Scheduler::retractable() const {
 }
 
 void Scheduler::retract(Request& request) {
+    unsend(holdings(request.state)->slot.id());
     const bool moved = apply(request.state, Retract{}) == Verdict::kMoved;
     TS_CHECK(moved);
     std::erase(running_, &request);
@@ -322,6 +337,8 @@ std::span<const int32_t> Scheduler::emit() {
     plan_[kPlanHeaderNumDeltas] = static_cast<int32_t>(s.deltas.size()) / kDeltaWords;
     plan_[kPlanHeaderNumBinds] = static_cast<int32_t>(s.binds.size()) / kBindWords;
     plan_[kPlanHeaderOnlyDecodes] = std::ranges::all_of(step_.rows, &Row::only_decodes);
+    sections_.deltas.clear();
+    sections_.binds.clear();
     in_flight_.push_back(std::move(step_));
     step_ = Step();
     ++counters_.num_steps;

@@ -110,6 +110,7 @@ bool Scheduler::abort(uint64_t request_id) {
         publish(*found->second, *held, Committed(held->settled).settled(0));
     }
     retain_pages(*found->second);
+    if (held != nullptr) unsend(held->slot.id());
     const bool moved = apply(found->second->state, Abort{}) == Verdict::kMoved;
     TS_CHECK(moved);
     leave(*found->second);

@@ -259,6 +259,7 @@ class Scheduler {
 
     // planner.cpp
     void add_delta(const Holdings& held, int index);
+    void unsend(int32_t slot);
     void take_page(Holdings& held);
     bool take_pages(Holdings& held, int32_t num_tokens);
     int32_t pages_for_draft(Holdings& held, int32_t num_draft);
@@ -333,7 +334,7 @@ class Scheduler {
 
     // Of the plan being made; kept to reuse their memory.
     Step step_;
-    Sections sections_;
+    Sections sections_;  // outlive a plan that was none
     std::vector<int32_t> plan_;
     std::vector<PageId> hits_;
     std::vector<Request*> turns_;  // who may decode, then who prefills

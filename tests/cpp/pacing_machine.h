@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <deque>
@@ -15,6 +16,7 @@
 #include <span>
 #include <vector>
 
+#include "device.h"
 #include "policy/pacing.h"
 #include "policy/policy.h"
 #include "scheduler/check.h"
@@ -128,6 +130,12 @@ class Machine {
     std::vector<std::vector<int32_t>> plans;
 
   private:
+    static constexpr int32_t kPageSize = 16;
+
+    struct Slot {
+        uint64_t request = 0;
+        std::map<int, int32_t> pages;
+    };
     struct Flight {
         Features features;
         double cost_s, end_s;
@@ -136,7 +144,7 @@ class Machine {
     static SchedulerOptions options(const Setting& setting) {
         SchedulerOptions o;
         o.num_pages = setting.num_pages;
-        o.page_size = 16;
+        o.page_size = kPageSize;
         o.max_num_seqs = setting.max_num_seqs;
         o.max_num_batched_tokens = kMostTokens;
         o.max_model_len = 131072;
@@ -165,19 +173,48 @@ class Machine {
         if (ids.empty()) return;
         const size_t size = ids.size();
         const std::vector<int32_t> drafters(size), matches(size), limits(size, setting_.num_draft);
+        const std::array<bool, 64> in_hand{};
+        TS_CHECK(size <= in_hand.size());
         std::vector<double> floors = pacing_.least_rates(ids);
         if (setting_.depths == Depths::kChosen) floors.assign(size + 1, 0);
         std::vector<int32_t> depths(size);
-        policy_.choose(
-            base_, {ids, drafters, matches, limits, std::span(floors).first(size), floors[size]},
-            kMostTokens, depths);
+        policy_.choose(base_,
+                       {ids,
+                        drafters,
+                        matches,
+                        limits,
+                        std::span(in_hand).first(size),
+                        {},
+                        std::span(floors).first(size),
+                        floors[size]},
+                       kMostTokens, depths);
         for (size_t i = 0; i < size; ++i) {
             lives_.at(ids[i]).depth = depths[i];
             scheduler_->speculate(ids[i], std::vector<int32_t>(depths[i], kDraftId), 0);
         }
     }
 
+    // What a device must know of each row: whose it is, and all its pages.
+    void check_tables(std::span<const int32_t> words) {
+        const PlanView plan(words);
+        for (int i = 0; i < plan.num_binds(); ++i) {
+            TS_CHECK(!lives_.at(plan.request(i)).over);
+            slots_[plan.bind(i)[0]] = {plan.request(i), {}};
+        }
+        for (int i = 0; i < plan.num_deltas(); ++i) {
+            slots_.at(plan.delta(i)[1]).pages[plan.delta(i)[2]] = plan.delta(i)[3];
+        }
+        for (int i = 0; i < plan.num_rows(); ++i) {
+            const int32_t* row = plan.row(i);
+            const Slot& slot = slots_.at(row[kRowSlot]);
+            TS_CHECK(!lives_.at(slot.request).over);
+            const int num_pages = (row[kRowStart] + row[kRowNumTokens] - 1) / kPageSize + 1;
+            for (int page = 0; page < num_pages; ++page) TS_CHECK(slot.pages.contains(page));
+        }
+    }
+
     void launch(std::span<const int32_t> plan) {
+        check_tables(plan);
         plans.emplace_back(plan.begin(), plan.end());
         const Features x = features(plan);
         double cost_s = 0;
@@ -259,11 +296,12 @@ class Machine {
     std::mt19937_64 random_;
     StepTimeModel times_;
     Acceptance acceptance_{{}};
-    DepthPolicy policy_{&times_, &acceptance_, {false}, {}};
+    DepthPolicy policy_{&times_, &acceptance_, {}};
     Features base_{};  // of the latest step, without its drafts
     Pacing pacing_;
     std::unique_ptr<Scheduler> scheduler_;  // dies before the pacing
     std::map<uint64_t, Life> lives_;
+    std::map<int32_t, Slot> slots_;
     std::deque<Flight> flights_;
     double clock_s_ = 0;  // what the clock shows beyond `now_s`
     uint64_t last_id_ = 0;

@@ -200,24 +200,30 @@ void limits_are_kept(uint64_t seed, bool paced) {
     Random random(seed);
     StepTimeModel times(StepTimeOptions{});
     Acceptance acceptance({.num_drafters = 2});
-    DepthPolicy policy(&times, &acceptance, {false, true}, {16, 2});
+    DepthPolicy policy(&times, &acceptance, {16, 2});
     for (int step = 0; step < 300; ++step) {
         const auto size = static_cast<size_t>(below(random, 12));
         std::vector<uint64_t> ids(size);
         std::vector<int32_t> drafters(size), matches(size), limits(size), depths(size, -1);
+        std::array<bool, 12> proposes{};
+        std::vector<Rival> rivals(below(random, 2) * size);
         for (size_t i = 0; i < size; ++i) {
             ids[i] = random() % 6;
             drafters[i] = below(random, 2);
             matches[i] = below(random, 100) - 1;
             limits[i] = below(random, 3) == 0 ? 0 : below(random, 200);
+            proposes[i] = drafters[i] == 1;
         }
+        for (Rival& rival : rivals) rival = {0, below(random, 100), below(random, 40)};
         const int max_drafts = below(random, 50);
         const Features base = random_step(random);
         std::vector<double> floors(paced ? size : 0);
         for (double& floor : floors) floor = below(random, 2) * uniform(random) * 100;
         const double floor_of_others = floors.empty() ? 0 : floors[0];
-        policy.choose(base, {ids, drafters, matches, limits, floors, floor_of_others}, max_drafts,
-                      depths);
+        policy.choose(base,
+                      {ids, drafters, matches, limits, std::span(proposes).first(size), rivals,
+                       floors, floor_of_others},
+                      max_drafts, depths);
         int total = 0;
         for (size_t i = 0; i < size; ++i) {
             TS_CHECK(depths[i] >= 0 && depths[i] <= limits[i]);

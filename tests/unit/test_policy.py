@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,8 +179,17 @@ def test_wrong_arguments_are_refused() -> None:
         observe(Acceptance(1), 1, True, drafter=1)
     with pytest.raises(ValueError, match="hits"):
         observe(Acceptance(1), -1, True)
-    with pytest.raises(ValueError, match="proposes"):
-        DepthPolicy(StepTimeModel(), Acceptance(2), [True])
+    zero = i32(0)
+    for name, proposes, rivals in [
+        ("same length", np.array([True] * 2), None),
+        ("rivals", np.array([True]), np.zeros((2, 3), np.int32)),
+        ("rivals", np.array([True]), np.array([[2, 0, 1]], np.int32)),
+        ("rivals", np.array([True]), np.array([[0, 0, -1]], np.int32)),
+    ]:
+        with pytest.raises(ValueError, match=name):
+            policy_for(Acceptance(2)).choose(
+                features(), np.array([1], np.uint64), zero, zero, zero, proposes, 9, rivals=rivals
+            )
     with pytest.raises(ValueError, match="experts_per_token"):
         experts_touched(3, 4, 5)
 
@@ -188,13 +198,15 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def policy_for(acceptance: Acceptance, costs: NDArray[np.float64] = COSTS) -> DepthPolicy:
-    return DepthPolicy(known(costs), acceptance, [False] * 2)
+    return DepthPolicy(known(costs), acceptance)
 
 
 def meet(policy: DepthPolicy, request_id: int, match_len: int = 0, drafter: int = 0) -> None:
     """Makes the request known to the policy."""
     ids = np.array([request_id], np.uint64)
-    policy.choose(features(decode_rows=1), ids, i32(drafter), i32(match_len), i32(1), 0)
+    policy.choose(
+        features(decode_rows=1), ids, i32(drafter), i32(match_len), i32(1), np.array([False]), 0
+    )
 
 
 def test_rates_are_those_of_places() -> None:
@@ -213,8 +225,7 @@ def test_rates_are_those_of_places() -> None:
 
 def test_rates_converge_at_every_place() -> None:
     rng, acceptance = np.random.default_rng(4), Acceptance(1)
-    policy = policy_for(Acceptance(2))
-    meet(policy, 1)
+    meet(policy_for(acceptance), 1)
     wanted = [0.9, 0.5, 0.8, 0.3]
     for _ in range(4000):
         hits = 0
@@ -417,9 +428,11 @@ class Row:
     ) -> None:
         """`floors`: its own and that of others."""
         self.model, self.cost = model, cost
-        self.floors = () if floors is None else (np.array(floors[:1]), floors[1])
+        self.floors: dict[str, Any] = {}
+        if floors is not None:
+            self.floors = {"floors": np.array(floors[:1]), "floor_of_others": floors[1]}
         self.acceptance = Acceptance(1)
-        self.policy = DepthPolicy(model, self.acceptance, [True])
+        self.policy = DepthPolicy(model, self.acceptance)
         self.rng = np.random.default_rng(6)
         self.seconds: list[float] = []
         self.tokens = 0
@@ -427,7 +440,10 @@ class Row:
     def step(self, chance: float, request_id: int = 1) -> int:
         ids = np.array([request_id], np.uint64)
         base, zero = features(decode_rows=1), i32(0)
-        depth = int(self.policy.choose(base, ids, zero, zero, i32(4), 4, *self.floors)[0])
+        proposes = np.array([True])
+        depth = int(
+            self.policy.choose(base, ids, zero, zero, i32(4), proposes, 4, **self.floors)[0]
+        )
         x = features(decode_rows=1, verify_tokens=depth, propose_tokens=depth)
         seconds = 1e-3 * (1 + self.cost * depth)
         self.model.observe(x, seconds)
@@ -522,6 +538,38 @@ def test_what_drafts_cost_is_told_from_what_steps_cost() -> None:
     assert np.mean([row.step(0.4) for _ in range(100)]) < 0.5
 
 
+def proposed_beside(rival_len: int, rate: float, *, num_in_hand: int = 0) -> int:
+    """How many always right proposals, of 8 at most, a step of 10 ms has where a draft from tokens
+    has so many places, each right so often. A proposal takes 0.5 ms, verifying as long."""
+    costs = COSTS * 0
+    for name, cost in {"step": 10e-3, "verify_tokens": 5e-4, "propose_tokens": 5e-4}.items():
+        costs[FEATURES.index(name)] = cost
+    acceptance, rng = Acceptance(2, request_memory=1000), np.random.default_rng(1)
+    policy = policy_for(acceptance, costs)
+    for _ in range(400):
+        observe(acceptance, 8, False, drafter=1)
+        hits = int(np.cumprod(rng.random(8) < rate).sum())
+        observe(acceptance, hits, hits < 8)
+    depths = policy.choose(
+        features(decode_rows=1), np.ones(2, np.uint64), i32(0, 1), i32(0, 0), i32(num_in_hand, 8),
+        np.array([False, True]), 99, rivals=np.array([[0, 0, 0], [0, 0, rival_len]], np.int32),
+    )  # fmt: skip
+    return int(depths[1])
+
+
+def test_proposals_are_worth_what_tokens_alone_do_not_give() -> None:
+    assert proposed_beside(0, 0.99) == 8
+    assert proposed_beside(8, 0.99) == 0  # 0.4 tokens in 8 ms, and 1 in 10 without
+    assert proposed_beside(2, 0.99) == 8  # 6, for the sake of the last
+    assert proposed_beside(8, 0.3) == 8
+
+
+def test_drafts_in_hand_are_what_proposals_have_to_beat() -> None:
+    assert proposed_beside(0, 0.99) == 8  # 9 tokens in 18 ms
+    assert proposed_beside(0, 0.99, num_in_hand=8) == 8  # and 8 more, in the same time
+    assert proposed_beside(8, 0.99, num_in_hand=8) == 0
+
+
 def test_the_same_calls_give_the_same_depths() -> None:
     one, other = Row(StepTimeModel()), Row(StepTimeModel())
     assert [one.step(0.6) for _ in range(300)] == [other.step(0.6) for _ in range(300)]
@@ -532,7 +580,7 @@ def test_depths_stay_within_limits(seed: int) -> None:
     rng = np.random.default_rng(seed)
     acceptance = Acceptance(3)
     model = StepTimeModel()
-    policy = DepthPolicy(model, acceptance, [False, True, True], num_experts=8, experts_per_token=2)
+    policy = DepthPolicy(model, acceptance, num_experts=8, experts_per_token=2)
     for _ in range(100):
         n = int(rng.integers(0, 20))
         ids = rng.integers(0, 8, n).astype(np.uint64)
@@ -540,7 +588,12 @@ def test_depths_stay_within_limits(seed: int) -> None:
         limits = rng.integers(0, 200, n).astype(np.int32)
         most = int(rng.integers(-1, 60))
         base = random_features(rng)
-        depths = policy.choose(base, ids, drafters, matches, limits, most)
+        rivals = np.stack([drafters, matches, rng.integers(0, 40, n)], axis=1).astype(np.int32)
+        proposes = rng.random(n) < 0.5
+        depths = policy.choose(
+            base, ids, drafters, matches, limits, proposes, most,
+            rivals=None if rng.random() < 0.3 else rivals,
+        )  # fmt: skip
         assert depths.shape == (n,)
         assert np.all((depths >= 0) & (depths <= limits))
         assert depths.sum() <= max(most, 0)

@@ -313,8 +313,7 @@ def test_a_draft_that_was_lost_in_flight_holds_nothing_up() -> None:
 
 
 def adaptive(*drafters: Oracle, weighted: Weighted | None = None, depth: int = 8) -> Harness:
-    proposes = [False] * len(drafters) + [True] * (weighted is not None)
-    depths = Depths(proposes, 1000, StepTimes(Experts()))
+    depths = Depths(len(drafters) + (weighted is not None), 1000, StepTimes(Experts()))
     return Harness(*drafters, depth=depth, weighted=weighted, depths=depths)
 
 
@@ -392,7 +391,7 @@ def test_features_are_what_the_plan_says() -> None:
 
 
 def test_steps_that_only_decode_are_learnt_from_now_and_then() -> None:
-    depths = Depths([False], 100, StepTimes(Experts()))
+    depths = Depths(1, 100, StepTimes(Experts()))
     h = Harness(Oracle(), depths=depths)
     h.start(1)
     for _ in range(255 + 10 * PLAIN_INTERVAL):
@@ -418,7 +417,7 @@ def test_depths_leave_others_their_floors() -> None:
         return np.zeros(len(request_ids)), 1 / 0.02
 
     drafter = Oracle()
-    depths = Depths([False], 1000, StepTimes(Experts()), least_rates)
+    depths = Depths(1, 1000, StepTimes(Experts()), least_rates)
     h = Harness(drafter, depth=8, depths=depths)
     h.start(1)
     found = run(h, drafter, 60, right=True, per_draft=0.004)
@@ -453,20 +452,20 @@ def test_an_engine_asks_its_pacing_for_floors() -> None:
 
 
 def test_a_step_has_only_so_many_drafts() -> None:
-    depths = Depths([False], 7, StepTimes(Experts()))
+    depths = Depths(1, 7, StepTimes(Experts()))
     offers = Offers()
     for request_id in range(4):
-        offers.add(request_id, 0, 32, 8)
+        offers.have(request_id, 0, 32, 8)
     for _ in range(50):
         for request_id in range(4):
             depths.findings.add(request_id, 0, 32, 8)
             depths.findings.missed.append(False)
         depths.learn()
-    assert sum(depths.choose(offers, 4, 1, 100)) == 2
+    assert sum(depths.choose(offers, 4, 100)) == 3
 
 
 def test_what_is_proposed_already_takes_room() -> None:
-    depths = Depths([True], 7, StepTimes(Experts()))
+    depths = Depths(1, 7, StepTimes(Experts()))
     h = Harness(weighted=Weighted("mtp", 4), depths=depths)
     h.start(1)
     for _ in range(50):
@@ -477,7 +476,8 @@ def test_what_is_proposed_already_takes_room() -> None:
     h.launch(r1=(0, 4))
     h.extend(1, [5], [6, 7, 8, 9])
     h.it.committed()
-    assert h.prepared() == [(1, [6, 7, 8, 9], 2)]  # of 7: a row, four to verify
+    told = h.prepared()
+    assert [(i, len(draft) + num_propose) for i, draft, num_propose in told] == [(1, 6)]
 
 
 @pytest.mark.parametrize(
@@ -552,7 +552,7 @@ def test_every_row_of_a_step_counts_with_its_depth() -> None:
 def test_what_is_new_while_all_nap_is_forgotten_with_its_request() -> None:
     ledger = Ledger()
     ledger.naps = lambda: True  # type: ignore[method-assign]
-    depths = Depths([True], 100, StepTimes(Experts()))
+    depths = Depths(1, 100, StepTimes(Experts()))
     h = Harness(weighted=Weighted("mtp", 4), depths=depths, ledger=ledger)
     for request_id in range(1, 50):
         h.start(request_id)
@@ -564,7 +564,7 @@ def test_what_is_new_while_all_nap_is_forgotten_with_its_request() -> None:
 def test_who_arrives_ends_no_measurement_and_no_debt(every: int) -> None:
     """Steps with prefill come in between; drafts are always right."""
     drafter = Oracle()
-    depths = Depths([False], 1000, StepTimes(Experts()))
+    depths = Depths(1, 1000, StepTimes(Experts()))
     h = Harness(drafter, depth=8, depths=depths, ledger=Ledger())
     h.start(1)
     ledger = h.it._hearing._ledger
@@ -588,7 +588,7 @@ def test_who_arrives_ends_no_measurement_and_no_debt(every: int) -> None:
 
 
 def test_weights_that_do_not_pay_are_tried_rarely() -> None:
-    depths = Depths([True], 1000, StepTimes(Experts()))
+    depths = Depths(1, 1000, StepTimes(Experts()))
     h = Harness(weighted=Weighted("mtp", 4), depths=depths)
     for _ in range(200):
         depths.findings.add(0, 0, 0, 0)

@@ -17,9 +17,12 @@ from tokenspeed.engine.step_times import StepTimes, features
 LeastRates = Callable[[NDArray[np.uint64]], tuple[NDArray[np.float64], float]]
 
 
+NO_RIVAL = (0, 0, 0)
+
+
 @dataclass(slots=True)
-class Offers:
-    """Drafts to choose from, one entry each: of which request, by whom, how well and how long."""
+class _Entries:
+    """Drafts, one entry each: of which request, by whom, how well and how long."""
 
     request_ids: list[int] = field(default_factory=list)
     drafters: list[int] = field(default_factory=list)
@@ -37,7 +40,29 @@ class Offers:
 
 
 @dataclass(slots=True)
-class Findings(Offers):
+class Offers(_Entries):
+    """Drafts in hand, and drafts that may be proposed."""
+
+    proposes: list[bool] = field(default_factory=list)
+    rivals: list[tuple[int, int, int]] = field(default_factory=list)  # see `Depths.choose`
+
+    def have(self, request_id: int, drafter: int, match_len: int, length: int) -> None:
+        """In hand."""
+        self.add(request_id, drafter, match_len, length)
+        self.proposes.append(False)
+        self.rivals.append(NO_RIVAL)
+
+    def propose(
+        self, request_id: int, drafter: int, length: int, rival: tuple[int, int, int] = NO_RIVAL
+    ) -> None:
+        """By a drafter with weights, at a cost."""
+        self.add(request_id, drafter, 0, length)
+        self.proposes.append(True)
+        self.rivals.append(rival)
+
+
+@dataclass(slots=True)
+class Findings(_Entries):
     """What came of drafts: `lengths` leading tokens were sampled, and the next one was not."""
 
     missed: list[bool] = field(default_factory=list)
@@ -48,20 +73,18 @@ class Depths:
 
     def __init__(
         self,
-        proposes: list[bool],
+        num_drafters: int,
         max_drafts: int,
         times: StepTimes,
         least_rates: LeastRates | None = None,
     ) -> None:
-        """`proposes`: whether each drafter has weights of its own, so that its drafts cost time.
-        `least_rates`: None where nobody has a floor."""
+        """`least_rates`: None where nobody has a floor."""
         self.findings = Findings()
         self.times = times
-        self._acceptance = Acceptance(len(proposes))
+        self._acceptance = Acceptance(num_drafters)
         self._policy = DepthPolicy(
             times.model,
             self._acceptance,
-            proposes,
             num_experts=times.experts.count,
             experts_per_token=times.experts.per_token,
         )
@@ -73,21 +96,26 @@ class Depths:
         rate = self._acceptance.rate
         return rate(request_id, *one, 0) >= rate(request_id, *other, 0)
 
-    def choose(self, offers: Offers, num_rows: int, num_verify: int, num_context: int) -> list[int]:
+    def choose(self, offers: Offers, num_rows: int, num_context: int) -> list[int]:
         """How much of each offer to take, in a step of `num_rows` decoding rows over `num_context`
-        tokens that verifies `num_verify` tokens in any case. A request's offers stand together."""
-        experts = self.times.experts
-        base = features(experts, rows=num_rows, verify=num_verify, context=num_context)
+        tokens. A request's offers stand together. A rival is (drafter, match_len, length) of what
+        is found without proposing: proposals are worth what they are likelier to be right."""
+        base = features(self.times.experts, rows=num_rows, context=num_context)
         request_ids = np.array(offers.request_ids, np.uint64)
-        floors = () if self._least_rates is None else self._least_rates(request_ids)
+        floors, floor_of_others = None, 0.0
+        if self._least_rates is not None:
+            floors, floor_of_others = self._least_rates(request_ids)
         chosen: list[int] = self._policy.choose(
             base,
             request_ids,
             np.array(offers.drafters, np.int32),
             np.array(offers.match_lens, np.int32),
             np.array(offers.lengths, np.int32),
-            max(0, self._max_drafts - num_rows - num_verify),
-            *floors,
+            np.array(offers.proposes, np.bool_),
+            max(0, self._max_drafts - num_rows),
+            rivals=np.array(offers.rivals, np.int32).reshape(-1, 3),
+            floors=floors,
+            floor_of_others=floor_of_others,
         ).tolist()
         return chosen
 

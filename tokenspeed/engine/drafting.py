@@ -39,10 +39,9 @@ def make_speculator(
     _log.info("speculative decoding: %s, %d tokens, %s", " + ".join(names), asked.depth, how)
     depths, ahead = None, config.scheduler.overlap_depth > 0
     if asked.adaptive:
-        proposes = [False] * len(tokens) + [True] * (weighted is not None)
         # Ahead, who speculates is in every other step, which such a rate of a step does not tell.
         least_rates = None if pacing is None or ahead else pacing.policy.least_rates
-        depths = Depths(proposes, config.scheduler.max_num_batched_tokens, times, least_rates)
+        depths = Depths(len(names), config.scheduler.max_num_batched_tokens, times, least_rates)
     return Speculator(
         tokens,
         depth=asked.depth,

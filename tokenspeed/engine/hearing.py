@@ -31,7 +31,7 @@ ALWAYS: Final = (0, 0)  # awake by any match, at any step
 
 
 class Hearing:
-    """prepared -> dozes -> hear -> over, for each step. `never_naps`: steps overlap, or several
+    """begin_step -> dozes -> hear -> over, for each step. `never_naps`: steps overlap, or several
     schedulers plan them."""
 
     def __init__(
@@ -63,8 +63,8 @@ class Hearing:
         match = max(WAKING_MATCH, 2 * match_len)
         self._resting[request_id] = match, self._num_steps + num_steps
 
-    def prepared(self) -> bool:
-        """Before a step: whether nobody looks for drafts in it."""
+    def begin_step(self) -> bool:
+        """Whether nobody looks for drafts in it."""
         self._begins = not self._num_dozes
         if self._begins:
             self.naps = self._ledger is not None and self._ledger.naps()

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenspeed.engine.depths import Depths, Offers
+from tokenspeed.engine.depths import NO_RIVAL, Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.hearing import Hearing
 from tokenspeed.engine.ledger import Ledger
@@ -30,12 +30,12 @@ from tokenspeed.execution.speculation.drafter import Proposal, TokenDrafter
 NONE = np.empty(0, np.int32)
 PATIENCE = 3  # times that drafts do not pay before the first rest
 FIRST_REST, LONGEST_REST = 2, 128  # steps
-TIRED = 24  # times that proposals were not worth it, more than
-TIMES_WORTH = 4  # times those that they were
-TRIED_ANEW = 32
+# Proposals that were not worth it add 1 to the tiredness, those that were take `TIMES_WORTH` off.
+# At `TIRED`, its greatest, one new request in `TRIED_ANEW` has weights propose.
+TIRED, TIMES_WORTH, TRIED_ANEW = 24, 4, 32
 
 
-class Drafts(Protocol):
+class TakesDrafts(Protocol):
     """Who takes drafts (see `engine/schedulers.py`)."""
 
     def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int) -> bool:
@@ -136,9 +136,10 @@ class Speculator:
         if self._depths is not None:
             self._depths.forget(request_id)
 
-    def prepare(self, schedulers: Drafts) -> None:
+    def prepare(self, schedulers: TakesDrafts) -> None:
         """Gives the scheduler drafts for requests whose ids changed. Call it before planning."""
-        napped, naps = self._hearing.naps, self._hearing.prepared()
+        napped = self._hearing.naps
+        naps = self._hearing.begin_step()
         self._is_awake = bool(self._fresh) and not naps
         if not self._is_awake:
             return
@@ -326,33 +327,36 @@ class Speculator:
         return live.found[-1]
 
     def _shorten(self, ready: list[tuple[int, _Live]], depths: Depths) -> None:
-        """Drafts and proposals as deep as they pay. What weights have proposed is paid for."""
-        weights, num_verify = len(self._drafters), 0
+        """Drafts and proposals as deep as they pay."""
+        weights = len(self._drafters)
         offers, takers = Offers(), []
         for request_id, live in ready:
-            if live.draft and live.drafter != weights:
-                match_len = live.found[0][1].match_len
-                offers.add(request_id, live.drafter, match_len, len(live.draft))
+            rival = NO_RIVAL
+            if live.found and live.found[0][0] != weights:
+                drafter, proposal = live.found[0]
+                rival = drafter, proposal.match_len, len(proposal.ids)
+            if live.draft:
+                match_len = 0 if live.drafter == weights else rival[1]
+                offers.have(request_id, live.drafter, match_len, len(live.draft))
                 takers.append((live, False))
-            else:
-                num_verify += len(live.draft)
             if live.num_propose:
-                offers.add(request_id, weights, 0, live.num_propose)
+                offers.propose(request_id, weights, live.num_propose, rival)
                 takers.append((live, True))
         if not takers:
             return
         latest = [plan for plan in self._latest if plan is not None]
         num_rows = sum(int((plan.flags & ROW_SAMPLE != 0).sum()) for plan in latest)
         num_context = sum(int(plan.starts.sum()) for plan in latest)
-        chosen = depths.choose(offers, num_rows, num_verify, num_context)
-        for (live, proposes), depth in zip(takers, chosen, strict=True):
+        chosen = depths.choose(offers, num_rows, num_context)
+        for (live, proposes), rival, depth in zip(takers, offers.rivals, chosen, strict=True):
             if proposes:
                 live.num_propose = depth
-                worth = TIMES_WORTH if depth else -1
+                worth = TIMES_WORTH if depth else -(rival == NO_RIVAL)
                 self._tiredness = min(max(self._tiredness - worth, 0), TIRED)
             else:
                 live.draft = live.draft[:depth]
-                self._worth.found(live.match_len, is_taken=depth > 0)
+                if live.drafter != weights:
+                    self._worth.found(live.match_len, is_taken=depth > 0)
 
     def _compare(self, request_id: int, live: _Live, ids: list[int], depths: Depths) -> None:
         """All that was found with what came, whether a step carried it or not."""

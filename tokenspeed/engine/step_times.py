@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from tokenspeed._policy import StepTimeModel, experts_touched
 from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, Plans
 
-PLAIN_INTERVAL = 32  # of steps that only decode, so many bring one to learn from, in the end
-WELL_KNOWN = 256  # steps
+# The first steps are all learnt from; later, of those that only decode, one in so many.
+WELL_KNOWN, PLAIN_INTERVAL = 256, 32
 
 Features = NDArray[np.float64]  # [F], in the order of `_policy.FEATURES`
 

@@ -8,9 +8,11 @@ vain, a kind of match is looked at now and then only. Knows lengths; refuses to 
 from typing import Final
 
 KINDS: Final = 8  # matches of 0, 1, 2-3, 4-7, .. tokens; the last stands for all behind it
-PATIENCE: Final = 48  # a kind is looked at until so much is used up: one by each look in vain,
-TIMES: Final = 12  # while a look that was not gives so much back
-RETRIED: Final = 16  # out of patience, one match in so many is looked at
+# A kind of match has so much patience at most. A look in vain costs 1, one that gives a draft
+# brings `TIMES`. With none left, one match in `RETRIED` is looked at.
+PATIENCE: Final = 48
+TIMES: Final = 12
+RETRIED: Final = 16
 
 
 class Worth:
