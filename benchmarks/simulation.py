@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from tokenspeed import _cpu
 from tokenspeed._policy import FEATURES
-from tokenspeed.bench.windows import window_rates
+from tokenspeed.bench.windows import Attainment
 from tokenspeed.bench.workloads import fixed, generated, published
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine import engine as engine_module
@@ -202,13 +202,10 @@ def figures(load: Load, streams: Sequence[Stream], duration_s: float) -> Figures
 
 
 def attained(streams: Sequence[Stream], floor: float) -> float:
-    held_s = whole_s = 0.0
-    for times_s in (stream.times_s for stream in streams):
-        rates = window_rates(times_s, np.ones(len(times_s)))
-        if len(rates):
-            whole_s += times_s[-1] - times_s[0]
-            held_s += (times_s[-1] - times_s[0]) * float(np.mean(rates >= floor))
-    return held_s / whole_s
+    kept = Attainment([floor])
+    for stream in streams:
+        kept.add_tokens(stream.times_s)
+    return kept.share(floor)
 
 
 def learn(steps: Sequence[tuple[list[StepShape], float]]) -> LinearProfile:
@@ -336,7 +333,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lessons, others = loads(args.size)
     real = real_run(clock, lessons[0])
     steps: list[tuple[list[StepShape], float]] = []
-    runs: dict[str, list[Figures]] = {load.name: [] for load in others}
+    free = others[1]
+    floor = round(FLOOR_SHARE * real.play(free).tps_p50)
+    real.steps.clear()
+    paced = replace(free, name=f"{free.name}, floor {floor}", tps_floor=float(floor))
+    with_floor = real_run(clock, lessons[0], float(floor))
+    runs: dict[str, list[Figures]] = {load.name: [] for load in (*others, paced)}
     for _ in range(args.repeats):  # in turns, so that a change of the machine hits all alike
         for load in lessons:
             real.play(load)
@@ -344,14 +346,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for load in others:
             runs[load.name].append(real.play(load))
         real.steps.clear()
+        runs[paced.name].append(with_floor.play(paced))
     profile = learn(steps)
     if args.write_profile:
         args.write_profile.write_text(json.dumps(asdict(profile), indent=1) + "\n")
-    free = others[1]
-    floor = round(FLOOR_SHARE * median_of(runs[free.name]).tps_p50)
-    paced = replace(free, name=f"{free.name}, floor {floor}", tps_floor=float(floor))
-    real = real_run(clock, lessons[0], float(floor))
-    runs[paced.name] = [real.play(paced) for _ in range(args.repeats)]
     found: dict[str, Any] = {"profile": asdict(profile)}
     for load in (*others, paced):
         middle = asdict(median_of(runs[load.name]))

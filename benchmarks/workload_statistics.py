@@ -13,6 +13,7 @@ clock.
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -189,9 +190,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--plot", type=Path, help="the hit rates by time to live")
     args = parser.parse_args()
-    path, real, rates = traces.file_in(traces_place()), None, {"table": list(TABLE_HITS)}
-    shares = {"table": TABLE_EVENTS}
-    if path.exists():
+    real, rates, shares = None, {"table": list(TABLE_HITS)}, {"table": TABLE_EVENTS}
+    try:
+        path = traces.file_in(traces_place())
+    except ValueError as error:
+        print(f"without recorded sessions: {error}", file=sys.stderr)
+    else:
         workload, real = recorded(path)
         rates["recorded"], shares["recorded"] = hits(workload), events(workload)
         del workload
