@@ -209,6 +209,14 @@ REFUSED = [
     ({"method": "ngram", "prompt_lookup_max": 65}, "prompt_lookup_max 65 is above 64, the longest"),
     ({"num_speculative_tokens": 129}, "num_speculative_tokens 129 is above 128, .* adaptive false"),
     (
+        {"method": "suffix", "suffix_min_match": 2**31},
+        "suffix_min_match must be at most 2147483647",
+    ),
+    (
+        {"method": "suffix", "num_speculative_tokens": 1024, "adaptive": False},
+        "num_speculative_tokens 1024 must be below max_num_batched_tokens 1024",
+    ),
+    (
         {"model": "x", "draft_tensor_parallel_size": 2},
         "draft_tensor_parallel_size must be 1 or 1, as the model's: 2",
     ),

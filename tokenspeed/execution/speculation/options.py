@@ -34,6 +34,7 @@ _KEYS: Final[dict[str, tuple[type, frozenset[str]]]] = {  # type, and the method
     "shared_store_tokens": (int, frozenset({"auto", "suffix"})),
 }
 _LEAST: Final[dict[str, int]] = {"shared_store_tokens": 0}  # of numbers; 1 otherwise
+GREATEST: Final = 2**31 - 1
 _WORDS: Final = {str: "a text", int: "an integer", bool: "true or false"}
 
 
@@ -89,6 +90,11 @@ def speculation_of(config: EngineConfig, device: str = "cpu") -> Speculation:
     limit = config.model.max_model_len
     if limit is not None:
         check_depth(made, limit)
+    if (made.num_tokens or 0) >= config.scheduler.max_num_batched_tokens:
+        raise ValueError(
+            f"speculative_config: num_speculative_tokens {made.num_tokens} must be below"
+            f" max_num_batched_tokens {config.scheduler.max_num_batched_tokens}"
+        )
     _check_learnt(made)
     _check_lookup(made)
     _check_mesh(made, config)
@@ -150,6 +156,8 @@ def _check_value(key: str, value: Any) -> None:
     number: Any = value
     if kind is int and number < least:
         raise ValueError(f"speculative_config: {key} must be at least {least}: {value}")
+    if kind is int and number > GREATEST:
+        raise ValueError(f"speculative_config: {key} must be at most {GREATEST}: {value}")
 
 
 def _method_names(text: str) -> list[str]:
