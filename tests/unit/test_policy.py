@@ -570,6 +570,37 @@ def test_drafts_in_hand_are_what_proposals_have_to_beat() -> None:
     assert proposed_beside(8, 0.99, num_in_hand=8) == 0
 
 
+@pytest.mark.parametrize("rival_len", [0, 1])
+def test_proposals_must_beat_what_time_gained_lately(rival_len: int) -> None:
+    """Verifying takes 0.5 ms, proposing 2; drafts in hand give 9 tokens in 14 ms, no drafts 1 in
+    10."""
+    costs = COSTS * 0
+    for name, cost in {"step": 10e-3, "verify_tokens": 5e-4, "propose_tokens": 2e-3}.items():
+        costs[FEATURES.index(name)] = cost
+    acceptance = Acceptance(2)
+    policy = policy_for(acceptance, costs)
+
+    def depths(num_in_hand: int, num_proposed: int) -> list[int]:
+        for drafter in (0, 1):
+            observe(acceptance, 8, False, drafter=drafter)
+        chosen: list[int] = policy.choose(
+            features(decode_rows=1), np.ones(2, np.uint64), i32(0, 1), i32(0, 0),
+            i32(num_in_hand, num_proposed), np.array([False, True]), 99,
+            rivals=np.array([[0, 0, 0], [0, 0, rival_len]], np.int32),
+        ).tolist()  # fmt: skip
+        return chosen
+
+    for _ in range(300):  # both are known to be right
+        depths(0, 0)
+    assert depths(0, 8) == [0, 8]
+    for _ in range(60):
+        assert depths(8, 0) == [8, 0]
+    assert depths(0, 8) == [0, 0]
+    for _ in range(200):
+        depths(0, 0)
+    assert depths(0, 8) == [0, 8]
+
+
 def test_the_same_calls_give_the_same_depths() -> None:
     one, other = Row(StepTimeModel()), Row(StepTimeModel())
     assert [one.step(0.6) for _ in range(300)] == [other.step(0.6) for _ in range(300)]
