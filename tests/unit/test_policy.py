@@ -538,7 +538,9 @@ def test_what_drafts_cost_is_told_from_what_steps_cost() -> None:
     assert np.mean([row.step(0.4) for _ in range(100)]) < 0.5
 
 
-def proposed_beside(rival_len: int, rate: float, *, num_in_hand: int = 0) -> int:
+def proposed_beside(
+    rival_len: int, rate: float, *, num_in_hand: int = 0, num_lately: int = 0
+) -> int:
     """How many always right proposals, of 8 at most, a step of 10 ms has where a draft from tokens
     has so many places, each right so often. A proposal takes 0.5 ms, verifying as long."""
     costs = COSTS * 0
@@ -550,11 +552,14 @@ def proposed_beside(rival_len: int, rate: float, *, num_in_hand: int = 0) -> int
         observe(acceptance, 8, False, drafter=1)
         hits = int(np.cumprod(rng.random(8) < rate).sum())
         observe(acceptance, hits, hits < 8)
-    depths = policy.choose(
-        features(decode_rows=1), np.ones(2, np.uint64), i32(0, 1), i32(0, 0), i32(num_in_hand, 8),
-        np.array([False, True]), 99, rivals=np.array([[0, 0, 0], [0, 0, rival_len]], np.int32),
-    )  # fmt: skip
-    return int(depths[1])
+    rivals = np.array([[0, 0, 0], [0, 0, rival_len]], np.int32)
+    proposed = 0
+    for limits in [(num_lately, 0)] * 60 + [(num_in_hand, 8)]:
+        proposed = policy.choose(
+            features(decode_rows=1), np.ones(2, np.uint64), i32(0, 1), i32(0, 0), i32(*limits),
+            np.array([False, True]), 99, rivals=rivals,
+        )[1]  # fmt: skip
+    return int(proposed)
 
 
 def test_proposals_are_worth_what_tokens_alone_do_not_give() -> None:
@@ -562,6 +567,8 @@ def test_proposals_are_worth_what_tokens_alone_do_not_give() -> None:
     assert proposed_beside(8, 0.99) == 0  # 0.4 tokens in 8 ms, and 1 in 10 without
     assert proposed_beside(2, 0.99) == 8  # 6, for the sake of the last
     assert proposed_beside(8, 0.3) == 8
+    assert proposed_beside(8, 0.95) == 8  # 1.6 tokens
+    assert proposed_beside(8, 0.95, num_lately=2) == 0  # 3 tokens in 11 ms, in steps before
 
 
 def test_drafts_in_hand_are_what_proposals_have_to_beat() -> None:
