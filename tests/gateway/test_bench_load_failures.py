@@ -140,8 +140,27 @@ def test_a_retry_after_that_is_no_time_is_none():
         ([event({"choices": [], "usage": {"prompt_tokens": "many"}})], "counts 'many'"),
         ([event({"choices": [], "usage": {"completion_tokens": -3}})], "counts -3"),
         ([event({"choices": [], "usage": {"prompt_tokens_details": [1]}})], "another shape"),
+        ([b"data: " + b"[" * 100_000 + b"\n\n"], "not JSON"),
+        (
+            [event({"choices": [], "usage": {"completion_tokens": 5}})],
+            "counts 5 tokens of at most 4",
+        ),
+        ([event({"choices": [], "usage": {"prompt_tokens": 2**31}})], "counts 2147483648 tokens"),
+        (
+            [
+                event(
+                    {
+                        "choices": [],
+                        "usage": {"prompt_tokens_details": {"cached_tokens": 10**9 * 9}},
+                    }
+                )
+            ],
+            "counts 9000000000 tokens",
+        ),
+        ([event({"error": {"message": "half a \ud800"}})], "half a ?"),
         ([httpx.ReadError("reset by peer")], "ReadError: reset by peer"),
     ],
+    ids=range(16),
 )
 def test_an_answer_that_breaks_is_an_error_and_the_rest_goes_on(pieces, why):
     broken = Reply([(0.5, piece) for piece in pieces])
@@ -155,6 +174,34 @@ def test_an_answer_that_breaks_is_an_error_and_the_rest_goes_on(pieces, why):
     assert [(r.session_id, r.status) for r in run.records] == [("s", "error"), ("t", "ok")]
     assert why in run.records[0].error
     assert run.died is None
+
+
+def test_usage_is_read_as_far_as_events_have_told_it():
+    """Each of these alone would be no count at all."""
+    start = {"type": "message_start", "message": {"usage": {"input_tokens": 9}}}
+    later = {"type": "message_delta", "usage": {"cache_creation_input_tokens": "many"}}
+    reply = Reply([(0.5, event(start)), (0.5, event(later))])
+    endpoint = Endpoint("a", "http://a", "m", "messages")
+    (run,) = load(ScriptedServers(lambda seen: reply), [session("s", turn([1]))], endpoint)
+    (record,) = run.records
+    assert (record.status, record.input_tokens) == ("error", 9)
+    assert record.error.startswith("DecodingError: an event of another shape")
+
+
+@pytest.mark.parametrize(
+    ("models", "why"),
+    [
+        (b"[" * 100_000, "DecodingError: nested too deeply"),
+        (b'{"data": [{"id": "m\\ud800"}]}', "UnicodeEncodeError: "),
+        (b'{"data": []}', "IndexError: "),
+    ],
+    ids=range(3),
+)
+def test_an_endpoint_whose_models_have_no_name_is_dead(models, why):
+    answer = httpx.MockTransport(lambda request: httpx.Response(200, content=models))
+    (run,) = load(answer, [session("s", turn([1]))], Endpoint("a", "http://a"))
+    assert run.records == []
+    assert run.died.startswith(f"/v1/models: {why}")
 
 
 def test_a_http_error_is_an_error():

@@ -36,7 +36,7 @@ def test_usage_in_the_last_event_alone_is_no_burst():
     pieces = [(1.0, event({"choices": [{"delta": {"content": "a"}}]}))] * 2
     last = {"choices": [{"delta": {"content": "b"}, "finish_reason": "stop"}]}
     pieces.append((1.0, event(last | {"usage": {"prompt_tokens": 5, "completion_tokens": 9}})))
-    (run,) = load(ScriptedServers(lambda seen: Reply(pieces)), [session("s", turn([1]))])
+    (run,) = load(ScriptedServers(lambda seen: Reply(pieces)), [session("s", turn([1], out=9))])
     assert run.records[0].token_counts == [1, 1, 1]
     assert run.records[0].output_tokens == 9
 
@@ -125,7 +125,12 @@ def test_servers_are_asked_to_tokenize_as_they_know_it(path, field):
         assert reason.startswith("a: HTTPError: does not tokenize (/tokenize with 'prompt': HTTP")
 
 
-@pytest.mark.parametrize("said", [b"none", b"[]", b'{"tokens": "x"}', b'{"tokens": [null]}'])
+DEEP = b"[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "said", [b"none", b"[]", DEEP, b'{"tokens": "x"}', b'{"tokens": [null]}'], ids=range(5)
+)
 def test_what_is_no_ids_is_an_error_of_its_request(said):
     answer = httpx.MockTransport(lambda request: httpx.Response(200, content=said))
     (run,) = load(answer, [session("s", turn([1]))], forced=True)

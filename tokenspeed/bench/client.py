@@ -8,18 +8,20 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from reprlib import repr as brief
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 
-from tokenspeed.bench.dialects import Ask, Delta, Usage, dialect_of
+from tokenspeed.bench.dialects import Ask, Delta, Json, Usage, dialect_of
 from tokenspeed.bench.records import RequestRecord
 
 Clock = Callable[[], float]
 REFUSED = (429, 503, 529)
 _SENT = ("http11.send_request_body.complete", "http2.send_request_body.complete")
 _MAX_ERROR = 500  # characters of an endpoint's words that a record keeps
+_MOST_PROMPT = 2**31 - 1  # tokens; no model reads more
 # Where servers tokenize and how they call the text: vLLM and TokenSpeed, llama.cpp,
 # llama-cpp-python.
 _TOKENIZERS = (("/tokenize", "prompt"), ("/tokenize", "content"), ("/extras/tokenize", "input"))
@@ -115,7 +117,7 @@ class StreamClient:
                 timeout=self._timeout,
                 extensions={"trace": self._tracer(record)},
             ) as reply:
-                await self._read(reply, reading, ask.cancel_after)
+                await self._read(reply, reading, ask)
         except httpx.HTTPError as error:
             broken = True
             reading.fail(f"{type(error).__name__}: {error}")
@@ -134,9 +136,7 @@ class StreamClient:
 
         return trace
 
-    async def _read(
-        self, reply: httpx.Response, reading: "_Reading", cancel_after: int | None
-    ) -> None:
+    async def _read(self, reply: httpx.Response, reading: "_Reading", ask: Ask) -> None:
         record = reading.record
         record.http_status = reply.status_code
         if reply.status_code != 200:
@@ -149,31 +149,41 @@ class StreamClient:
         async for piece in reply.aiter_bytes():
             now = self._clock()
             for event in events.feed(piece):
-                reading.take(self._delta(event), now)
-            if cancel_after is not None and reading.num_tokens >= cancel_after:
+                reading.take(self._delta(event, reading.usage, ask.max_tokens), now)
+            if ask.cancel_after is not None and reading.num_tokens >= ask.cancel_after:
                 record.status = "cancelled"
                 return
         if not reading.ended:
             reading.fail("the stream ended before the answer did")
 
-    def _delta(self, event: dict[str, Any]) -> Delta:
+    def _delta(self, event: Json, known: Json, most: int) -> Delta:
+        """`known`: usage of the events before. An answer has at most `most` tokens."""
         try:
             delta = self._dialect.read(event)
-            told = self._dialect.usage(delta.usage)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise httpx.DecodingError(f"an event of another shape: {str(event)[:80]}") from error
-        for number in (delta.num_tokens, told.prompt, told.cached, told.output):
-            if number is not None and (type(number) is not int or number < 0):
-                raise httpx.DecodingError(f"an event counts {number!r} tokens")
+            told = self._dialect.usage(known | _said(delta.usage))
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
+            raise httpx.DecodingError(f"an event of another shape: {brief(event)}") from error
+        for numbers, limit in (
+            ((told.prompt, told.cached), _MOST_PROMPT),
+            ((told.output, delta.num_tokens), most),
+        ):
+            for number in numbers:
+                _check_count(number, limit)
         if not isinstance(delta.text, str):
-            raise httpx.DecodingError(f"an event says {delta.text!r}")
+            raise httpx.DecodingError(f"an event says {brief(delta.text)}")
         return delta
 
     async def first_model(self) -> str:
-        """The name of the first model that the endpoint lists. Raises `httpx.HTTPError`."""
+        """The name of the first model that the endpoint lists. Raises `httpx.HTTPError`, and
+        `LookupError`, `TypeError` or `ValueError` for a list of another shape."""
         reply = await self._http.get(f"{self.endpoint.root}/v1/models", headers=self._headers)
         reply.raise_for_status()
-        return str(reply.json()["data"][0]["id"])
+        try:
+            name = str(reply.json()["data"][0]["id"])
+        except RecursionError as error:
+            raise httpx.DecodingError("nested too deeply") from error
+        name.encode()  # a ValueError: what is no text cannot be sent back
+        return name
 
     async def tokenize(self, text: str, model: str | None = None) -> list[int]:
         """The ids of a text by the endpoint's own tokenizer, with no token added in front.
@@ -212,7 +222,7 @@ class EventReader:
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, piece: bytes) -> Iterator[dict[str, Any]]:
+    def feed(self, piece: bytes) -> Iterator[Json]:
         """Raises `httpx.DecodingError` for an event that is no JSON object."""
         *lines, self._rest = (self._rest + piece).split(b"\n")
         for line in lines:
@@ -221,7 +231,7 @@ class EventReader:
                 continue
             try:
                 event = json.loads(data)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise httpx.DecodingError(f"an event is not JSON: {data[:80]!r}") from error
             if not isinstance(event, dict):
                 raise httpx.DecodingError(f"an event is not an object: {data[:80]!r}")
@@ -233,7 +243,7 @@ class _Reading:
 
     def __init__(self, record: RequestRecord) -> None:
         self.record = record
-        self.usage: dict[str, Any] = {}
+        self.usage: Json = {}
         self.texts: list[str] = []
         self.ended = False
         self.num_tokens = 0  # as the events tell or, where they do not, as many as there were
@@ -243,7 +253,7 @@ class _Reading:
         """An event that arrived at `now`."""
         if delta.error is not None:
             self.fail(delta.error)
-        self.usage |= {name: value for name, value in delta.usage.items() if value is not None}
+        self.usage |= _said(delta.usage)
         if delta.text:
             self.texts.append(delta.text)
         if delta.carries and self.record.first_token_s is None:
@@ -266,7 +276,9 @@ class _Reading:
         """The first cause counts."""
         self.ended = True
         if self.record.status == "ok":
-            self.record.status, self.record.error = "error", error[:_MAX_ERROR]
+            # JSON may hold halves of characters, which no file and no terminal takes.
+            words = error[:_MAX_ERROR].encode(errors="replace").decode()
+            self.record.status, self.record.error = "error", words
 
     def settle(self, usage: Usage) -> None:
         """What the endpoint says of its tokens; of an answer that it does not, what was seen."""
@@ -274,6 +286,20 @@ class _Reading:
         record.input_tokens = usage.prompt or record.input_tokens
         record.cached_tokens = usage.cached
         record.output_tokens = max(usage.output or 0, self.num_tokens)
+
+
+def _said(usage: Json) -> Json:
+    """Without what an event leaves open: others tell it."""
+    return {name: value for name, value in usage.items() if value is not None}
+
+
+def _check_count(number: Any, most: int) -> None:
+    if number is None:
+        return
+    if type(number) is not int or number < 0:
+        raise httpx.DecodingError(f"an event counts {brief(number)} tokens")
+    if number > most:
+        raise httpx.DecodingError(f"an event counts {brief(number)} tokens of at most {most}")
 
 
 def _headers_of(ask: Ask) -> dict[str, str]:
@@ -287,7 +313,7 @@ def _ids(reply: httpx.Response) -> list[int] | None:
     try:
         tokens = reply.json()["tokens"] if reply.status_code == 200 else None
         return [int(token) for token in tokens] if isinstance(tokens, list) else None
-    except (LookupError, TypeError, ValueError, OverflowError):
+    except (LookupError, TypeError, ValueError, OverflowError, RecursionError):
         return None
 
 
