@@ -100,8 +100,9 @@ def touched(model: str) -> list[Path]:
 
 
 def compiled_sources() -> list[Path]:
-    """What `_scheduler` and `_cpu` are built from, their bindings included."""
-    folders = [ROOT / "csrc" / name for name in ("scheduler", "cpu", "bindings")]
+    """What the extension modules are built from, their bindings included; nothing for GPUs."""
+    names = ("scheduler", "policy", "drafts", "cpu", "shm", "bindings")
+    folders = [ROOT / "csrc" / name for name in names]
     return sorted(p for f in folders for p in f.rglob("*") if p.suffix in (".h", ".cpp"))
 
 

@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the last line to this file")
     parser.add_argument("--write-profile", type=Path, help="for `tokenspeed simulate --profile`")
     args = parser.parse_args()
+    if args.repeats % 2 == 0:
+        parser.error("--repeats must be odd: the median run is compared")
     if args.clock == "cpu" and args.threads > 1:
         parser.error("--clock cpu adds up all threads: it needs --threads 1")
     found = measure(args)
