@@ -396,7 +396,8 @@ async def test_steps_are_told_as_differences():
             num_draft_tokens=8,
             prefix_queries=2000,
             prefix_hits=1000,
-            speculation=m.SpeculationStats(drafters, [1], 10, 0.5, 0.4),
+            speculation=m.SpeculationStats(drafters, [1]),
+            step_times=m.StepTimeStats(10, 0.5, 0.4),
         )
         engine.stats = before
         assert second(clock.look())["decode"] == 0  # what was before anybody looked
@@ -415,7 +416,8 @@ async def test_steps_are_told_as_differences():
             prefix_queries=3000,
             prefix_hits=1900,
             num_preemptions=1,
-            speculation=m.SpeculationStats(more, [1], 15, 0.75, 0.6, 0.125),
+            speculation=m.SpeculationStats(more, [1]),
+            step_times=m.StepTimeStats(15, 0.75, 0.6, 0.125),
         )
         g.service.metrics.rejections["full"] += 2
         told = clock.look()

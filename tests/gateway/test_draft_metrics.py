@@ -3,7 +3,12 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from tokenspeed.engine.messages import DrafterStats, EngineStats, SpeculationStats
+from tokenspeed.engine.messages import (
+    DrafterStats,
+    EngineStats,
+    SpeculationStats,
+    StepTimeStats,
+)
 from tokenspeed.gateway.exposition import exposition
 from tokenspeed.gateway.metrics import Metrics
 
@@ -16,8 +21,10 @@ def shown() -> str:
         DrafterStats("mtp", 4, 8, 5, [3, 2]),
     ]
     metrics = Metrics("m", 2)
-    speculation = SpeculationStats(drafters, [20, 0, 4, 10], 9, 1.5, 1.25, 0.125)
-    metrics.engines[1].stats = EngineStats(speculation=speculation)
+    speculation = SpeculationStats(drafters, [20, 0, 4, 10])
+    metrics.engines[1].stats = EngineStats(
+        speculation=speculation, step_times=StepTimeStats(9, 1.5, 1.25, 0.125)
+    )
     return exposition(metrics).decode()
 
 
@@ -53,9 +60,9 @@ def test_depths_and_step_times() -> None:
         labels = f'{{engine="1",le="{bound}",model_name="m"}}'
         assert f"tokenspeed:spec_decode_depth_bucket{labels} {value}" in lines
     assert f"tokenspeed:spec_decode_depth_sum{BOTH} 38.0" in lines
-    assert f"tokenspeed:spec_decode_step_predicted_seconds_total{BOTH} 1.5" in lines
-    assert f"tokenspeed:spec_decode_step_measured_seconds_total{BOTH} 1.25" in lines
-    assert f"tokenspeed:spec_decode_step_time_error{BOTH} 0.125" in lines
+    assert f"tokenspeed:step_predicted_seconds_total{BOTH} 1.5" in lines
+    assert f"tokenspeed:step_measured_seconds_total{BOTH} 1.25" in lines
+    assert f"tokenspeed:step_time_error{BOTH} 0.125" in lines
 
 
 def test_prometheus_can_read_all_of_it() -> None:

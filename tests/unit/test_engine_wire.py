@@ -40,7 +40,8 @@ UP: list[Any] = [
     m.StatsMessage(m.EngineStats(1, 2, 0.5, 3, 4, 5, 1.5, 2.5, 6, 7)),
     m.StatsMessage(
         m.EngineStats(
-            speculation=m.SpeculationStats([m.DrafterStats("x", 1, 2, 1, [1, 0])], [3, 1])
+            speculation=m.SpeculationStats([m.DrafterStats("x", 1, 2, 1, [1, 0])], [3, 1]),
+            step_times=m.StepTimeStats(3, 0.5, 0.25, 0.125),
         )
     ),
     m.PrefixPages(2**64 - 1, 3),

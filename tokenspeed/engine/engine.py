@@ -285,7 +285,8 @@ class Engine:
         drafts = None if self._speculator is None else self._speculator.stats()
         made = self._schedulers.stats() | asdict(self._counts)
         pacing = None if self._pacing is None else self._pacing.stats()
-        stats = EngineStats(**made, speculation=drafts, pacing=pacing)
+        times = None if self._times is None else self._times.stats()
+        stats = EngineStats(**made, speculation=drafts, pacing=pacing, step_times=times)
         if self._balance is None:
             return stats
         balance = self._balance()

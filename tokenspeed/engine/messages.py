@@ -91,15 +91,21 @@ class DrafterStats:
 
 
 @dataclass(frozen=True)
+class StepTimeStats:
+    """How well steps' times are foretold, since the start."""
+
+    num_steps: int = 0  # whose time was foretold
+    predicted_s: float = 0.0  # of these steps together
+    measured_s: float = 0.0
+    error: float = 0.0  # median relative error of the latest of these
+
+
+@dataclass(frozen=True)
 class SpeculationStats:
     """How speculative decoding goes, since the start."""
 
     drafters: list[DrafterStats]
     depths: list[int]  # [depth] decoding rows that were given a draft of so many tokens
-    num_steps: int = 0  # whose time was foretold
-    predicted_s: float = 0.0  # of these steps together
-    measured_s: float = 0.0
-    step_time_error: float = 0.0  # median relative error of the latest of these
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,6 @@ class PacingStats:
     num_late: int = 0  # outputs that came after they were due
     num_refused: int = 0  # requests, for lack of room
     num_unmeetable: int = 0  # requests whose floor could not be met even alone
-    num_steps: int = 0  # whose time was foretold
-    predicted_s: float = 0.0  # of these steps together
-    measured_s: float = 0.0
-    step_time_error: float = 0.0  # median relative error of the latest of these
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class EngineStats:
     num_draft_tokens: int = 0
     speculation: SpeculationStats | None = None
     pacing: PacingStats | None = None
+    step_times: StepTimeStats | None = None  # where somebody plans by them
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,6 @@ class Pacing:
             num_late=self.policy.num_late,
             num_refused=self._num_refused,
             num_unmeetable=self.policy.num_unmeetable,
-            num_steps=self._times.num_steps,
-            predicted_s=self._times.predicted_s,
-            measured_s=self._times.measured_s,
-            step_time_error=self._times.error,
         )
 
     def _answer(self, request_id: int) -> TokenOutput:

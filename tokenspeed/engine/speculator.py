@@ -281,17 +281,9 @@ class Speculator:
 
     def stats(self) -> SpeculationStats:
         """Counts since the start."""
-        drafters, depths = [counts.stats() for counts in self._counts], self._depths
-        if depths is None:
-            return SpeculationStats(drafters, self._depth_counts())
-        times = depths.times
-        told = (times.num_steps, times.predicted_s, times.measured_s, times.error)
-        return SpeculationStats(drafters, self._depth_counts(), *told)
-
-    def _depth_counts(self) -> list[int]:
-        counts = list(self._histogram)
-        counts[0] += self._hearing.num_unseen
-        return counts
+        depths = list(self._histogram)
+        depths[0] += self._hearing.num_unseen
+        return SpeculationStats([counts.stats() for counts in self._counts], depths)
 
     def _find(self, request_id: int, live: _Live) -> None:
         """What may come next, and whose draft to take: all of it, and as deep as can be."""

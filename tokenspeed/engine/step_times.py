@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenspeed._policy import StepTimeModel, experts_touched
+from tokenspeed.engine.messages import StepTimeStats
 from tokenspeed.execution.plan_view import ROW_PREFILL, ROW_SAMPLE, Plans
 
 # The first steps are all learnt from; later, of those that only decode, one in so many.
@@ -94,10 +95,10 @@ class StepTimes:
         self._num_plain = 0
         self._committed_s = 0.0
 
-    @property
-    def error(self) -> float:
-        """Median relative error of the latest predictions; 0 before the first."""
-        return self.model.median_relative_error if self.model.num_observed else 0.0
+    def stats(self) -> StepTimeStats:
+        """Of the steps that were learnt from."""
+        error = self.model.median_relative_error if self.model.num_observed else 0.0
+        return StepTimeStats(self.num_steps, self.predicted_s, self.measured_s, error)
 
     def launched(self, plans: Plans, now_s: float) -> None:
         """These plans run now."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, astuple, dataclass, fields
 from statistics import median
 from typing import Any
 
-from tokenspeed.engine.messages import EngineStats, PacingStats, SpeculationStats
+from tokenspeed.engine.messages import EngineStats, StepTimeStats
 from tokenspeed.gateway.dashboard_streams import LiveStreams, Rows
 from tokenspeed.gateway.engine_pool import EnginePool
 from tokenspeed.gateway.metrics import Metrics
@@ -156,7 +156,7 @@ class Watch:
             foretold=int(new["foretold"]),
             predicted_s=round(new["predicted_s"], 5),
             measured_s=round(new["measured_s"], 5),
-            error=round(max((one.step_time_error for one in _foretellers(stats)), default=0.0), 4),
+            error=round(max((one.error for one in _foretellers(stats)), default=0.0), 4),
             running=gauges["num_running"],
             waiting=gauges["num_waiting"],
             held=round(sum(s.kv_cache_usage for s in stats) / len(stats), 4),
@@ -250,9 +250,9 @@ class Show:
         return self._latest
 
 
-def _foretellers(stats: list[EngineStats]) -> list[PacingStats | SpeculationStats]:
-    """Who foretells step times, one of each engine that has one."""
-    return [one for s in stats if (one := s.pacing or s.speculation) is not None]
+def _foretellers(stats: list[EngineStats]) -> list[StepTimeStats]:
+    """Of each engine that foretells step times."""
+    return [s.step_times for s in stats if s.step_times is not None]
 
 
 def _counts(stats: list[EngineStats]) -> dict[str, float]:

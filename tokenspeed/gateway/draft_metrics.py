@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client.core import (
     CounterMetricFamily,
-    GaugeMetricFamily,
     HistogramMetricFamily,
     Metric,
 )
@@ -41,7 +40,6 @@ def draft_metrics(labels: list[str], engines: Engines) -> Iterator[Metric]:
         yield from (total, each)
     yield _per_place(labels, known)
     yield _depths(labels, known)
-    yield from _step_times(labels, known)
 
 
 def _per_place(labels: list[str], known: list[tuple[list[str], SpeculationStats]]) -> Metric:
@@ -70,25 +68,3 @@ def _depths(labels: list[str], known: list[tuple[list[str], SpeculationStats]]) 
         weighted = sum(depth * count for depth, count in enumerate(stats.depths))
         made.add_metric(values, [*buckets, ("+Inf", float(total))], weighted)
     return made
-
-
-def _step_times(
-    labels: list[str], known: list[tuple[list[str], SpeculationStats]]
-) -> Iterator[Metric]:
-    predicted, measured = (
-        CounterMetricFamily(f"tokenspeed:spec_decode_step_{word}_seconds", text, labels=labels)
-        for word, text in (
-            ("predicted", "Of the steps whose time was foretold: as foretold"),
-            ("measured", "Of the steps whose time was foretold: as measured"),
-        )
-    )
-    error = GaugeMetricFamily(
-        "tokenspeed:spec_decode_step_time_error",
-        "Median relative error of the latest times foretold",
-        labels=labels,
-    )
-    for values, stats in known:
-        predicted.add_metric(values, stats.predicted_s)
-        measured.add_metric(values, stats.measured_s)
-        error.add_metric(values, stats.step_time_error)
-    yield from (predicted, measured, error)

@@ -16,7 +16,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from tokenspeed.engine.messages import PacingStats
+from tokenspeed.engine.messages import PacingStats, StepTimeStats
 from tokenspeed.gateway.draft_metrics import draft_metrics
 from tokenspeed.gateway.metrics import EngineMetrics, Histogram, Metrics
 
@@ -37,7 +37,7 @@ _GAUGES = {  # text, field of the engine's own count
         "expert_load_worst",
     ),
 }
-_NO_PACE = PacingStats()
+_NO_PACE, _NO_TIMES = PacingStats(), StepTimeStats()
 _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "vllm:prompt_tokens": lambda e: e.counters["prompt_tokens"],
     "vllm:prompt_tokens_cached": lambda e: e.counters["prompt_tokens_cached"],
@@ -50,8 +50,8 @@ _COUNTERS: dict[str, Callable[[EngineMetrics], float]] = {
     "tokenspeed:expert_load_slots_moved": lambda e: e.stats.expert_load_slots_moved,
     "tokenspeed:steps": lambda e: e.stats.num_steps,
     "tokenspeed:step_seconds": lambda e: e.stats.busy_s,
-    "tokenspeed:step_predicted_seconds": lambda e: (e.stats.pacing or _NO_PACE).predicted_s,
-    "tokenspeed:step_measured_seconds": lambda e: (e.stats.pacing or _NO_PACE).measured_s,
+    "tokenspeed:step_predicted_seconds": lambda e: (e.stats.step_times or _NO_TIMES).predicted_s,
+    "tokenspeed:step_measured_seconds": lambda e: (e.stats.step_times or _NO_TIMES).measured_s,
     "tokenspeed:outputs_late": lambda e: (e.stats.pacing or _NO_PACE).num_late,
     "tokenspeed:floors_unmeetable": lambda e: (e.stats.pacing or _NO_PACE).num_unmeetable,
     "tokenspeed:floor_misses_for_progress": lambda e: (
@@ -131,7 +131,7 @@ class _Families(Collector):
             labels=_LABELS,
         )
         for labels, engine in self._engines:
-            error.add_metric(labels, (engine.stats.pacing or _NO_PACE).step_time_error)
+            error.add_metric(labels, (engine.stats.step_times or _NO_TIMES).error)
         yield error
         keys = list(self._metrics.engines[0].cache)
         info = GaugeMetricFamily("vllm:cache_config_info", "The KV cache", labels=[*_LABELS, *keys])

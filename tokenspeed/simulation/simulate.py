@@ -24,10 +24,7 @@ from tokenspeed.simulation.sessions import Session, Workload
 HASH_KEY = bytes(16)  # of prefixes: nobody can attack a simulation, and runs are alike
 OK, INVALID, OVERLOADED = 200, 400, 503  # as the gateway answers
 FULL_WAIT_S = 1.0  # told to who finds the queue full
-PACING_STATS = (
-    *("num_late", "floor_misses_for_progress", "num_unmeetable", "num_refused"),
-    "step_time_error",
-)
+PACING_STATS = ("num_late", "floor_misses_for_progress", "num_unmeetable", "num_refused")
 
 
 @dataclass(slots=True)
@@ -84,6 +81,7 @@ class Simulation:
         if isinstance(profile, LinearProfile) and options.acceptance is not None:
             profile.check_drafts()
         times = (times or StepTimes(profile.experts)) if options.pacing.is_on else None
+        self._times = times
         self._pacing, self._drafts = _pacing(options, times), _drafts(options)
         self.machine = Machine(
             self._schedulers,
@@ -130,6 +128,8 @@ class Simulation:
             found |= {"num_drafts": given, "num_accepted_drafts": accepted}
         if self._pacing is not None:
             found |= {name: getattr(self._pacing.stats(), name) for name in PACING_STATS}
+        if self._times is not None:
+            found["step_time_error"] = self._times.stats().error
         return found
 
     def _submit(self, sending: Sending) -> Outcome | None:
