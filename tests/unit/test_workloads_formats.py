@@ -61,6 +61,11 @@ def first_request(**changed: Any) -> Callable[[], dict[str, Any]]:
         (first_request(**{"in": 0}), "in must be"),
         (first_request(out=0, stop="end_turn"), "output tokens must be"),
         (first_request(think_time=-1), "think_time must be"),
+        (first_request(out=2**63), "output tokens must be below 2147483648"),
+        (first_request(input_types=5), "input_types must be a list, not 5"),
+        (first_request(input_types=False), "input_types must be a list, not False"),
+        (first_request(input_types="tool_result"), "input_types must be a list"),
+        (lambda: WEKA | {"id": "\ud800"}, "id must be text"),
         (lambda: {k: v for k, v in WEKA.items() if k != "block_size"}, "block_size is missing"),
         (lambda: WEKA | {"requests": [{"t": 0.0}]}, "in is missing"),
         (lambda: WEKA | {"requests": [1]}, "a JSON object is needed"),
@@ -81,6 +86,14 @@ def test_weka_takes_a_number_for_the_partial_block(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no \.json file"):
         weka.make(tmp_path / "empty")
+
+
+def test_weka_may_leave_open_what_a_prompt_is(tmp_path: Path) -> None:
+    kinds = []
+    for types in (None, ["text"], ["tool_result"]):
+        (tmp_path / "a.json").write_text(json.dumps(first_request(input_types=types)()))
+        kinds.append(weka.make(tmp_path).sessions[0].turns[0].kind)
+    assert kinds == ["user", "user", "tool"]
 
 
 def test_mooncake_comes_back_as_single_requests(tmp_path: Path) -> None:
@@ -118,6 +131,7 @@ def mooncake_row(**changed: Any) -> str:
         ({"timestamp": None}, "timestamp is missing"),
         ({"input_length": 0}, "input_length must be"),
         ({"output_length": 0}, "output_length must be"),
+        ({"output_length": 2**31}, "output_length must be below 2147483648"),
         ({"hash_ids": [1, 2, 3]}, "a hole"),
         ({"hash_ids": []}, "a hole"),
         ({"hash_ids": {}}, "hash_ids must be"),

@@ -79,6 +79,14 @@ BAD: dict[str, tuple[Any, str]] = {
     "half a token": (recorded(row(0, 70, 1.5, 0, [[1, 1]])), "output tokens must be"),  # type: ignore[arg-type]
     "keeps nothing": (recorded(row(0, 70, 3, 1, [])), "keeps 1 blocks where 0 were"),
     "missing block": (recorded(row(0, 200, 3, 0, [[1, 2]])), "2 blocks for 3 whole ones"),
+    "endless input": (recorded(row(0, 2**31, 3, 0, [])), "input_tokens must be below 2147483648"),
+    "endless output": (recorded(row(0, 70, 2**63, 0, [[1, 1]])), "tokens must be below 2147483648"),
+    "all memory": (recorded(row(0, 2**30, 3, 0, [[1, 2**23]])), "has at most 4194304 blocks"),
+    "half a name": (recorded(row(0, 70, 3, 0, [[1, 1]]), name="\ud800"), "id must be text"),
+    "half an agent": (
+        recorded(row(0, 70, 3, 0, [[1, 1]]), AGENT | {"agent_id": "\ud800"}),
+        "agent_id must be text",
+    ),
     "empty range": (recorded(row(0, 70, 3, 0, [[1, 0], [1, 1]])), "a range's length must be"),
     "endless range": (recorded(row(0, 70, 3, 0, [[1, 10**12]])), "blocks for a prompt of 70"),
     "no range": (recorded(row(0, 70, 3, 0, [1])), "a range is"),

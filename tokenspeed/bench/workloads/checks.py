@@ -9,11 +9,14 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, NoReturn
 
 import numpy as np
 
 Json = dict[str, Any]
+LENGTHS_END = 2**31  # no length is that long; the engine counts no further
+MOST_BLOCKS = 2**22  # of one prompt: a short line shall not ask for all memory
 
 
 def refuse(where: str, message: str) -> NoReturn:
@@ -52,16 +55,35 @@ def field(where: str, row: Json, name: str) -> Any:
     return row[name]
 
 
-def whole(where: str, name: str, value: Any, least: int) -> int:
+def whole(where: str, name: str, value: Any, least: int, end: int | None = LENGTHS_END) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        refuse(where, f"{name} must be a whole number of at least {least}, not {value!r}")
+        refuse(where, f"{name} must be a whole number of at least {least}, not {brief(value)}")
+    if end is not None and value >= end:
+        refuse(where, f"{name} must be below {end}, not {brief(value)}")
+    return value
+
+
+def name(where: str, row: Json) -> str:
+    """Its id, which requests carry."""
+    found = field(where, row, "id")
+    if not isinstance(found, str) or not found:
+        refuse(where, f"id must be a string that is not empty, not {brief(found)}")
+    return text(where, "id", found)
+
+
+def text(where: str, name: str, value: str) -> str:
+    """JSON may hold halves of characters, which cannot be sent."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        refuse(where, f"{name} must be text, not {brief(value)}")
     return value
 
 
 def seconds(where: str, name: str, value: Any) -> float:
     """A time that is not negative."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-        refuse(where, f"{name} must be a time of at least 0, not {value!r}")
+        refuse(where, f"{name} must be a time of at least 0, not {brief(value)}")
     return float(value)
 
 

@@ -7,6 +7,7 @@ hands over each request as a `Recorded` and learns here what is wrong with the w
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from reprlib import repr as brief
 from typing import Any
 
 from tokenspeed.bench.session import Session, Turn
@@ -92,9 +93,9 @@ class Reading:
         begun = checks.seconds(where, "t", checks.field(where, entry, "t"))
         agent = entry.get("agent_id", f"agent_{number:03}")
         if not isinstance(agent, str):
-            checks.refuse(where, f"agent_id must be a string, not {agent!r}")
+            checks.refuse(where, f"agent_id must be a string, not {brief(agent)}")
         # Numbered within its session: the same name further out is the same agent.
-        name = f"{above[0]}/{agent}"
+        name = f"{above[0]}/{checks.text(where, 'agent_id', agent)}"
         self.read(where, name, entry["requests"], start_s + begun, above)
 
     def _check(self, where: str, one: Recorded, last: Recorded | None, num_before: int) -> None:

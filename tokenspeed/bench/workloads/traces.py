@@ -67,9 +67,7 @@ def chosen_lines(
 def read_session(where: str, line: str, start_s: float, ids: Ids) -> list[Session]:
     """A line's session and its subagents."""
     row = checks.parsed(where, line)
-    name = checks.field(where, row, "id")
-    if not isinstance(name, str) or not name:
-        checks.refuse(where, f"id must be a string that is not empty, not {name!r}")
+    name = checks.name(where, row)
     size = checks.whole(where, "block_size", checks.field(where, row, "block_size"), 1)
     known = ids.shared if row.get("hash_id_scope") == "global" else dict[int, int]()
     reading = Reading(ids, known, size, name, decode_row)
@@ -102,9 +100,11 @@ def _ranges(where: str, ranges: Any, most: int) -> Sequence[int]:
     for pair in ranges:
         if not isinstance(pair, list) or len(pair) != 2:
             checks.refuse(where, f"a range is [start, length], not {pair!r}")
-        start = checks.whole(where, "a range's start", pair[0], 0)
-        length = checks.whole(where, "a range's length", pair[1], 1)
+        start = checks.whole(where, "a range's start", pair[0], 0, None)
+        length = checks.whole(where, "a range's length", pair[1], 1, None)
         if len(found) + length > most:
             checks.refuse(where, f"{len(found) + length} blocks for a prompt of {most} tokens")
+        if len(found) + length > checks.MOST_BLOCKS:
+            checks.refuse(where, f"a prompt has at most {checks.MOST_BLOCKS} blocks")
         found += range(start, start + length)
     return found

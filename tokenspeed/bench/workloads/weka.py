@@ -8,6 +8,7 @@ writer drops them. What it tells in times besides gaps is estimated when it is w
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any
 
 import numpy as np
@@ -52,9 +53,7 @@ def make(
 def read_session(file: Path, start_s: float, ids: Ids) -> list[Session]:
     where = str(file)
     told = checks.parsed(where, "".join(line for _, line in checks.lines(file)))
-    name = checks.field(where, told, "id")
-    if not isinstance(name, str) or not name:
-        checks.refuse(where, f"id must be a string that is not empty, not {name!r}")
+    name = checks.name(where, told)
     size = checks.whole(where, "block_size", checks.field(where, told, "block_size"), 1)
 
     def decode(here: str, request: Any, before: tuple[int, ...]) -> Recorded:
@@ -68,7 +67,7 @@ def read_session(file: Path, start_s: float, ids: Ids) -> list[Session]:
 
 def _decoded(where: str, request: Any, before: tuple[int, ...], size: int) -> Recorded:
     if not isinstance(request, dict):
-        checks.refuse(where, f"a JSON object is needed, not {request!r}")
+        checks.refuse(where, f"a JSON object is needed, not {brief(request)}")
     prompt = checks.whole(where, "in", checks.field(where, request, "in"), 1)
     blocks = checks.field(where, request, "hash_ids")
     if not isinstance(blocks, list) or not all(type(block) is int for block in blocks):
@@ -76,6 +75,9 @@ def _decoded(where: str, request: Any, before: tuple[int, ...], size: int) -> Re
     if len(blocks) == -(-prompt // size):  # some files number the last, partial block too
         blocks = blocks[: prompt // size]
     keep = shared_blocks(before, tuple(blocks))
+    types = request.get("input_types")
+    if not isinstance(types, list | None):
+        checks.refuse(where, f"input_types must be a list, not {brief(types)}")
     think, api = request.get("think_time"), request.get("api_time")
     return Recorded(
         t_s=checks.seconds(where, "t", checks.field(where, request, "t")),
@@ -87,7 +89,7 @@ def _decoded(where: str, request: Any, before: tuple[int, ...], size: int) -> Re
         new=blocks[keep:],
         think_s=None if think is None else checks.seconds(where, "think_time", think),
         api_s=None if api is None else checks.seconds(where, "api_time", api),
-        kind="tool" if "tool_result" in request.get("input_types", ()) else "user",
+        kind="tool" if "tool_result" in (types or ()) else "user",
     )
 
 
