@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tokenspeed.simulation.clients import Clients
 from tokenspeed.simulation.device_profile import LinearProfile, StepShape
 from tokenspeed.simulation.options import SimulationOptions
 from tokenspeed.simulation.sessions import Session, Turn, Workload
@@ -150,6 +151,24 @@ def test_what_cannot_be_served_ends_its_session() -> None:
     assert (first.status, first.http_status, times(first)) == ("error", 400, [])
     assert second.status == "ok"
     assert len(second.token_times_s) == 100 - BLOCK
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_no_more_of_a_prompt_is_made_than_would_be_taken(forced: bool) -> None:
+    long, short = turn([1, 2], tail=2**31 - 200), turn([3], output=2**31 - 1)
+    own = session(long), session(short, turn([], tail=2**31 - 200), name="t")
+    clients = Clients(own, forced=forced, most_tokens=100)
+    first, second = clients.due(0.0)
+    assert first.prompt.tolist() == [1] * 64 + [2] * 36
+    assert second.prompt.tolist() == [3] * 64
+    if forced:
+        assert first.answer is not None
+        assert second.answer is not None
+        assert (len(first.answer), len(second.answer)) == (0, 36)
+    (refused, served, refused_too) = play(*own, options=replace(ROOMY, max_model_len=100))
+    assert (refused.status, refused.error) == (refused_too.status, refused_too.error)
+    assert refused.error == "the prompt leaves no room in max_model_len"
+    assert len(served.token_times_s) == 36
 
 
 def test_a_full_queue_refuses() -> None:

@@ -93,7 +93,28 @@ GOOD = {
         ({"turns": [[0.0, "user", 127, 4, None, 0, [[1, 2]]]]}, "blocks: 2 are more than"),
         ({"turns": [[0.0, "user", 130, 4, None, 0, [[-1, 2]]]]}, "block id: must be"),
         ({"turns": [[0.0, "user", 130, 4, None, 0, [[2**30, 1]]]]}, "block id: must be below"),
-        ({"turns": [[0.0, "user", 130, 4]]}, "not enough values"),
+        ({"turns": [[0.0, "user", 130, 4]]}, r"a turn is \[gap_s, kind, input_tokens, .*, not \["),
+        ({"turns": [5]}, "a turn is .*, not 5"),
+        (
+            {"turns": [[0.0, "user", 2**31, 4, None, 0, []]]},
+            "input_tokens: must be below 2147483648",
+        ),
+        (
+            {"turns": [[0.0, "user", 1, 2**63, None, 0, []]]},
+            "output_tokens: must be below 2147483648",
+        ),
+        (
+            {"turns": [[0.0, "user", 130, 4, None, 0, [[1]]]]},
+            r"blocks: must be a list of \[first, count",
+        ),
+        (
+            {"turns": [[0.0, "user", 130, 4, None, 0, 5]]},
+            r"blocks: must be a list of \[first, count",
+        ),
+        (
+            {"turns": [[0.0, "user", 2**29, 4, None, 0, [[1, 2**23]]]]},
+            "blocks: 8388608 are more than",
+        ),
         ({"turns": [GOOD["turns"][0], [0.0, "user", 130, 4, None, 2, [[9, 1]]]]}, "fewer than its"),  # type: ignore[index]
     ],
 )
@@ -103,6 +124,19 @@ def test_a_bad_line_is_named(change: dict[str, object], what: str, tmp_path: Pat
     with pytest.raises(ValueError, match=what) as error:
         read_workload(path)
     assert f"{path}:3: " in str(error.value)
+
+
+def test_a_line_that_is_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "w.jsonl"
+    path.write_text(json.dumps(NAMES) + "\n" + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"w\.jsonl:2: nested too deeply"):
+        read_workload(path)
+
+
+@pytest.mark.parametrize("name", ["none", "."])
+def test_a_file_that_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot be read: (No such file|Is a directory)"):
+        read_workload(tmp_path / name)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"workload": "w"}', '{"seed": 1'])
@@ -196,6 +230,7 @@ def test_the_slowest_rank_counts() -> None:
         ('{"name": "p"}', "coefficients"),
         ("[]", "profile.json"),
         ("{", "profile.json"),
+        pytest.param("[" * 100_000, "profile.json: maximum recursion", id="deep"),
     ],
 )
 def test_what_is_no_profile_is_refused(text: str, what: str, tmp_path: Path) -> None:

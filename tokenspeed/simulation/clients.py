@@ -45,7 +45,8 @@ class Clients:
     `time_scale` multiplies starts and gaps. No turn is sent at `duration_s` or later. What is sent
     arrives `request_s` later. A turn that is refused is sent again `retries` times, each after the
     wait that it is told. `forced`: an answer is what the session's next prompt goes on with, as if
-    it were dictated.
+    it were dictated. `most_tokens`: of a prompt and its answer that are made; who takes no more
+    refuses such a prompt by its length, and what it would say beyond matters to nobody.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Clients:
         request_s: float = 0.0,
         retries: int = 0,
         forced: bool = False,
+        most_tokens: int = 2**31,
     ) -> None:
         self._sessions, self._time_scale = sessions, time_scale
         self._duration_s, self._request_s = duration_s, request_s
-        self._retries, self._forced = retries, forced
+        self._retries, self._forced, self._most_tokens = retries, forced, most_tokens
         self._events: list[tuple[float, int, float]] = []  # arrival, session, sending
         self._under_way: dict[int, _Progress] = {}
         self._later: deque[int] = deque()  # of a closed loop
@@ -123,34 +125,32 @@ class Clients:
         session, progress = self._sessions[index], self._under_way[index]
         turn = session.turns[progress.turn]
         blocks = np.concatenate((progress.blocks[: turn.keep], turn.added))
-        later = self._continuation(session, progress.turn, len(blocks))
-        prompt = _prompt_ids(turn, blocks, session.block_size, later)
         progress.blocks = blocks
-        answer = None
-        if self._forced:
-            answer = _answer_ids(turn, len(prompt) - len(blocks) * session.block_size, later)
+        size, most = session.block_size, self._most_tokens
+        given = min(turn.input_tokens, most)
+        asked = min(turn.output_tokens, most - given) if self._forced else 0
+        # Whole blocks, and behind them how the next prompt goes on.
+        whole = _ids(blocks, size, given)
+        later = self._continuation(session, progress.turn, len(blocks))
+        told = np.concatenate((whole, _ids(later, size, given + asked - len(whole))))
+        prompt = _filled(told[:given], given, TAIL_ID)
+        answer = _filled(told[given:], asked, ANSWER_ID) if self._forced else None
         return Sending(index, progress.turn, sent_s, prompt, answer)
 
-    def _continuation(self, session: Session, number: int, num_blocks: int) -> Ids:
+    def _continuation(self, session: Session, number: int, num_blocks: int) -> Blocks:
         """What stands behind this prompt's whole blocks in the next one; nothing if that is no
         continuation of this."""
         if number + 1 == len(session.turns) or session.turns[number + 1].keep < num_blocks:
-            return np.empty(0, np.int32)
-        return np.repeat(session.turns[number + 1].added.astype(np.int32), session.block_size)
+            return np.empty(0, np.int64)
+        return session.turns[number + 1].added
 
 
-def _prompt_ids(turn: Turn, blocks: Blocks, block_size: int, later: Ids) -> Ids:
-    """A block's ids are its number, again and again. The tail begins what comes later."""
-    ids = np.full(turn.input_tokens, TAIL_ID, np.int32)
-    whole = len(blocks) * block_size
-    ids[:whole] = np.repeat(blocks.astype(np.int32), block_size)
-    tail = later[: turn.input_tokens - whole]
-    ids[whole : whole + len(tail)] = tail
-    return ids
+def _ids(blocks: Blocks, size: int, most: int) -> Ids:
+    """A block's ids are its number, again and again; the first `most` of all."""
+    return np.repeat(blocks[: -(-most // size)].astype(np.int32), min(size, most))[:most]
 
 
-def _answer_ids(turn: Turn, tail: int, later: Ids) -> Ids:
-    answer = np.full(turn.output_tokens, ANSWER_ID, np.int32)
-    said = later[tail : tail + turn.output_tokens]
-    answer[: len(said)] = said
-    return answer
+def _filled(ids: Ids, length: int, filler: int) -> Ids:
+    filled = np.full(length, filler, np.int32)
+    filled[: len(ids)] = ids
+    return filled

@@ -181,5 +181,5 @@ def read_profile(path: Path) -> LinearProfile:
     """A profile that was measured and written as JSON. `ValueError`: it is none."""
     try:
         return LinearProfile(**json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from reprlib import repr as brief
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 
 Blocks = NDArray[np.int64]
 MOST_BLOCK_ID = 2**30  # ids above stand for what no prompt contains
+LENGTHS_END = 2**31  # no length is that long; the engine counts no further
+MOST_BLOCKS = 2**22  # of one prompt: a short line shall not ask for all memory
+TURN = "gap_s kind input_tokens output_tokens cancel_after keep blocks".split()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,13 +157,18 @@ def _row(turn: Turn) -> list[Any]:
 
 def read_workload(path: Path) -> Workload:
     """`ValueError` names the line that is no part of such a file, and what is wrong with it."""
-    with path.open(encoding="utf-8") as file:
-        lines = enumerate(file, 1)
-        names = _checked(path, lines, _names)
-        if not names:
-            raise ValueError(f"{path}: the file is empty")
-        name, seed, scale = names[0]
-        return Workload(name, seed, scale, tuple(_checked(path, lines, _session)))
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = enumerate(file, 1)
+            names = _checked(path, lines, _names)
+            if not names:
+                raise ValueError(f"{path}: the file is empty")
+            name, seed, scale = names[0]
+            return Workload(name, seed, scale, tuple(_checked(path, lines, _session)))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
 
 
 def _checked(path: Path, lines: Iterator[tuple[int, str]], parse: Any) -> list[Any]:
@@ -167,12 +176,21 @@ def _checked(path: Path, lines: Iterator[tuple[int, str]], parse: Any) -> list[A
     found = []
     for number, line in lines:
         try:
-            found.append(parse(json.loads(line)))
+            found.append(parse(_object(line)))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path}:{number}: {what}") from error
+        except RecursionError as error:
+            raise ValueError(f"{path}:{number}: nested too deeply") from error
         if parse is _names:
             break
+    return found
+
+
+def _object(line: str) -> dict[str, Any]:
+    found = json.loads(line)
+    if not isinstance(found, dict):
+        raise ValueError("must be a JSON object")
     return found
 
 
@@ -200,7 +218,9 @@ def _session(given: dict[str, Any]) -> Session:
     )
 
 
-def _turn(row: list[Any], num_before: int, block_size: int) -> Turn:
+def _turn(row: Any, num_before: int, block_size: int) -> Turn:
+    if not (isinstance(row, list) and len(row) == len(TURN)):
+        raise ValueError(f"a turn is [{', '.join(TURN)}], not {brief(row)}")
     gap, kind, given, asked, cancel, keep, ranges = row
     turn = Turn(
         _time("gap_s", gap),
@@ -218,26 +238,37 @@ def _turn(row: list[Any], num_before: int, block_size: int) -> Turn:
     return turn
 
 
-def _blocks(ranges: list[list[int]], most: int) -> Blocks:
+def _blocks(ranges: Any, most: int) -> Blocks:
+    """Builds nothing before it knows how much that is."""
+    if not (isinstance(ranges, list) and all(map(_is_pair, ranges))):
+        raise ValueError(f"blocks: must be a list of [first, count], not {brief(ranges)}")
     total = sum(_count("blocks", count, 1) for _, count in ranges)
     if total > most:
         raise ValueError(f"blocks: {total} are more than the prompt holds")
-    parts = [np.arange(_count("block id", first, 0), first + count) for first, count in ranges]
-    found = np.concatenate(parts) if parts else np.empty(0)
-    if len(found) and found.max() >= MOST_BLOCK_ID:
-        raise ValueError(f"block id: must be below {MOST_BLOCK_ID}: {found.max()}")
-    return found.astype(np.int64)
+    if total > MOST_BLOCKS:
+        raise ValueError(f"blocks: {total} are more than {MOST_BLOCKS}")
+    for first, count in ranges:
+        if _count("block id", first, 0) + count > MOST_BLOCK_ID:
+            raise ValueError(f"block id: must be below {MOST_BLOCK_ID}: {first + count - 1}")
+    parts = [np.arange(first, first + count, dtype=np.int64) for first, count in ranges]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+def _is_pair(given: Any) -> bool:
+    return isinstance(given, list) and len(given) == 2
 
 
 def _count(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: must be a whole number of at least {least}: {value!r}")
+        raise ValueError(f"{name}: must be a whole number of at least {least}: {brief(value)}")
+    if value >= LENGTHS_END:
+        raise ValueError(f"{name}: must be below {LENGTHS_END}: {brief(value)}")
     return value
 
 
 def _time(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name}: must be a number: {value!r}")
+        raise ValueError(f"{name}: must be a number: {brief(value)}")
     if not 0 <= value < math.inf:
-        raise ValueError(f"{name}: must be finite and not negative: {value!r}")
+        raise ValueError(f"{name}: must be finite and not negative: {brief(value)}")
     return float(value)

@@ -73,6 +73,7 @@ class Simulation:
             duration_s=math.inf if options.duration_s is None else options.duration_s,
             request_s=profile.request_s,
             retries=options.retries,
+            most_tokens=options.max_model_len,
             forced=options.forced,
         )
         self._schedulers = Schedulers(
