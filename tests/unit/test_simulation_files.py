@@ -274,6 +274,9 @@ def test_the_command_makes_workloads_for_devices_of_the_planner(
         ("--model demo --seed 1", "--seed: only for generated"),
         ("--model demo --overlap-depth 2", "overlap_depth"),
         ("--model demo --event-s nan", "--event-s"),
+        ("--model demo --output .", "--output .: cannot be written: Is a directory"),
+        ("--model demo --write-workload no/w", "--write-workload no/w: cannot be written: No such"),
+        ("--model demo --seed -1", "--seed must be at least 0: -1"),
         ("--model minimax-m2", "exceed"),
     ],
 )

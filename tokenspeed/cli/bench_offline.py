@@ -9,6 +9,7 @@ import json
 import time
 from typing import TYPE_CHECKING
 
+from tokenspeed.cli import bench_options
 from tokenspeed.cli.options import add_engine_options, engine_options
 from tokenspeed.config import EngineConfig
 
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
 
     config = EngineConfig.of(**engine_options(args))
     lengths = {"input_tokens": args.input_len, "output_tokens": args.output_len}
-    fixed.make(requests=args.num_prompts, **lengths)  # refuses what is no number of requests
+    bench_options.check_least(1, num_prompts=args.num_prompts)
+    bench_options.check_least(1, input_len=args.input_len, output_len=args.output_len)
+    bench_options.check_least(0, prompt_seed=args.prompt_seed)
     workload = fixed.make(requests=args.num_prompts + 1, seed=args.prompt_seed, **lengths)
     from tokenspeed.bench.prompts import Prompts
     from tokenspeed.execution.sampling_params import SamplingParams

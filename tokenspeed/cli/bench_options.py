@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tokenspeed.cli.options import flag_of
 from tokenspeed.config import traces_place
 
 if TYPE_CHECKING:
@@ -96,6 +97,13 @@ def add_workload(parser: argparse.ArgumentParser, *, default: str, sessions: int
     box.add_argument("--tokens-per-word", type=float, metavar="X", help=text)
 
 
+def check_least(least: int, **given: int | None) -> None:
+    """`ValueError` for a number that is less, by its flag."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise ValueError(f"{flag_of(name)} must be at least {least}: {value}")
+
+
 def workload_of(args: argparse.Namespace, sessions: int, span_s: float = 0.0) -> "Workload":
     """`ValueError` for a file that is malformed, is missing, or would not be read."""
     name, path = args.workload, args.workload_file
@@ -105,6 +113,8 @@ def workload_of(args: argparse.Namespace, sessions: int, span_s: float = 0.0) ->
         raise ValueError(f"--workload {name} needs --workload-file")
     if not (math.isfinite(span_s) and span_s >= 0):
         raise ValueError(f"--span must be finite and not negative: {span_s}")
+    check_least(0, seed=args.seed)
+    check_least(1, **({"sessions": sessions} if "sessions" in args else {}))
     common: dict[str, Any] = {"seed": args.seed, "scale": args.scale}
     if name == "mooncake":
         if span_s:

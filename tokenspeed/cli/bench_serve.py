@@ -92,6 +92,9 @@ def _workload(args: argparse.Namespace) -> "Workload":
     from tokenspeed.bench.load import with_arrivals
     from tokenspeed.bench.workloads import fixed
 
+    least_one = ("num_prompts", "random_input_len", "random_output_len")
+    bench_options.check_least(1, **{name: getattr(args, name) for name in least_one})
+    bench_options.check_least(0, random_prefix_len=args.random_prefix_len, seed=args.seed)
     given = {
         "input_tokens": args.random_input_len,
         "output_tokens": args.random_output_len,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from tokenspeed.cli import bench_options, bench_run
 from tokenspeed.cli.options import add_options, flag_of, options_of
 from tokenspeed.config import traces_place
 from tokenspeed.planner.devices import DEVICES, find_device
@@ -75,6 +76,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not 0 <= args.event_s < math.inf:
         raise ValueError(f"--event-s must be finite and not negative: {args.event_s}")
+    bench_options.check_least(0, seed=args.seed)
+    for name in ("output", "write_workload"):
+        if (file := getattr(args, name)) is not None:
+            bench_run.check_files(flag_of(name), file)
     options = SimulationOptions(**options_of(args, SimulationOptions))
     promised = [] if options.tps_floor is None else [options.tps_floor]
     floors = Floors(args.floors or promised)
