@@ -271,6 +271,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--pictures", type=Path, help="a folder for runs over time, as SVG")
     args = parser.parse_args()
+    if args.pictures:
+        args.pictures.mkdir(parents=True, exist_ok=True)
     if "overload" in args.parts and args.floor is None and "newcomers" not in args.parts:
         parser.error("overload needs --floor, or the newcomers")
     found: Json = {"benchmark": "floors", "python": platform.python_version()}
