@@ -7,6 +7,7 @@
 // was dropped is still found by matches.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <span>
 #include <vector>
@@ -33,6 +34,17 @@ class History {
     }
 
     const SuffixTree& tree() const { return tree_; }
+    size_t length() const { return length_; }  // of the sequence
+    // The sequence's first tokens in order. REQUIRES: length <= length().
+    template <class Visit>
+    void each(size_t length, const Visit& visit) const {
+        for (const Piece& piece : pieces_) {
+            const bool last = &piece == &pieces_.back();
+            const size_t count = last ? length : std::min(length, piece.length);
+            for (const Token token : tree_.text().subspan(piece.begin, count)) visit(token);
+            length -= count;
+        }
+    }
     // What extend() brought since begin().
     std::span<const Token> output() const { return tree_.text().subspan(output_); }
     // The last kContext tokens of the sequence, or all.

@@ -16,26 +16,9 @@ size_t num_right(std::span<const Token> guess, std::span<const Token> tokens) {
 
 }  // namespace
 
-// The kept history that saves most; a new one if none does.
-History SuffixDrafter::take_kept(std::span<const Token> prompt, const std::string& salt) {
-    auto best = kept_.end();
-    size_t most = 0;
-    for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-        if (it->salt != salt) continue;
-        const size_t usable = it->history.usable(prompt);
-        if (usable <= most) continue;
-        most = usable;
-        best = it;
-    }
-    if (best == kept_.end()) return History(options_.seed);
-    History history = std::move(best->history);
-    num_kept_tokens_ -= history.tree().size();
-    kept_.erase(best);
-    return history;
-}
-
 void SuffixDrafter::add(uint64_t id, std::span<const Token> prompt, const std::string& salt) {
-    History history = take_kept(prompt, salt);
+    std::optional<History> kept = kept_.take(salt, prompt);
+    History history = kept ? *std::move(kept) : History(options_.seed);
     history.begin(prompt);
     requests_.emplace(id, Request{.history = std::move(history), .salt = salt, .view = {}});
 }
@@ -109,30 +92,23 @@ void SuffixDrafter::remove(uint64_t id) {
     auto node = requests_.extract(id);
     Request& request = node.mapped();
     stores_.add(request.salt, request.history.output());
-    num_kept_tokens_ += request.history.tree().size();
-    kept_.push_front(std::move(request));
-    while (num_kept_tokens_ > options_.max_kept_tokens) {
-        num_kept_tokens_ -= kept_.back().history.tree().size();
-        kept_.pop_back();
-    }
+    kept_.keep(request.salt, std::move(request.history));
 }
 
 void SuffixDrafter::forget_ended() {
     kept_.clear();
-    num_kept_tokens_ = 0;
     stores_.clear();
 }
 
 size_t SuffixDrafter::num_tokens() const {
-    size_t tokens = num_kept_tokens_ + stores_.num_tokens();
+    size_t tokens = kept_.num_tokens() + stores_.num_tokens();
     for (const auto& [id, request] : requests_) tokens += request.history.tree().size();
     return tokens;
 }
 
 size_t SuffixDrafter::num_bytes() const {
-    size_t bytes = stores_.num_bytes();
+    size_t bytes = kept_.num_bytes() + stores_.num_bytes();
     for (const auto& [id, request] : requests_) bytes += request.history.tree().num_bytes();
-    for (const Request& request : kept_) bytes += request.history.tree().num_bytes();
     return bytes;
 }
 

@@ -5,16 +5,16 @@
 // was the better guess lately. Knows no steps and no acceptance. Not thread-safe.
 //
 // Histories of ended requests are kept, the most recently used first, up to `max_kept_tokens`
-// tokens; the next request of the same salt that begins alike takes one over (history.h).
+// tokens; the next request of the same salt that begins alike takes one over (kept_histories.h).
 #pragma once
 
-#include <list>
 #include <span>
 #include <string>
 #include <unordered_map>
 
 #include "drafts/draft.h"
 #include "drafts/history.h"
+#include "drafts/kept_histories.h"
 #include "drafts/shared_store.h"
 #include "drafts/trail.h"
 
@@ -30,7 +30,9 @@ struct SuffixOptions {
 class SuffixDrafter {
   public:
     explicit SuffixDrafter(const SuffixOptions& options)
-        : options_(options), stores_(options.shared_store_tokens, options.seed) {}
+        : options_(options),
+          stores_(options.shared_store_tokens, options.seed),
+          kept_(options.max_kept_tokens, options.seed) {}
 
     bool has(uint64_t id) const { return requests_.contains(id); }
     // REQUIRES: !has(id); no token is negative.
@@ -48,7 +50,7 @@ class SuffixDrafter {
     // Of live requests, histories kept and stores; separators count.
     size_t num_tokens() const;
     size_t num_bytes() const;
-    size_t num_kept_tokens() const { return num_kept_tokens_; }
+    size_t num_kept_tokens() const { return kept_.num_tokens(); }
     size_t num_stored_tokens() const { return stores_.num_tokens(); }
 
   private:
@@ -63,15 +65,13 @@ class SuffixDrafter {
         float trust = 0.5F;
     };
 
-    History take_kept(std::span<const Token> prompt, const std::string& salt);
     Found find_own(const History& history) const;
     void follow_trail(Request& request, Draft& draft, size_t max_tokens) const;
 
     SuffixOptions options_;
     SharedStores stores_;
     std::unordered_map<uint64_t, Request> requests_;
-    std::list<Request> kept_;  // the most recently used first
-    size_t num_kept_tokens_ = 0;
+    KeptHistories kept_;
 };
 
 }  // namespace tokenspeed::drafts

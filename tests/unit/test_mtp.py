@@ -21,7 +21,8 @@ from tests.drafting import Drafting
 from tests.paged_run import PagedRun
 from tokenspeed.errors import ModelLoadError
 from tokenspeed.execution.recorders import CpuRecorder
-from tokenspeed.execution.speculation.model_drafter import SLEEPS_AFTER
+from tokenspeed.execution.speculation import model_drafter
+from tokenspeed.execution.speculation.model_drafter import LEAST_LATER, SLEEPS_AFTER
 from tokenspeed.execution.speculation.mtp import mtp_drafter
 from tokenspeed.models.build import Ranks, has_mtp, load_model
 from tokenspeed.models.causal_lm import CausalLM
@@ -246,6 +247,37 @@ def test_places_wait_and_what_is_too_old_is_a_hole(folder: Path, plain: Plain) -
         assert holes == ([] if is_whole else list(range(20, 20 + waiting)))
         if is_whole:
             assert steps.drafts[2] == plain.drafts(steps.ids[2], 4)
+
+
+@pytest.mark.parametrize("room", [LEAST_LATER, 1])
+def test_what_was_verified_waits_too(
+    folder: Path, plain: Plain, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of drafts of others, in steps of which nobody wants any; too many, and the oldest go."""
+    monkeypatch.setattr(model_drafter, "LEAST_LATER", room)
+    known = drafting(load(folder))
+    known.begin(1, prompt(20))
+    known.step({1: 20})
+    for _ in range(80):
+        known.step({1: 1})
+    ids = known.ids[1]
+    steps = drafting(load(folder))
+    steps.caches[0][0].zero_()
+    steps.begin(2, prompt(20))
+    steps.step({2: 20})
+    for step in range(10):
+        at = len(steps.ids[2])
+        right = ids[at : at + step % 5]
+        steps.drafts[2] = [*right, *[(ids[at + len(right)] + 1) % 500] * 15]
+        steps.step({2: 1})
+        assert len(steps.ids[2]) == at + len(right) + 1
+    last = len(steps.ids[2])
+    steps.step({2: 1}, propose=4)
+    fed = steps.caches[0][0][steps.run.page_table[2].long()].flatten(0, 1)
+    holes = [place for place in range(last) if not fed[place].any()]
+    assert holes == ([] if room == LEAST_LATER else [20, 21, 22])
+    if not holes:
+        assert steps.drafts[2] == plain.drafts(steps.ids[2], 4)
 
 
 def test_a_chain_writes_only_to_pages_of_its_sequence_or_its_own(folder: Path) -> None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`Speculator` over drafters that are told what to say, and plans made by hand."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,153 +8,21 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.fake_model import FakeModel
+from tests.speculating import PROMPT, Harness, Oracle, adaptive, plan, run
 from tokenspeed.config import EngineConfig
 from tokenspeed.engine.build import assemble
 from tokenspeed.engine.depths import Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
 from tokenspeed.engine.engine import Engine
-from tokenspeed.engine.hearing import NAP
-from tokenspeed.engine.ledger import Ledger
 from tokenspeed.engine.messages import DrafterStats, GenerateRequest
 from tokenspeed.engine.part import assemble_part
-from tokenspeed.engine.speculator import Speculator, Weighted
+from tokenspeed.engine.speculator import Weighted
 from tokenspeed.engine.step_times import PLAIN_INTERVAL, Experts, StepTimes, features_of
 from tokenspeed.execution.plan_view import (
-    HEADER_WORDS,
-    LAYOUT_VERSION,
-    PLAN_MAGIC,
     ROW_PREFILL,
     ROW_SAMPLE,
-    PlanView,
 )
 from tokenspeed.execution.sampling_params import SamplingParams
-from tokenspeed.execution.speculation.drafter import Proposal
-
-PROMPT = np.arange(5, dtype=np.int32)
-Row = tuple[int, int, int, int]  # slot, flags, num_draft, num_propose
-
-
-class Oracle:
-    """Proposes what it was told to, and remembers what it was asked."""
-
-    def __init__(self, name: str = "oracle", match_len: int = 4) -> None:
-        self.name, self.match_len = name, match_len
-        self.next: dict[int, list[int]] = {}
-        self.seen: dict[int, list[int]] = {}
-        self.salts: dict[int, bytes] = {}
-        self.num_asked = 0
-
-    def add(self, request_id: int, prompt_ids: NDArray[np.int32], salt: bytes) -> None:
-        self.seen[request_id], self.salts[request_id] = prompt_ids.tolist(), salt
-
-    def extend(
-        self,
-        request_ids: NDArray[np.uint64],
-        num_ids: NDArray[np.int32],
-        ids: NDArray[np.int32],
-    ) -> list[int]:
-        ends = num_ids.cumsum()
-        for request_id, given in zip(request_ids.tolist(), np.split(ids, ends), strict=False):
-            self.seen[request_id] += given.tolist()
-        return [self.match_len] * len(request_ids)
-
-    def propose(self, request_id: int, max_tokens: int) -> Proposal:
-        self.num_asked += 1
-        return Proposal(self.next.get(request_id, [])[:max_tokens], self.match_len)
-
-    def remove(self, request_id: int) -> None:
-        del self.seen[request_id]
-
-    def forget_ended(self) -> None:
-        self.salts.clear()
-
-
-class Told:
-    """What the scheduler was told."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[int, list[int], int]] = []
-
-    def speculate(self, request_id: int, draft: NDArray[np.int32], num_propose: int) -> bool:
-        assert draft.dtype == np.int32
-        self.calls.append((request_id, draft.tolist(), num_propose))
-        return True
-
-    def take(self) -> list[tuple[int, list[int], int]]:
-        calls, self.calls = self.calls, []
-        return calls
-
-
-def plan(rows: Sequence[Row], binds: dict[int, int] | None = None) -> PlanView:
-    """A plan of decoding rows; `binds` are request ids by slot."""
-    table, tokens = [], 0
-    for slot, flags, num_draft, num_propose in rows:
-        table.append([slot, flags, 5, 1 + num_draft, num_draft, tokens, num_propose])
-        tokens += 1 + num_draft
-    bound = [[slot, request_id, 0, 5] for slot, request_id in (binds or {}).items()]
-    size = HEADER_WORDS + 7 * len(rows) + tokens + 4 * len(bound)
-    counts = [len(rows), tokens, 0, 0, len(bound)]
-    only_decodes = all(row[1:] == (ROW_SAMPLE, 0, 0) for row in rows)
-    head = [PLAN_MAGIC, LAYOUT_VERSION, size, 0, 0, *counts, only_decodes, *[0] * 5]
-    words = [*head, *sum(table, []), *[1] * tokens, *sum(bound, [])]  # noqa: RUF017
-    return PlanView(np.array(words, np.int32))
-
-
-class Harness:
-    """A speculator, and the steps around it: request i has slot i."""
-
-    def __init__(self, *drafters: Oracle, depth: int = 4, **options: Any) -> None:
-        self.it = Speculator(drafters, depth=depth, **options)
-        depths = options.get("depths")
-        self.times = None if depths is None else depths.times
-        self.told = Told()
-        self.now = 100.0
-        self.bound: set[int] = set()
-        self.dozed = False  # in the latest step
-
-    def prepared(self) -> list[tuple[int, list[int], int]]:
-        self.it.prepare(self.told)
-        return self.told.take()
-
-    def launch(self, **rows: tuple[int, int]) -> None:
-        """`r3=(num_draft, num_propose)`."""
-        numbers = {int(name[1:]): row for name, row in rows.items()}
-        new = {i: i for i in numbers if i not in self.bound}
-        self.bound.update(new)
-        made = plan([(i, ROW_SAMPLE, *row) for i, row in numbers.items()], new)
-        self.dozed = self.it.dozes([made], self.now - 100)
-        if self.dozed:
-            return
-        self.it.launched([made])
-        if self.times is not None:
-            self.times.launched([made], self.now)
-
-    def extend(self, request_id: int, ids: list[int], proposed: Sequence[int] = ()) -> None:
-        self.it.extend(
-            np.array([request_id], np.uint64),
-            np.array([len(ids)], np.int32),
-            np.array(ids, np.int32),
-            {request_id: proposed} if proposed else {},
-        )
-
-    def land(self, seconds: float, **ids: list[int]) -> None:
-        for name, given in ids.items():
-            self.extend(int(name[1:]), given)
-        self.now += seconds
-        if self.dozed:
-            return
-        if self.times is not None:
-            self.times.committed(self.now)
-        self.it.committed(self.now - 100)
-
-    def start(self, *request_ids: int) -> None:
-        """These have their first id, 10, and nothing was drafted."""
-        for request_id in request_ids:
-            self.it.add(request_id, PROMPT, b"")
-        self.it.prepare(self.told)
-        self.launch(**{f"r{i}": (0, 0) for i in request_ids})
-        self.land(0.01, **{f"r{i}": [10] for i in request_ids})
-        self.told.take()
 
 
 def test_a_draft_is_verified_counted_and_told_to_the_drafters() -> None:
@@ -310,26 +177,6 @@ def test_a_draft_that_was_lost_in_flight_holds_nothing_up() -> None:
     h.it.launched([plan([(1, ROW_SAMPLE, 0, 0)], {1: 1})])
     h.land(0.01, r1=[11])
     assert h.prepared() == [(1, [11], 0)]
-
-
-def adaptive(*drafters: Oracle, weighted: Weighted | None = None, depth: int = 8) -> Harness:
-    depths = Depths(len(drafters) + (weighted is not None), 1000, StepTimes(Experts()))
-    return Harness(*drafters, depth=depth, weighted=weighted, depths=depths)
-
-
-def run(h: Harness, drafter: Oracle, steps: int, *, right: bool, per_draft: float) -> list[int]:
-    """Steps of 10 ms, and some for each draft token; the depths that were chosen."""
-    depths, token = [], 100
-    for _ in range(steps):
-        drafter.next[1] = list(range(token, token + 8)) if right else [7] * 8
-        told = h.prepared()
-        depth = len(told[0][1]) if told else 0
-        depths.append(depth)
-        h.launch(r1=(depth, 0))
-        given = list(range(token, token + 1 + (depth if right else 0)))
-        h.land(0.01 + per_draft * depth, r1=given)
-        token += len(given)
-    return depths
 
 
 def test_depths_follow_what_is_accepted() -> None:
@@ -494,114 +341,3 @@ def test_counts_by_place() -> None:
     for num_draft, accepted in ((3, 3), (3, 1), (1, 0), (2, 2)):
         counts.record(num_draft, accepted)
     assert counts.stats() == DrafterStats("x", 4, 9, 6, [3, 2, 1])
-
-
-def test_a_request_rests_where_drafts_do_not_pay() -> None:
-    drafter = Oracle()
-    h = adaptive(drafter)
-    h.start(1)
-    run(h, drafter, 80, right=False, per_draft=0.004)
-    before = drafter.num_asked
-    depths = run(h, drafter, 320, right=False, per_draft=0.004)
-    assert sum(map(bool, depths)) <= 2
-    assert drafter.num_asked - before <= 14  # once in LONGEST_REST steps, and what was tried
-    assert drafter.seen[1][5:8] == [10, 100, 101]  # what came is told all the same
-
-
-def test_a_long_match_ends_a_rest_when_it_is_heard() -> None:
-    drafter = Oracle()
-    h = adaptive(drafter)
-    h.start(1)
-    run(h, drafter, 200, right=False, per_draft=0.004)
-    drafter.match_len = 32
-    assert 0 not in run(h, drafter, NAP + 12, right=True, per_draft=0.0001)[NAP:]
-
-
-def test_a_rest_teaches_nothing() -> None:
-    """What was found before it is not held against what comes after it."""
-    drafter = Oracle()
-    h = adaptive(drafter)
-    h.start(1)
-    run(h, drafter, 200, right=False, per_draft=0.004)
-    depths, missed = h.it._depths, list[bool]()
-    assert depths is not None
-    learn = depths.learn
-
-    def learning() -> None:
-        missed.extend(depths.findings.missed)
-        learn()
-
-    depths.learn = learning  # type: ignore[method-assign]
-    for token in range(100, 9000):
-        drafter.next[1] = [token] * 8
-        h.prepared()
-        h.launch(r1=(0, 0))
-        h.land(0.01, r1=[token])
-    assert len(missed) > 100
-    assert not any(missed[1:])  # the first is from before
-
-
-def test_every_row_of_a_step_counts_with_its_depth() -> None:
-    drafter = Oracle()
-    h = adaptive(drafter)
-    h.start(1)
-    run(h, drafter, 500, right=False, per_draft=0.004)
-    h.it.remove(1)
-    assert sum(h.it.stats().depths) == 501  # the first one too
-
-
-def test_what_is_new_while_all_nap_is_forgotten_with_its_request() -> None:
-    ledger = Ledger()
-    ledger.naps = lambda: True  # type: ignore[method-assign]
-    depths = Depths(1, 100, StepTimes(Experts()))
-    h = Harness(weighted=Weighted("mtp", 4), depths=depths, ledger=ledger)
-    for request_id in range(1, 50):
-        h.start(request_id)
-        h.it.remove(request_id)
-    assert not h.it._fresh
-
-
-@pytest.mark.parametrize("every", [1, 3, 6, 20, 31])
-def test_who_arrives_ends_no_measurement_and_no_debt(every: int) -> None:
-    """Steps with prefill come in between; drafts are always right."""
-    drafter = Oracle()
-    depths = Depths(1, 1000, StepTimes(Experts()))
-    h = Harness(drafter, depth=8, depths=depths, ledger=Ledger())
-    h.start(1)
-    ledger = h.it._hearing._ledger
-    assert ledger is not None
-    ledger._balance_s, ledger._plain_s[1] = -0.01, 0.01
-    asked = 0
-    for step in range(4000):
-        drafter.next[1] = [100 + step] * 8
-        asked += bool(h.prepared())
-        if step % every == 0:
-            rows = [(1, ROW_SAMPLE, 0, 0), (2, ROW_PREFILL, 0, 0)]
-            made = plan(rows, {2: 1})
-            h.dozed = h.it.dozes([made], h.now - 100)
-            assert not h.dozed
-            h.it.launched([made])
-            h.times.launched([made], h.now)  # type: ignore[union-attr]
-        else:
-            h.launch(r1=(0, 0))
-        h.land(0.01, r1=[100 + step])
-    assert asked > 100
-
-
-def test_weights_that_do_not_pay_are_tried_rarely() -> None:
-    depths = Depths(1, 1000, StepTimes(Experts()))
-    h = Harness(weighted=Weighted("mtp", 4), depths=depths)
-    for _ in range(200):
-        depths.findings.add(0, 0, 0, 0)
-        depths.findings.missed.append(True)
-    depths.learn()
-    asked = 0
-    for request_id in range(1, 200):
-        h.start(request_id)
-        asked += sum(n > 0 for _, _, n in h.prepared())
-        tries = h.it._live[request_id].tries_weights
-        h.it.remove(request_id)
-        assert tries or request_id > 10
-        if request_id > 64:
-            assert tries == (request_id % 32 == 0)
-    assert asked <= 10

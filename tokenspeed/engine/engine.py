@@ -333,18 +333,15 @@ class Engine:
 
     def _outputs(self, updates: Updates, step: StepOutput) -> list[TokenOutput]:
         outputs = []
+        request_ids, num_ids = updates.request_ids.tolist(), updates.num_ids.tolist()
         all_ids, at = updates.ids.tolist(), 0
         receipts = _receipts(updates)
         if self._speculator is not None:
-            self._speculator.extend(updates.request_ids, updates.num_ids, updates.ids, step.drafts)
-        for request_id, finish, num_ids, num_cached in zip(
-            updates.request_ids.tolist(),
-            updates.finish.tolist(),
-            updates.num_ids.tolist(),
-            updates.num_cached.tolist(),
-            strict=True,
+            self._speculator.extend((request_ids, num_ids, all_ids), step.drafts)
+        for request_id, finish, count, num_cached in zip(
+            request_ids, updates.finish.tolist(), num_ids, updates.num_cached.tolist(), strict=True
         ):
-            ids, at = all_ids[at : at + num_ids], at + num_ids
+            ids, at = all_ids[at : at + count], at + count
             live = self._live[request_id]
             logprobs = step.logprobs.get(request_id) if ids else None
             outputs.append(

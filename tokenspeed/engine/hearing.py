@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tokenspeed.engine.ledger import Ledger
 from tokenspeed.execution.plan_view import Plans
 from tokenspeed.execution.speculation.drafter import TokenDrafter
 
 NAP: Final = 32  # steps of a doze, and the one before it, at most
-LEAST_NAP: Final = 8  # ... at least
+MEASURED: Final = 8  # steps of a nap that is to tell what they take
 WAKING_MATCH: Final = 8  # tokens, and twice what matched before: ends a rest
 LONG_MATCH: Final = 16  # tokens
 
-Heard = tuple[NDArray[np.uint64], NDArray[np.int32], NDArray[np.int32]]
+# Of a step: requests [R], how many ids each got, and the ids of all.
+Heard = tuple[Sequence[int], Sequence[int], Sequence[int]]
 ALWAYS: Final = (0, 0)  # awake by any match, at any step
 
 
@@ -38,7 +38,7 @@ class Hearing:
         self, drafters: Sequence[TokenDrafter], ledger: Ledger | None, *, never_naps: bool
     ) -> None:
         self._drafters, self._ledger, self._never_naps = drafters, ledger, never_naps
-        self._heard: list[Heard] = []  # that drafters were not told
+        self._heard: tuple[list[int], ...] = [], [], []  # as `Heard`, that drafters were not told
         self._resting: dict[int, tuple[int, int]] = {}  # the match, and the step, that end it
         self._num_steps = 0
         self._num_dozes = 0  # to come
@@ -59,9 +59,13 @@ class Hearing:
             self._num_dozes = 0
 
     def rest(self, request_id: int, match_len: int, num_steps: int) -> None:
-        """Nothing is looked for in this request for so many steps, unless much more matches."""
+        """Nothing is looked for in this request for so many steps, unless much more matches.
+
+        `num_steps` is a power of two, and so many more that rests end together: in between nobody
+        is awake."""
         match = max(WAKING_MATCH, 2 * match_len)
-        self._resting[request_id] = match, self._num_steps + num_steps
+        until = self._num_steps + num_steps
+        self._resting[request_id] = match, until + -until % min(num_steps, NAP)
 
     def begin_step(self) -> bool:
         """Whether nobody looks for drafts in it."""
@@ -94,13 +98,14 @@ class Hearing:
 
     def overhear(self, heard: Heard) -> None:
         """As `hear`, dozing."""
-        self._heard.append(heard)
+        for known, new in zip(self._heard, heard, strict=True):
+            known += new
 
     def hear(self, heard: Heard, *, is_busy: bool) -> list[tuple[int, int]]:
-        """Requests [R] got the next `num_ids[r]` of ids. The rows of those that are awake, and how
-        many tokens matched. `is_busy`: the step verified, or proposed."""
-        self._heard.append(heard)
-        owners = heard[0].tolist()
+        """Which rows are awake, and how many tokens matched. `is_busy`: the step verified, or
+        proposed."""
+        self.overhear(heard)
+        owners = heard[0]
         if not self._never_naps and not is_busy:
             if self.naps:
                 self._nap()
@@ -135,7 +140,7 @@ class Hearing:
         if not self._begins or self._ledger is None:
             return
         if not self._ledger.is_broke:  # it is measured what steps take
-            self._num_dozes = LEAST_NAP - 1
+            self._num_dozes = MEASURED - 1
             return
         self._num_dozes = NAP - 1
         if max(self.listen(), default=0) >= LONG_MATCH:
@@ -143,21 +148,23 @@ class Hearing:
 
     def listen(self) -> list[int]:
         """Tells drafters all; how many tokens each piece ends with that occurred before."""
-        if not self._heard:
+        owners, counts, ids = self._heard
+        if not owners:
             return []
-        heard, self._heard = self._heard, []
-        told = heard[0] if len(heard) == 1 else [np.concatenate(of) for of in zip(*heard)]  # noqa: B905
-        self.num_unseen += len(told[0])
+        self._heard = [], [], []
+        self.num_unseen += len(owners)
+        told = np.array(owners, np.uint64), np.array(counts, np.int32), np.array(ids, np.int32)
         lengths = [drafter.extend(*told) for drafter in self._drafters]
-        return list(map(max, zip(*lengths, strict=True))) or [0] * len(told[0])
+        if len(lengths) == 1:
+            return lengths[0]
+        return list(map(max, zip(*lengths, strict=True))) or [0] * len(owners)
 
     def _most_dozes(self) -> int:
         """Until the first rest ends."""
         ends = min((step for _, step in self._resting.values()), default=0)
-        left = min(ends - self._num_steps, NAP)
-        return left - 1 if left >= LEAST_NAP else 0
+        return max(min(ends - self._num_steps, NAP) - 1, 0)
 
-    def _awake(self, owners: list[int], matches: list[int]) -> list[tuple[int, int]]:
+    def _awake(self, owners: Sequence[int], matches: list[int]) -> list[tuple[int, int]]:
         """Ends rests; `matches` ends with those of the owners."""
         awake, first = [], len(matches) - len(owners)
         for row, owner in enumerate(owners):

@@ -13,6 +13,7 @@ slots; refuses to know how drafts are found and verified, and how depths are lea
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from tokenspeed.engine.depths import NO_RIVAL, Depths, Offers
 from tokenspeed.engine.draft_counts import DraftCounts, num_accepted
-from tokenspeed.engine.hearing import Hearing
+from tokenspeed.engine.hearing import Heard, Hearing
 from tokenspeed.engine.ledger import Ledger
 from tokenspeed.engine.messages import SpeculationStats
 from tokenspeed.engine.worth import Worth
@@ -125,6 +126,8 @@ class Speculator:
         live.rest = self._usual_rest
         if live.tries_weights:  # the last piece of the prompt can bring proposals already
             self._fresh[request_id] = None
+        elif live.rest > FIRST_REST:
+            self._begin_rest(request_id, live)
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
@@ -205,37 +208,33 @@ class Speculator:
         self._latest = plans
         self._flights.append(carried)
 
-    def extend(
-        self,
-        request_ids: NDArray[np.uint64],
-        num_ids: NDArray[np.int32],
-        ids: NDArray[np.int32],
-        proposed: Mapping[int, Sequence[int]],
-    ) -> None:
-        """The oldest step in flight gave these requests [R] the next `num_ids[r]` of ids.
-
-        `proposed`: what the model drafter says may follow.
-        """
-        heard = request_ids, num_ids, ids
+    def extend(self, heard: Heard, proposed: Mapping[int, Sequence[int]]) -> None:
+        """What the oldest step in flight gave. `proposed`: what the model drafter says may
+        follow."""
         if self._hearing.is_dozing:
             self._hearing.overhear(heard)
             return
         awake = self._hearing.hear(heard, is_busy=bool(self._flights[0]))
         if self._ahead:
-            for request_id in request_ids.tolist():
+            for request_id in heard[0]:
                 live = self._live[request_id]
                 live.in_flight -= live.in_flight > 0
         if not awake:
             return
-        owners, ends = request_ids.tolist(), np.cumsum(num_ids)
+        owners, num_ids, ids = heard
+        ends = list(accumulate(num_ids))
         for row, match_len in awake:
             live = self._live[owners[row]]
             live.match_len = match_len
-            own = ids[ends[row] - num_ids[row] : ends[row]].tolist()
+            own = ids[ends[row] - num_ids[row] : ends[row]]
             self._extend(owners[row], live, own, proposed)
 
     def _extend(
-        self, request_id: int, live: _Live, ids: list[int], proposed: Mapping[int, Sequence[int]]
+        self,
+        request_id: int,
+        live: _Live,
+        ids: Sequence[int],
+        proposed: Mapping[int, Sequence[int]],
     ) -> None:
         carried = self._flights[0].get(request_id)
         if carried is not None:
@@ -259,6 +258,8 @@ class Speculator:
             self._fresh[request_id] = None
         else:
             self._histogram[0] += 1
+            if self._depths is not None:
+                self._rest(request_id, live)
 
     def committed(self, busy_s: float = 0.0, *, is_typical: bool = True) -> None:
         """The oldest step in flight is over, and all that it gave was told. `busy_s`: seconds
@@ -350,7 +351,7 @@ class Speculator:
                 if live.drafter != weights:
                     self._worth.found(live.match_len, is_taken=depth > 0)
 
-    def _compare(self, request_id: int, live: _Live, ids: list[int], depths: Depths) -> None:
+    def _compare(self, request_id: int, live: _Live, ids: Sequence[int], depths: Depths) -> None:
         """All that was found with what came, whether a step carried it or not."""
         for drafter, proposal in live.found:
             hits = num_accepted(proposal.ids, ids)
@@ -365,6 +366,9 @@ class Speculator:
         live.num_idle += 1
         if live.num_idle < PATIENCE and live.rest == FIRST_REST:
             return
+        self._begin_rest(request_id, live)
+
+    def _begin_rest(self, request_id: int, live: _Live) -> None:
         self._hearing.rest(request_id, live.match_len, live.rest)
         live.found.clear()  # what comes next is not compared with it
         live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)

@@ -73,39 +73,43 @@ class DraftRows:
 
 
 @dataclass(frozen=True)
-class PlainStep:
-    """A step in which every row sampled after its one token and nobody wanted drafts.
+class PassedStep:
+    """A step with logits at all its T tokens, of which nobody wanted drafts.
 
     Nothing is looked at until it is needed, if ever; tensors are copies.
     """
 
     slots: NDArray[np.int32]
+    q_start: NDArray[np.int32]
     kv_len: NDArray[np.int32]
     accepted: NDArray[np.int32]
-    token_ids: Tensor
-    ids: Tensor
-    beside: Tensor
+    token_ids: Tensor  # [T]
+    ids: Tensor  # [T] sampled behind each
+    beside: Tensor  # [T, W] what the model left
 
     @classmethod
-    def of(cls, work: DraftWork, beside: Tensor) -> "PlainStep":
-        """`beside` [R, W] is what the model left."""
-        forward, count = work.batch.forward, len(work.accepted)
+    def of(cls, work: DraftWork, beside: Tensor) -> "PassedStep":
+        """`beside` [T, W] is what the model left."""
+        forward, count, num_tokens = work.batch.forward, len(work.accepted), len(work.ids)
         return cls(
             on_host(forward.slots)[:count].copy(),
+            on_host(forward.q_start)[: count + 1].copy(),
             on_host(forward.kv_len)[:count].copy(),
             work.accepted,
-            forward.token_ids[:count].clone(),
+            forward.token_ids[:num_tokens].clone(),
             work.ids.clone(),
-            beside[:count].clone(),
+            beside[:num_tokens].clone(),
         )
 
     def rows(self) -> DraftRows:
         """Those that did not fail."""
-        ends, at = self.kv_len.astype(np.int64), np.arange(len(self.slots))
+        tokens, accepted = self.q_start[:-1].astype(np.int64), self.accepted.astype(np.int64)
+        starts = self.kv_len.astype(np.int64) - np.diff(self.q_start)
+        ends, at = starts + accepted, np.arange(len(accepted))
         yes, none = np.ones(len(at), np.bool_), np.zeros_like(at)
         slots = self.slots.astype(np.int64)
-        every = DraftRows(at, slots, at, ends - 1, ends, ends, yes, ~yes, none)
-        return every if self.accepted.all() else every.some(self.accepted > 0)
+        every = DraftRows(at, slots, tokens, starts, ends, ends, yes, ~yes, none)
+        return every if accepted.all() else every.some(accepted > 0)
 
 
 def ragged(first: Ints, counts: Ints) -> Ints:

@@ -28,12 +28,13 @@ from torch import Tensor
 from tokenspeed.execution.recorders import Recorder
 from tokenspeed.execution.speculation.backlog import Backlog, Ints
 from tokenspeed.execution.speculation.draft_pages import DraftPages
-from tokenspeed.execution.speculation.draft_rows import DraftRows, PlainStep, ragged
+from tokenspeed.execution.speculation.draft_rows import DraftRows, PassedStep, ragged
 from tokenspeed.execution.speculation.drafter import DraftWork
 from tokenspeed.execution.speculation.feeder import Caches, DraftNet, Fed, Feeder
 from tokenspeed.layers.cache_spec import CacheSpec
 
 BACKLOG: Final = 32  # places kept of each slot
+LEAST_LATER: Final = 1024  # tokens of steps that are put off
 SLEEPS_AFTER: Final = 20  # steps of which nobody wants drafts: more than a nap to measure has
 
 
@@ -93,7 +94,8 @@ class ChainDrafter:
         """
         net, self._room = self._net, room
         self._pages = DraftPages(first_own_page, room.page_size, self.max_depth)
-        self._later: deque[PlainStep | NDArray[np.int32]] = deque(maxlen=BACKLOG)
+        self._later: deque[PassedStep | NDArray[np.int32]] = deque()  # slots: they begin anew
+        self._num_later = 0  # tokens in them
         self._backlog = Backlog(room.max_num_seqs, BACKLOG, net.width, net.dtype, net.device)
         self._feeder = Feeder(
             net,
@@ -111,22 +113,22 @@ class ChainDrafter:
         """These slots begin anew."""
         self._backlog.forget(slots)
         if self._later:
-            self._later.append(slots.copy())
+            self._put_off(slots.copy())
 
     def skips(self, *, asked: bool) -> bool:
         self._num_unasked = 0 if asked else self._num_unasked + 1
         if self._complete or self._num_unasked <= SLEEPS_AFTER:
             return False
         self._later.clear()
+        self._num_later = 0
         return True
 
     def draft(self, work: DraftWork) -> Tensor:
         """int64 [R, max num_propose]: proposed ids, -1 where none."""
         deepest = int(work.num_propose.max(initial=0))
         shape, device = (len(work.accepted), deepest), work.ids.device
-        is_plain = len(work.ids) == len(work.accepted) == len(work.batch.places)
-        if is_plain and not deepest and not self._complete:
-            self._later.append(PlainStep.of(work, self._net.beside(work)))
+        if not deepest and not self._complete and len(work.ids) == len(work.batch.places):
+            self._put_off(PassedStep.of(work, self._net.beside(work)))
             return work.ids.new_empty(shape)
         self._catch_up()
         found = torch.full(shape, -1, dtype=torch.int64, device=device)
@@ -144,12 +146,29 @@ class ChainDrafter:
             self._chain(work, rows.some(rows.wanted > 0), left, found)
         return found
 
+    def _put_off(self, item: PassedStep | NDArray[np.int32]) -> None:
+        """It is taken in when somebody asks, if it is one of the last by then."""
+        self._later.append(item)
+        if isinstance(item, PassedStep):
+            self._num_later += len(item.ids)
+        most = max(BACKLOG * self._room.max_num_seqs, LEAST_LATER)
+        while len(self._later) > BACKLOG or self._num_later > most:
+            self._next_later()
+
+    def _next_later(self) -> PassedStep | None:
+        """Of those put off the oldest step, if none began anew before it."""
+        item = self._later.popleft()
+        if isinstance(item, PassedStep):
+            self._num_later -= len(item.ids)
+            return item
+        self._backlog.forget(item)
+        return None
+
     def _catch_up(self) -> None:
-        """Takes in what plain steps left, of which the last `BACKLOG` are enough."""
+        """Takes in what was put off."""
         while self._later:
-            step = self._later.popleft()
-            if isinstance(step, np.ndarray):
-                self._backlog.forget(step)
+            step = self._next_later()
+            if step is None:
                 continue
             rows = step.rows()
             ids = step.ids if self._shift else step.token_ids
