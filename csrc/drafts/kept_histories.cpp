@@ -16,6 +16,7 @@ size_t head_length(size_t length) { return length - length % unit(length); }
 }  // namespace
 
 void KeptHistories::keep(const std::string& salt, History history) {
+    if (max_tokens_ == 0) return;
     const size_t length = head_length((history.tree().size() + 1) / 2);
     uint64_t head = begin_head(salt);
     const bool is_usable = length <= history.length();

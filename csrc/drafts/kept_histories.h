@@ -4,8 +4,8 @@
 //
 // A history is of use to a prompt that shares at least half of its text (history.h). So it is found
 // by its head: so many of its first tokens that whoever can use it has them all. A prompt asks for
-// each of its own heads, and looks at those alone that have one of them: how many others are kept
-// does not matter.
+// each of its own heads, and looks at those alone that have one of them: how many are kept that
+// begin otherwise does not matter.
 //
 //     heads' lengths    1 2 3 .. 15 16 18 20 .. 30 32 36 .. : eight to each power of two
 //     a text of S       has the longest that is no more than half of S, rounded up

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Who rests, naps and is tried rarely: `Speculator` where drafts do not pay."""
 
+import itertools
+
 import pytest
 
-from tests.speculating import Harness, Oracle, adaptive, plan, run
+from tests.speculating import PROMPT, Harness, Oracle, adaptive, plan, run
 from tokenspeed.engine.depths import Depths
 from tokenspeed.engine.hearing import NAP, Hearing
 from tokenspeed.engine.ledger import Ledger
-from tokenspeed.engine.speculator import Weighted
+from tokenspeed.engine.speculator import LONGEST_REST, Weighted
 from tokenspeed.engine.step_times import Experts, StepTimes
 from tokenspeed.engine.worth import KINDS
 from tokenspeed.execution.plan_view import (
@@ -37,6 +39,25 @@ def test_rests_end_together() -> None:
     assert ends == [96, 96, 128, 160]
     hearing.rest(1, 0, 2)
     assert hearing._resting[1][1] == 92
+
+
+def test_rests_are_as_long_as_they_should_be() -> None:
+    """The longest ones, beside a request that waits for its first row all the time."""
+    drafter, dozed = Oracle(), 0
+    h = adaptive(drafter)
+    h.start(1)
+    run(h, drafter, 600, right=False, per_draft=0.004)
+    h.it.add(2, PROMPT, b"")
+    asked = []
+    for step in range(1000):
+        before = drafter.num_asked
+        run(h, drafter, 1, right=False, per_draft=0.004)
+        dozed += h.dozed
+        asked += [step] * (drafter.num_asked - before)
+    assert dozed > 900
+    assert len(asked) > 5
+    gaps = {b - a for a, b in itertools.pairwise(asked)}
+    assert gaps - {1} == {LONGEST_REST}  # what was tried once more is looked at again at once
 
 
 def test_who_comes_next_rests_from_the_beginning() -> None:

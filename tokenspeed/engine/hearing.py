@@ -16,12 +16,11 @@ from typing import Final
 
 import numpy as np
 
-from tokenspeed.engine.ledger import Ledger
+from tokenspeed.engine.ledger import LEAST, Ledger
 from tokenspeed.execution.plan_view import Plans
 from tokenspeed.execution.speculation.drafter import TokenDrafter
 
 NAP: Final = 32  # steps of a doze, and the one before it, at most
-MEASURED: Final = 8  # steps of a nap that is to tell what they take
 WAKING_MATCH: Final = 8  # tokens, and twice what matched before: ends a rest
 LONG_MATCH: Final = 16  # tokens
 
@@ -48,6 +47,11 @@ class Hearing:
         self.naps = self.is_dozing = False  # in this step
         self.num_unseen = 0  # rows that brought ids and were not looked at, ever
 
+    @property
+    def _now(self) -> int:
+        """Steps before the one that is heard, if one is."""
+        return self._num_steps + self._num_dozed
+
     def remove(self, request_id: int) -> None:
         """The request is over."""
         self.listen()
@@ -61,11 +65,12 @@ class Hearing:
     def rest(self, request_id: int, match_len: int, num_steps: int) -> None:
         """Nothing is looked for in this request for so many steps, unless much more matches.
 
-        `num_steps` is a power of two, and so many more that rests end together: in between nobody
-        is awake."""
-        match = max(WAKING_MATCH, 2 * match_len)
-        until = self._num_steps + num_steps
-        self._resting[request_id] = match, until + -until % min(num_steps, NAP)
+        `num_steps` is a power of two; where steps are dozed through, some more, so that rests end
+        together: in between nobody is awake."""
+        match, until = max(WAKING_MATCH, 2 * match_len), self._now + num_steps
+        if not self._never_naps:
+            until += -until % min(num_steps, NAP)
+        self._resting[request_id] = match, until
 
     def begin_step(self) -> bool:
         """Whether nobody looks for drafts in it."""
@@ -111,7 +116,7 @@ class Hearing:
                 self._nap()
                 return []
             if all(owner in self._resting for owner in owners):
-                self._num_dozes = self._num_dozes or self._most_dozes()
+                self._num_dozes = self._num_dozes or self._most_dozes(owners)
         return self._awake(owners, self.listen())
 
     def over(self, rows: int, busy_s: float, accepted: int | None, *, is_typical: bool) -> None:
@@ -140,7 +145,7 @@ class Hearing:
         if not self._begins or self._ledger is None:
             return
         if not self._ledger.is_broke:  # it is measured what steps take
-            self._num_dozes = MEASURED - 1
+            self._num_dozes = LEAST - 1
             return
         self._num_dozes = NAP - 1
         if max(self.listen(), default=0) >= LONG_MATCH:
@@ -159,10 +164,10 @@ class Hearing:
             return lengths[0]
         return list(map(max, zip(*lengths, strict=True))) or [0] * len(owners)
 
-    def _most_dozes(self) -> int:
-        """Until the first rest ends."""
-        ends = min((step for _, step in self._resting.values()), default=0)
-        return max(min(ends - self._num_steps, NAP) - 1, 0)
+    def _most_dozes(self, owners: Sequence[int]) -> int:
+        """Until the step that ends the first rest of these."""
+        ends = min((self._resting[owner][1] for owner in owners), default=0)
+        return max(min(ends - self._now - 1, NAP) - 1, 0)
 
     def _awake(self, owners: Sequence[int], matches: list[int]) -> list[tuple[int, int]]:
         """Ends rests; `matches` ends with those of the owners."""
@@ -170,7 +175,7 @@ class Hearing:
         for row, owner in enumerate(owners):
             match = matches[first + row]
             until = self._resting.get(owner, ALWAYS)
-            if match >= until[0] or self._num_steps >= until[1]:
+            if match >= until[0] or self._now + 1 >= until[1]:
                 self._resting.pop(owner, None)
                 awake.append((row, match))
         if awake:

@@ -119,15 +119,12 @@ class Speculator:
         """A request that the scheduler has taken."""
         for drafter in self._drafters:
             drafter.add(request_id, prompt_ids, salt)
-        self._hearing.rouse()
         self._num_added += 1
         tries = self._tiredness < TIRED or self._num_added % TRIED_ANEW == 0
         live = self._live[request_id] = _Live(tries and self._weighted is not None)
-        live.rest = self._usual_rest
         if live.tries_weights:  # the last piece of the prompt can bring proposals already
+            self._hearing.rouse()
             self._fresh[request_id] = None
-        elif live.rest > FIRST_REST:
-            self._begin_rest(request_id, live)
 
     def remove(self, request_id: int) -> None:
         """The request is over, whichever way."""
@@ -253,13 +250,21 @@ class Speculator:
             live.draft = []
             live.found.clear()
         live.proposed = proposed.get(request_id, ())
-        live.has_ids = live.has_ids or bool(ids)
-        if live.tries_weights or self._worth.tries(live.match_len):
+        begins = bool(ids) and not live.has_ids
+        if begins:
+            live.has_ids, live.rest = True, self._usual_rest
+        if live.tries_weights or self._may_pay(live, begins=begins):
             self._fresh[request_id] = None
         else:
             self._histogram[0] += 1
             if self._depths is not None:
                 self._rest(request_id, live)
+
+    def _may_pay(self, live: _Live, *, begins: bool) -> bool:
+        """Whether to look for drafts. Who was woken is looked at, as its rest was long enough."""
+        if live.rest > FIRST_REST:
+            return not begins
+        return self._worth.tries(live.match_len)
 
     def committed(self, busy_s: float = 0.0, *, is_typical: bool = True) -> None:
         """The oldest step in flight is over, and all that it gave was told. `busy_s`: seconds
@@ -366,9 +371,6 @@ class Speculator:
         live.num_idle += 1
         if live.num_idle < PATIENCE and live.rest == FIRST_REST:
             return
-        self._begin_rest(request_id, live)
-
-    def _begin_rest(self, request_id: int, live: _Live) -> None:
         self._hearing.rest(request_id, live.match_len, live.rest)
         live.found.clear()  # what comes next is not compared with it
         live.num_idle, live.rest = 0, min(2 * live.rest, LONGEST_REST)

@@ -130,7 +130,8 @@ class ChainDrafter:
         if not deepest and not self._complete and len(work.ids) == len(work.batch.places):
             self._put_off(PassedStep.of(work, self._net.beside(work)))
             return work.ids.new_empty(shape)
-        self._catch_up()
+        while self._later:
+            self._take_in()
         found = torch.full(shape, -1, dtype=torch.int64, device=device)
         rows = DraftRows.of(work, self.max_depth, self._room.max_model_len)
         tokens = work.batch.forward.token_ids
@@ -147,33 +148,25 @@ class ChainDrafter:
         return found
 
     def _put_off(self, item: PassedStep | NDArray[np.int32]) -> None:
-        """It is taken in when somebody asks, if it is one of the last by then."""
+        """It is taken in when somebody asks, or when there are too many."""
         self._later.append(item)
         if isinstance(item, PassedStep):
             self._num_later += len(item.ids)
         most = max(BACKLOG * self._room.max_num_seqs, LEAST_LATER)
         while len(self._later) > BACKLOG or self._num_later > most:
-            self._next_later()
+            self._take_in()
 
-    def _next_later(self) -> PassedStep | None:
-        """Of those put off the oldest step, if none began anew before it."""
-        item = self._later.popleft()
-        if isinstance(item, PassedStep):
-            self._num_later -= len(item.ids)
-            return item
-        self._backlog.forget(item)
-        return None
-
-    def _catch_up(self) -> None:
-        """Takes in what was put off."""
-        while self._later:
-            step = self._next_later()
-            if step is None:
-                continue
-            rows = step.rows()
-            ids = step.ids if self._shift else step.token_ids
-            held = self._held(rows, step.token_ids)
-            self._keep(rows, held, np.zeros(len(held), np.bool_), Places(ids, step.beside))
+    def _take_in(self) -> None:
+        """The oldest of what was put off: a step's places are kept, or slots begin anew."""
+        step = self._later.popleft()
+        if not isinstance(step, PassedStep):
+            self._backlog.forget(step)
+            return
+        self._num_later -= len(step.ids)
+        rows = step.rows()
+        ids = step.ids if self._shift else step.token_ids
+        held = self._held(rows, step.token_ids)
+        self._keep(rows, held, np.zeros(len(held), np.bool_), Places(ids, step.beside))
 
     def _held(self, rows: DraftRows, tokens: Tensor) -> Ints:
         """[R] places that wait right before each row, whose first token the last one waits for."""
