@@ -2,6 +2,7 @@
 #include "drafts/kept_histories.h"
 
 #include <bit>
+#include <iterator>
 #include <utility>
 
 namespace tokenspeed::drafts {
@@ -29,8 +30,7 @@ void KeptHistories::keep(const std::string& salt, History history) {
     while (num_tokens_ > max_tokens_) remove(std::prev(kept_.end()));
 }
 
-std::optional<History> KeptHistories::take(const std::string& salt,
-                                           std::span<const Token> prompt) {
+std::optional<History> KeptHistories::take(const std::string& salt, std::span<const Token> prompt) {
     Place best = kept_.end();
     size_t most = 0, length = 0;
     uint64_t head = begin_head(salt);
